@@ -1,0 +1,60 @@
+# make demo   install into .venv and generate text from the embedded model
+# make test   the same, plus test dependencies, then the tests
+# make lint   formatters, linters and type checks
+# make bench  the kernel benchmark: ceilings first, then every format
+
+PYTHON ?= python3
+TORCH ?= torch==2.13.0
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+TESTED := $(VENV)/.test-dependencies
+LINTED := $(VENV)/.lint-dependencies
+SOURCES := pyproject.toml CMakeLists.txt $(shell find src csrc -type f -not -name '*.so' -not -path '*/__pycache__/*')
+
+.PHONY: demo test lint format bench native clean
+
+demo: $(INSTALLED)
+	$(BIN)/greenroom demo
+
+test: $(TESTED)
+	$(BIN)/python -m pytest
+
+lint: $(LINTED)
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+	$(BIN)/clang-format --dry-run --Werror $(shell git ls-files 'csrc/*.h' 'csrc/*.cpp')
+
+format: $(LINTED)
+	$(BIN)/ruff check --fix-only -q
+	$(BIN)/ruff format -q
+	$(BIN)/clang-format -i $(shell git ls-files 'csrc/*.h' 'csrc/*.cpp')
+
+bench: $(INSTALLED)
+	$(BIN)/greenroom bench-kernels
+
+$(BIN)/python:
+	$(PYTHON) -m venv $(VENV)
+
+# torch first and by itself: a build of it that is already chosen is then kept.
+$(INSTALLED): $(SOURCES) | $(BIN)/python
+	$(BIN)/python -c 'import torch' 2>/dev/null || $(BIN)/pip install -q "$(TORCH)"
+	$(BIN)/pip install -q .
+	@touch $@
+
+$(TESTED): $(INSTALLED)
+	$(BIN)/pip install -q '.[test]'
+	@touch $@
+
+$(LINTED): $(TESTED)
+	$(BIN)/pip install -q '.[lint]'
+	@touch $@
+
+# For development: the extensions beside the Python sources (PYTHONPATH=src).
+native:
+	cmake -S . -B build/inplace -G Ninja -DGREENROOM_INPLACE=ON -DPython_EXECUTABLE=$(shell which $(PYTHON))
+	cmake --build build/inplace
+
+clean:
+	rm -rf build $(VENV) src/greenroom/*.so

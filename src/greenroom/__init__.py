@@ -1,0 +1,1 @@
+"""Run Mixture-of-Experts language models far larger than the GPU."""
