@@ -18,7 +18,9 @@ class KVGroup:
     """
 
     block_tables: Tensor  # (sequences, blocks) int32
-    slots: Tensor  # (tokens,) int64: block * block_size + offset, where to write each token's K and V
+    slots: (
+        Tensor  # (tokens,) int64: block * block_size + offset, where to write each token's K and V
+    )
 
 
 @dataclass(frozen=True, slots=True)
