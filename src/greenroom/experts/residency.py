@@ -1,0 +1,99 @@
+"""Which experts deserve a VRAM slot: recency weighed with frequency, changed with hysteresis.
+
+Heat is a count of routes that halves every `half_life` steps, so an expert used now outweighs one
+used long ago, and among equally recent ones the frequent wins. An expert takes a slot only when
+it is clearly hotter than the coldest resident, so that nearly uniform routing does not churn.
+Decides only; copying is the store's work.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+EMPTY = -1
+
+
+@dataclass(frozen=True, slots=True)
+class Move:
+    """One promotion: expert (layer, expert) takes `slot`; whoever held it leaves."""
+
+    layer: int
+    expert: int
+    slot: int
+
+
+class Residency:
+    """The table of who sits where, and the heat it is decided by.
+
+    Args:
+        layers, experts: size of the table.
+        slots: VRAM slots, shared by all layers (their slabs have one layout).
+        half_life: steps in which an unused expert's heat halves.
+        margin: how much hotter a newcomer must be, as a ratio, and at least this many routes.
+    """
+
+    def __init__(
+        self, layers: int, experts: int, slots: int, half_life: float = 256, margin: float = 1.25
+    ) -> None:
+        self.slot_of: NDArray[np.int32] = np.full((layers, experts), EMPTY, np.int32)
+        self.heat = np.zeros((layers, experts))
+        self.margin = margin
+        self._holder = np.full(slots, EMPTY, np.int64)  # flat (layer, expert) index of each slot
+        self._decay = 0.5 ** (1 / half_life)
+        self._growth = 1.0  # heat is kept inflated instead of decaying the table every step
+
+    @property
+    def slots(self) -> int:
+        return len(self._holder)
+
+    @property
+    def resident(self) -> int:
+        return int((self._holder != EMPTY).sum())
+
+    def observe(self, ids: NDArray[np.integer]) -> None:
+        """Counts one step's routes; ids: (layers, ...) expert ids, -1 where there is none."""
+        layers = len(self.heat)
+        flat = ids.reshape(layers, -1)
+        layer, column = np.nonzero(flat >= 0)
+        np.add.at(self.heat, (layer, flat[layer, column]), self._growth)
+        self._growth /= self._decay
+        if self._growth > 1e100:
+            self.heat /= self._growth
+            self._growth = 1.0
+
+    def plan(self, limit: int) -> list[Move]:
+        """The at most `limit` promotions that pay most, hottest first; does not apply them."""
+        if limit <= 0 or not self.slots:
+            return []
+        flat_heat, outside = self.heat.ravel(), self.slot_of.ravel() == EMPTY
+        waiting = np.flatnonzero(outside & (flat_heat > 0))
+        count = min(limit, len(waiting), self.slots)
+        if not count:
+            return []
+        order = waiting[np.lexsort((waiting, -flat_heat[waiting]))[:count]]
+        seat_heat = np.where(self._holder == EMPTY, -1.0, flat_heat[self._holder])
+        seats = np.lexsort((np.arange(self.slots), seat_heat))[:count]
+        moves = []
+        for candidate, seat in zip(order, seats, strict=True):
+            held = seat_heat[seat]
+            if held >= 0 and flat_heat[candidate] <= max(held * self.margin, held + self._growth):
+                break
+            layer, expert = divmod(int(candidate), self.heat.shape[1])
+            moves.append(Move(layer, expert, int(seat)))
+        return moves
+
+    def apply(self, move: Move) -> int:
+        """Records a finished copy; returns the flat index of the expert that left, or -1."""
+        left = int(self._holder[move.slot])
+        if left != EMPTY:
+            self.slot_of.ravel()[left] = EMPTY
+        self._holder[move.slot] = move.layer * self.heat.shape[1] + move.expert
+        self.slot_of[move.layer, move.expert] = move.slot
+        return left
+
+    def warm(self, heat: NDArray[np.floating]) -> None:
+        """Starts from a saved heat table (layers, experts) instead of from nothing."""
+        if heat.shape != self.heat.shape:
+            raise ValueError(f"heat has shape {heat.shape}, this model {self.heat.shape}")
+        self.heat = heat.astype(float) * self._growth

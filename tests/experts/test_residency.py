@@ -1,0 +1,91 @@
+"""The residency policy: hit rates on skewed, shifting and uniform routing."""
+
+import numpy as np
+import pytest
+
+from greenroom.experts.residency import Move, Residency
+
+LAYERS, EXPERTS, TOP_K = 4, 32, 4
+
+
+def routes(steps, skew, seed, shift_at=None):
+    """(steps, layers, top_k) ids drawn without replacement with Zipf-like popularity."""
+    rng = np.random.default_rng(seed)
+    popularity = (np.arange(EXPERTS) + 1.0) ** -skew
+    ranks = np.stack([rng.permutation(EXPERTS) for _ in range(LAYERS)])
+    noise = rng.gumbel(size=(steps, LAYERS, EXPERTS)) + np.log(popularity)
+    chosen = np.argsort(-noise, -1)[..., :TOP_K]
+    ids = np.take_along_axis(ranks[None].repeat(steps, 0), chosen, -1)
+    if shift_at is not None:
+        ids[shift_at:] = (ids[shift_at:] + EXPERTS // 2) % EXPERTS
+    return ids
+
+
+def replay(trace, slots, limit=4, **options):
+    """(hit rate of the second half, promotions in it)."""
+    residency = Residency(LAYERS, EXPERTS, slots, **options)
+    hits = moves = 0
+    for step, ids in enumerate(trace):
+        counted = step >= len(trace) // 2
+        hits += counted * (residency.slot_of[np.arange(LAYERS)[:, None], ids] >= 0).sum()
+        residency.observe(ids)
+        for move in residency.plan(limit):
+            residency.apply(move)
+            moves += counted
+    return hits / (trace[len(trace) // 2 :].size), moves
+
+
+def lru(trace, slots):
+    held, hits = {}, 0
+    for step, ids in enumerate(trace):
+        for layer, row in enumerate(ids):
+            for expert in row:
+                hits += step >= len(trace) // 2 and (layer, expert) in held
+                held.pop((layer, expert), None)
+                held[layer, expert] = step
+                if len(held) > slots:
+                    del held[next(iter(held))]
+    return hits / (trace[len(trace) // 2 :].size)
+
+
+def test_beats_least_recently_used_on_skewed_routing():
+    trace = routes(2000, skew=1.2, seed=0)
+    ours, _ = replay(trace, slots=32)
+    assert ours > lru(trace, 32) + 0.03
+
+
+def test_follows_a_shift_of_popularity():
+    trace = routes(4000, skew=1.5, seed=1, shift_at=1000)
+    shifted, _ = replay(trace, slots=32)
+    steady, _ = replay(routes(4000, skew=1.5, seed=1), slots=32)
+    assert shifted > steady - 0.02
+
+
+def test_uniform_routing_does_not_churn():
+    trace = routes(2000, skew=0.0, seed=2)
+    rate, moves = replay(trace, slots=64)
+    assert rate == pytest.approx(0.5, abs=0.05)
+    assert moves < 0.05 * trace[1000:].shape[0] * LAYERS
+
+
+def test_a_slot_is_held_by_one_expert_only():
+    residency = Residency(2, 4, 2)
+    residency.apply(Move(0, 1, 0))
+    assert residency.apply(Move(1, 3, 0)) == 1
+    assert residency.slot_of[0, 1] == -1
+    assert residency.slot_of[1, 3] == 0
+    assert residency.resident == 1
+
+
+def test_no_slots_no_plan():
+    residency = Residency(2, 4, 0)
+    residency.observe(np.zeros((2, 3), int))
+    assert residency.plan(5) == []
+
+
+def test_long_runs_keep_heat_finite():
+    residency = Residency(1, 4, 1, half_life=1)
+    for _ in range(2000):
+        residency.observe(np.array([[1, 2]]))
+    assert np.isfinite(residency.heat).all()
+    assert residency.plan(1) == [Move(0, 1, 0)]
