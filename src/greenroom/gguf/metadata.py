@@ -35,7 +35,7 @@ class Metadata(Mapping[str, Any]):
     read-only.
 
     Args:
-        buffer: the mapped file; kept until every value was asked for or `release` is called.
+        buffer: the mapped file; it must stay open for values not asked for yet.
         entries: where each value lies, checked by `read_header`.
     """
 
@@ -73,6 +73,10 @@ class Metadata(Mapping[str, Any]):
         if entry.type != ValueType.ARRAY:
             return None
         return int(_TYPE_AND_COUNT.unpack_from(self._buffer, entry.start)[1])
+
+    def raw_values(self) -> dict[str, RawValue]:
+        """All values as `raw` gives them."""
+        return {key: self.raw(key) for key in self}
 
     def raw(self, key: str) -> RawValue:
         """The stored bytes of a value, for a writer that copies it unchanged."""
