@@ -1,10 +1,11 @@
 // The Python module of one tier. Each room of csrc binds its own functions (bind_*.cpp).
+#include "bindings.h"
+
 #include <nanobind/nanobind.h>
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
 
 #include "cpu_features.h"
-#include "threads/pool.h"
 
 namespace nb = nanobind;
 
@@ -16,7 +17,5 @@ namespace nb = nanobind;
 GREENROOM_MODULE(GREENROOM_TIER, m) {
     m.attr("tier") = GREENROOM_NAME(GREENROOM_TIER);
     m.def("runnable_tiers", &greenroom::runnable_tiers);
-    nb::class_<greenroom::Pool>(m, "Pool")
-        .def(nb::init<int>(), nb::arg("threads"))
-        .def_prop_ro("size", &greenroom::Pool::size);
+    greenroom::bind_threads(m);
 }

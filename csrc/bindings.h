@@ -1,0 +1,10 @@
+// What each room of csrc adds to the Python module.
+#pragma once
+
+#include <nanobind/nanobind.h>
+
+namespace greenroom {
+
+void bind_threads(nanobind::module_& m);
+
+}  // namespace greenroom
