@@ -1,0 +1,9 @@
+"""Text to token ids and back, chat messages to prompts, model output to messages.
+
+Everything comes from a GGUF file's metadata. Nothing here knows models or devices.
+"""
+
+from greenroom.tokenizer.stream import StreamDecoder
+from greenroom.tokenizer.tokenizer import Tokenizer
+
+__all__ = ["StreamDecoder", "Tokenizer"]
