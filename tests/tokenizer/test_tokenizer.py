@@ -67,7 +67,9 @@ def test_o200k_equals_tiktoken_on_random_text() -> None:
         if not tokenizer.is_special(token)
     }
     (pattern,) = _EXPRESSIONS["gpt-4o"]
-    reference = tiktoken.Encoding("o200k", pat_str=pattern, mergeable_ranks=ranks, special_tokens={})
+    reference = tiktoken.Encoding(
+        "o200k", pat_str=pattern, mergeable_ranks=ranks, special_tokens={}
+    )
     draw = random.Random(0)
     assigned = [c for c in range(0x110000) if unicodedata.category(chr(c)) not in ("Cn", "Cs")]
     common = "  \n\r\t'sStTlLABCabcéÉß中ア한ا0123456789!?.,-/\u00a0\u0301\u200d"
@@ -83,12 +85,12 @@ def test_o200k_equals_tiktoken_on_random_text() -> None:
 def test_loading_the_largest_vocabulary_is_fast() -> None:
     path = published_path("gpt-4o")
     seconds = []
-    for _ in range(2):  # the better of two: other work on the machine is not what is measured
+    for _ in range(3):  # the best of three: other work on the machine is not what is measured
         start = time.process_time()
         tokenizer = Tokenizer.from_gguf(path)
         seconds.append(time.process_time() - start)
     assert tokenizer.vocabulary_size == 201_088
-    assert min(seconds) < 3.0
+    assert min(seconds) < 1.5
 
 
 def test_tokenising_needs_no_torch() -> None:

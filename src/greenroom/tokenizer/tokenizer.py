@@ -63,7 +63,9 @@ class Tokenizer:
         """Number of tokens in the vocabulary; the model's output may be padded beyond it."""
         return len(self.vocabulary.texts)
 
-    def encode(self, text: str, add_special: bool = False, parse_special: bool = False) -> list[int]:
+    def encode(
+        self, text: str, add_special: bool = False, parse_special: bool = False
+    ) -> list[int]:
         """Ids of a text.
 
         Args:

@@ -190,6 +190,4 @@ def _strip_after(
         return frozenset()
     keeps = ("<unk>", "<s>", "<|endoftext|>")
     marked = (TokenKind.UNKNOWN, TokenKind.CONTROL, TokenKind.USER_DEFINED)
-    return frozenset(
-        i for i, text in enumerate(texts) if kinds[i] in marked and text not in keeps
-    )
+    return frozenset(i for i, text in enumerate(texts) if kinds[i] in marked and text not in keeps)
