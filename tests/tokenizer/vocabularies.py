@@ -13,10 +13,17 @@ from greenroom.tokenizer.bpe import _byte_of_character
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, BYTE = 1, 2, 3, 4, 6
 PUBLISHED = Path(__file__).parents[2] / "../shared/data/vocab"
 CHATML = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
-HARMONY = (
-    "<|startoftext|> <|endoftext|> <|return|> <|constrain|> <|channel|> <|start|> <|end|> "
-    "<|message|> <|call|>"
-).split()
+HARMONY = [
+    "<|startoftext|>",
+    "<|endoftext|>",
+    "<|return|>",
+    "<|constrain|>",
+    "<|channel|>",
+    "<|start|>",
+    "<|end|>",
+    "<|message|>",
+    "<|call|>",
+]
 
 
 def bpe_metadata(

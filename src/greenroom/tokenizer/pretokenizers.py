@@ -88,29 +88,28 @@ _EXPRESSIONS: dict[str, tuple[str, ...]] = {
     ),
 }
 
-_ALIASES: dict[str, str] = {
-    **dict.fromkeys(
-        ("llama3", "llama-v3", "falcon3", "falcon-h1", "pixtral", "midm-2.0", "lfm2")
-        + ("dbrx", "smaug-bpe", "glm4", "chatglm-bpe"),
-        "llama-bpe",
+# fmt: off
+_SAME_AS: dict[str, tuple[str, ...]] = {
+    "llama-bpe": (
+        "llama3", "llama-v3", "falcon3", "falcon-h1", "pixtral", "midm-2.0", "lfm2", "dbrx",
+        "smaug-bpe", "glm4", "chatglm-bpe",
     ),
-    **dict.fromkeys(
-        ("olmo", "phi-2", "mpt", "jais", "trillion", "granite-docling", "gigachat")
-        + ("a.x-4.0", "mellum", "modern-bert", "exaone4", "jina-es", "jina-de"),
-        "gpt-2",
+    "gpt-2": (
+        "olmo", "phi-2", "mpt", "jais", "trillion", "granite-docling", "gigachat", "a.x-4.0",
+        "mellum", "modern-bert", "exaone4", "jina-es", "jina-de",
     ),
-    **dict.fromkeys(
-        ("smollm", "starcoder", "command-r", "codeshell", "exaone", "minerva-7b", "mellum2"),
-        "refact",
+    "refact": (
+        "smollm", "starcoder", "command-r", "codeshell", "exaone", "minerva-7b", "mellum2",
     ),
-    **dict.fromkeys(
-        ("hunyuan", "stablelm2", "deepseek-r1-qwen", "megrez", "kormo", "f2llmv2")
-        + ("solar-open", "grok-2"),
-        "qwen2",
+    "qwen2": (
+        "hunyuan", "stablelm2", "deepseek-r1-qwen", "megrez", "kormo", "f2llmv2", "solar-open",
+        "grok-2",
     ),
-    **dict.fromkeys(("llama4", "minimax-m2", "kanana2", "talkie"), "gpt-4o"),
-    **dict.fromkeys(("hunyuan-dense", "joyai-llm"), "deepseek-v3"),
+    "gpt-4o": ("llama4", "minimax-m2", "kanana2", "talkie"),
+    "deepseek-v3": ("hunyuan-dense", "joyai-llm"),
 }
+# fmt: on
+_ALIASES = {alias: name for name, aliases in _SAME_AS.items() for alias in aliases}
 
 # A word that is a token as it stands is not rebuilt by merges (tiktoken's rule); only some
 # publishers' converters keep vocabularies in which that makes a difference.

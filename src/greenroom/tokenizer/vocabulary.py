@@ -28,17 +28,46 @@ class TokenKind(IntEnum):
 # Texts by which a token that ends a turn is recognised whatever the file says of it; the list
 # is that of llama.cpp, which files are tested with.
 END_TEXTS = frozenset(
-    "<|eot_id|> <|im_end|> <|end|> <|return|> <|call|> <|flush|> <|calls|> <end_of_turn> "
-    "<|endoftext|> </s> <|eom_id|> <EOT> _<EOT> [EOT] [EOS] <|end_of_text|> <end_of_utterance> "
-    "<eos> <turn|> <|tool_response> <｜end▁of▁sentence｜> [e~[".split(" ")
+    [
+        "<|eot_id|>",
+        "<|im_end|>",
+        "<|end|>",
+        "<|return|>",
+        "<|call|>",
+        "<|flush|>",
+        "<|calls|>",
+        "<end_of_turn>",
+        "<|endoftext|>",
+        "</s>",
+        "<|eom_id|>",
+        "<EOT>",
+        "_<EOT>",
+        "[EOT]",
+        "[EOS]",
+        "<|end_of_text|>",
+        "<end_of_utterance>",
+        "<eos>",
+        "<turn|>",
+        "<|tool_response>",
+        "<｜end▁of▁sentence｜>",
+        "[e~[",
+    ]
 )
 # Fill-in-the-middle padding and repository marks: after them comes another document.
 _DOCUMENT_ENDS = frozenset(
-    "<|fim_pad|> <fim-pad> <fim_pad> <|fim_repo|> <|repo_name|> <fim-repo> <reponame> "
-    "<|file_sep|>".split(" ")
+    [
+        "<|fim_pad|>",
+        "<fim-pad>",
+        "<fim_pad>",
+        "<|fim_repo|>",
+        "<|repo_name|>",
+        "<fim-repo>",
+        "<reponame>",
+        "<|file_sep|>",
+    ]
 )
 # Also ordinary text (HTML, placeholders): believed only of tokens the file sets apart.
-_AMBIGUOUS = frozenset("</s> <EOT> _<EOT> [EOT] [EOS] <eos> [e~[ <reponame>".split(" "))
+_AMBIGUOUS = frozenset(["</s>", "<EOT>", "_<EOT>", "[EOT]", "[EOS]", "<eos>", "[e~[", "<reponame>"])
 _END_KEYS = ("eos", "eot", "eom")
 _SPM_DEFAULTS = {"bos": 1, "eos": 2, "unknown": 0}
 
