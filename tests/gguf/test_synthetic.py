@@ -48,5 +48,5 @@ def test_speed_is_that_of_a_disk() -> None:
         start = time.perf_counter()
         size = random_blocks(GGMLType.MXFP4, 4096, 2880, rng).nbytes
         best = max(best, size / (time.perf_counter() - start))
-    # Measured at 1,400 MB/s and more; the bound leaves room for a busy machine.
+    # Measured: 2,900 MB/s on one core; the bound leaves room for a busy machine.
     assert best > 200e6

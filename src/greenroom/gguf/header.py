@@ -13,6 +13,7 @@ from mmap import mmap
 from greenroom.errors import ModelFileError
 from greenroom.gguf.types import (
     DEFAULT_ALIGNMENT,
+    INTEGERS,
     MAGIC,
     MAX_DIMS,
     REMOVED_TYPES,
@@ -21,15 +22,18 @@ from greenroom.gguf.types import (
     ValueType,
 )
 
-# Far above anything published (the largest vocabularies have about 0.8 million strings, the
-# largest models some 20,000 tensors); they bound the time a hostile header can take.
-MAX_KEYS = 1 << 16
+# Far above anything published (the largest vocabularies have about 0.8 million strings and
+# 20 MB, the largest models some 20,000 tensors); they bound the time and the memory that a
+# hostile header can take.
+MAX_HEADER_BYTES = 1 << 28
+MAX_KEYS = 1 << 14
 MAX_TENSORS = 1 << 16
-MAX_KEY_BYTES = (1 << 16) - 1
 MAX_NAME_BYTES = 1 << 10
-MAX_STRING_BYTES = 1 << 28
+MAX_STRING_BYTES = 1 << 26
 MAX_ITEMS = 1 << 22
 MAX_ARRAY_DEPTH = 4
+# An empty array inside an array takes as long to check as this many strings.
+_ARRAY_COST = 16
 MAX_ALIGNMENT = 1 << 20
 
 _U32 = struct.Struct("<I")
@@ -80,7 +84,7 @@ class Walker:
         self.buffer = buffer
         self.label = label
         self.position = position
-        self.size = len(buffer)
+        self.size = min(len(buffer), MAX_HEADER_BYTES)
         self.items_left = MAX_ITEMS
 
     def fail(self, message: str) -> ModelFileError:
@@ -91,8 +95,9 @@ class Walker:
         """Raises ModelFileError unless `count` more bytes are in the file."""
         left = self.size - self.position
         if count > left:
+            whose = "a header could have" if self.size < len(self.buffer) else "the file has"
             raise self.fail(
-                f"{what} needs {count} bytes, but the file has only {left} left; "
+                f"{what} needs {count} bytes, but {whose} only {left} left; "
                 "it is truncated or damaged, download it again"
             )
 
@@ -129,11 +134,11 @@ class Walker:
         self.need(count, what)
         self.position += count
 
-    def name(self, what: str, limit: int) -> str:
+    def name(self, what: str) -> str:
         """Reads a short UTF-8 string, as keys and tensor names are."""
         length = self.u64(f"the length of {what}")
-        if not 0 < length <= limit:
-            raise self.fail(f"{what} has {length} bytes; 1 to {limit} are accepted")
+        if not 0 < length <= MAX_NAME_BYTES:
+            raise self.fail(f"{what} has {length} bytes; 1 to {MAX_NAME_BYTES} are accepted")
         self.need(length, what)
         raw = self.buffer[self.position : self.position + length]
         self.position += length
@@ -157,7 +162,9 @@ class Walker:
         if type == ValueType.STRING:
             length = self.u64(f"the length of {what}")
             if length > MAX_STRING_BYTES:
-                raise self.fail(f"{what} is a string of {length} bytes; at most 256 MiB")
+                raise self.fail(
+                    f"{what} is a string of {length} bytes; at most {MAX_STRING_BYTES} are accepted"
+                )
             self.skip(length, what)
         elif type == ValueType.ARRAY:
             self._skip_array(what, depth + 1)
@@ -173,7 +180,7 @@ class Walker:
             self.skip(count * SCALAR_DTYPES[type].itemsize, f"{what} with {count} elements")
             return
         self.need(count * (8 if type == ValueType.STRING else 12), f"{what} of {count} elements")
-        self.items_left -= count
+        self.items_left -= count if type == ValueType.STRING else count * _ARRAY_COST
         if self.items_left < 0:
             raise self.fail(f"{what} brings the strings in arrays to more than {MAX_ITEMS}")
         if type == ValueType.STRING:
@@ -210,12 +217,13 @@ def read_header(buffer: mmap | bytes, label: str) -> Header:
     n_keys = walker.count("metadata keys", MAX_KEYS, smallest=8 + 1 + 4 + 1)
     entries: dict[str, Entry] = {}
     for _ in range(n_keys):
-        key = walker.name("a metadata key", MAX_KEY_BYTES)
+        key = walker.name("a metadata key")
+        what = f"metadata {_quote(key)}"
         if key in entries:
-            raise walker.fail(f"the metadata key {key!r} is there twice")
-        type = walker.value_type(f"metadata {key!r}")
+            raise walker.fail(f"{what} is there twice")
+        type = walker.value_type(what)
         start = walker.position
-        walker.skip_value(type, f"metadata {key!r}")
+        walker.skip_value(type, what)
         entries[key] = Entry(type, start, walker.position)
     alignment = _read_alignment(walker, entries)
     rows = [_read_tensor(walker) for _ in range(n_tensors)]
@@ -224,15 +232,22 @@ def read_header(buffer: mmap | bytes, label: str) -> Header:
     return Header(version, entries, tensors, alignment, data_start)
 
 
+def _quote(name: str) -> str:
+    """A key or a name for a message: one line, not long, nothing unprintable."""
+    return ascii(name if len(name) <= 80 else name[:77] + "...")
+
+
 def _read_version(walker: Walker) -> int:
     magic = bytes(walker.buffer[:4])
+    if magic == b"vers":
+        raise walker.fail("this is a Git LFS pointer, not the model; fetch it with 'git lfs pull'")
     if magic != MAGIC:
         raise walker.fail(f"this is not a GGUF file: it starts with {magic!r}, not {MAGIC!r}")
     walker.position = 4
     version = walker.u32("the version")
     if version in (2, 3):
         return version
-    if version & 0xFFFF == 0:
+    if version in (2 << 24, 3 << 24):
         raise walker.fail("this is a big-endian GGUF file; only little-endian ones can be read")
     raise walker.fail(f"GGUF version {version} cannot be read; versions 2 and 3 can")
 
@@ -241,11 +256,10 @@ def _read_alignment(walker: Walker, entries: dict[str, Entry]) -> int:
     entry = entries.get("general.alignment")
     if entry is None:
         return DEFAULT_ALIGNMENT
-    dtype = SCALAR_DTYPES.get(entry.type)
-    if dtype is None or dtype.kind not in "iu" or entry.type == ValueType.BOOL:
+    if entry.type not in INTEGERS:
         raise walker.fail(f"general.alignment is of type {entry.type.name}, not a number")
     raw = walker.buffer[entry.start : entry.end]
-    value = int.from_bytes(raw, "little", signed=dtype.kind == "i")
+    value = int.from_bytes(raw, "little", signed=SCALAR_DTYPES[entry.type].kind == "i")
     if not 0 < value <= MAX_ALIGNMENT or value & (value - 1):
         raise walker.fail(
             f"general.alignment is {value}; a power of two of at most {MAX_ALIGNMENT} is needed"
@@ -254,8 +268,8 @@ def _read_alignment(walker: Walker, entries: dict[str, Entry]) -> int:
 
 
 def _read_tensor(walker: Walker) -> tuple[str, GGMLType, tuple[int, ...], int]:
-    name = walker.name("a tensor's name", MAX_NAME_BYTES)
-    what = f"tensor {name!r}"
+    name = walker.name("a tensor's name")
+    what = f"tensor {_quote(name)}"
     n_dims = walker.u32(f"the number of dimensions of {what}")
     if n_dims > MAX_DIMS:
         raise walker.fail(f"{what} has {n_dims} dimensions; at most {MAX_DIMS} are possible")
@@ -285,24 +299,27 @@ def _place(
     alignment: int,
 ) -> tuple[TensorEntry, ...]:
     """Turns offsets into positions in the file; nothing may stick out or overlap."""
+    size = len(walker.buffer)
     tensors: dict[str, TensorEntry] = {}
     for name, type, ne, relative in rows:
         if name in tensors:
-            raise walker.fail(f"tensor {name!r} is there twice")
+            raise walker.fail(f"tensor {_quote(name)} is there twice")
         if relative % alignment:
-            raise walker.fail(f"tensor {name!r} lies at {relative}, not a multiple of {alignment}")
+            raise walker.fail(
+                f"tensor {_quote(name)} lies at {relative}, not at a multiple of {alignment}"
+            )
         nbytes = type.row_bytes(ne[0])
         for n in ne[1:]:
             nbytes *= n
         offset = data_start + relative
-        if offset + nbytes > walker.size:
+        if offset + nbytes > size:
             raise walker.fail(
-                f"tensor {name!r} ends at byte {offset + nbytes}, but the file has "
-                f"{walker.size}; it is truncated or damaged, download it again"
+                f"tensor {_quote(name)} ends at byte {offset + nbytes}, but the file has "
+                f"{size}; it is truncated or damaged, download it again"
             )
         tensors[name] = TensorEntry(name, type, ne, offset, nbytes)
     ordered = sorted(tensors.values(), key=lambda tensor: tensor.offset)
     for before, after in pairwise(ordered):
         if before.offset + before.nbytes > after.offset:
-            raise walker.fail(f"tensors {before.name!r} and {after.name!r} overlap")
+            raise walker.fail(f"tensors {_quote(before.name)} and {_quote(after.name)} overlap")
     return tuple(tensors.values())

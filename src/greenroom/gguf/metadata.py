@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from greenroom.errors import ModelFileError
 from greenroom.gguf.header import Entry
 from greenroom.gguf.types import SCALAR_DTYPES, ValueType
 
@@ -48,7 +49,7 @@ class Metadata(Mapping[str, Any]):
         """The value of `key`, decoded now if it was not yet."""
         if key not in self._values:
             entry = self._entries[key]
-            self._values[key], _ = _decode(self._buffer, entry.type, entry.start)
+            self._values[key], _ = _decode(self._open(), entry.type, entry.start)
         return self._values[key]
 
     def __contains__(self, key: object) -> bool:
@@ -72,7 +73,7 @@ class Metadata(Mapping[str, Any]):
         entry = self._entries[key]
         if entry.type != ValueType.ARRAY:
             return None
-        return int(_TYPE_AND_COUNT.unpack_from(self._buffer, entry.start)[1])
+        return int(_TYPE_AND_COUNT.unpack_from(self._open(), entry.start)[1])
 
     def raw_values(self) -> dict[str, RawValue]:
         """All values as `raw` gives them."""
@@ -81,7 +82,12 @@ class Metadata(Mapping[str, Any]):
     def raw(self, key: str) -> RawValue:
         """The stored bytes of a value, for a writer that copies it unchanged."""
         entry = self._entries[key]
-        return RawValue(entry.type, bytes(self._buffer[entry.start : entry.end]))
+        return RawValue(entry.type, bytes(self._open()[entry.start : entry.end]))
+
+    def _open(self) -> mmap | bytes:
+        if isinstance(self._buffer, mmap) and self._buffer.closed:
+            raise ModelFileError("metadata was asked for after its file was closed")
+        return self._buffer
 
 
 def _decode(buffer: mmap | bytes, type: ValueType, position: int) -> tuple[Any, int]:

@@ -9,11 +9,10 @@ import mmap
 import os
 import re
 import stat
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType, TracebackType
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -22,7 +21,7 @@ from greenroom.errors import ModelFileError
 from greenroom.gguf.formats import dequantize
 from greenroom.gguf.header import Header, TensorEntry, read_header
 from greenroom.gguf.metadata import Metadata
-from greenroom.gguf.types import GGMLType
+from greenroom.gguf.types import INTEGERS, GGMLType
 
 Bytes = npt.NDArray[np.uint8]
 
@@ -212,7 +211,7 @@ class GGUFFile:
                 if entry.name in tensors:
                     where = tensors[entry.name].path.name
                     raise ModelFileError(
-                        f"{shard.path.name}: tensor {entry.name!r} is also in {where}"
+                        f"{shard.path.name}: tensor {entry.name!a:.80} is also in {where}"
                     )
                 tensors[entry.name] = _tensor(entry, shard)
         return tensors
@@ -230,22 +229,25 @@ def _tensor(entry: TensorEntry, shard: Shard) -> TensorInfo:
     return TensorInfo(entry.name, entry.type, entry.ne, entry.nbytes, entry.offset, shard)
 
 
-def _integer(metadata: Mapping[str, Any], key: str, path: Path, default: int | None) -> int | None:
+def _integer(metadata: Metadata, key: str, path: Path, default: int | None) -> int | None:
     """A count of any integer width."""
     if key not in metadata:
         return default
-    value = metadata[key]
-    if isinstance(value, bool) or not isinstance(value, int) or value < 0:
-        raise ModelFileError(f"{path.name}: {key} must be a count, not {value!r:.40}")
+    type = metadata.type(key)
+    if type not in INTEGERS:
+        raise ModelFileError(f"{path.name}: {key} must be a count, not {type.name}")
+    value = int(metadata[key])
+    if value < 0:
+        raise ModelFileError(f"{path.name}: {key} must be a count, not {value}")
     return value
 
 
-def _other_paths(path: Path, metadata: Mapping[str, Any]) -> list[Path]:
+def _other_paths(path: Path, metadata: Metadata) -> Iterator[Path]:
     """The other files of the set that `path` is the first of."""
     count = _integer(metadata, "split.count", path, default=1) or 1
     number = _integer(metadata, "split.no", path, default=0)
     if count == 1:
-        return []
+        return
     match = _SPLIT_NAME.match(path.name)
     if match is None:
         raise ModelFileError(
@@ -261,7 +263,8 @@ def _other_paths(path: Path, metadata: Mapping[str, Any]) -> list[Path]:
         raise ModelFileError(
             f"{path.name}: open the first file of the set, {stem}-00001-of-{count:05}.gguf"
         )
-    return [path.with_name(f"{stem}-{i:05}-of-{count:05}.gguf") for i in range(2, count + 1)]
+    for i in range(2, count + 1):
+        yield path.with_name(f"{stem}-{i:05}-of-{count:05}.gguf")
 
 
 def _open_other(path: Path, first: Path, index: int) -> Shard:

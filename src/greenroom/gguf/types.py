@@ -125,6 +125,11 @@ SCALAR_DTYPES: dict[ValueType, np.dtype[np.generic]] = {
     ValueType.F64: np.dtype("<f8"),
 }
 
+# What a count may be stored as.
+INTEGERS = frozenset(
+    type for type, dtype in SCALAR_DTYPES.items() if dtype.kind in "iu" and type != ValueType.BOOL
+)
+
 MAGIC = b"GGUF"
 DEFAULT_ALIGNMENT = 32
 MAX_DIMS = 4
