@@ -70,7 +70,7 @@ def apply(dense: Dense, arrays: dict[str, np.ndarray]) -> Student:
     dense must be in its original neuron order.
     """
     layout = Layout(*map(int, arrays["layout"]))
-    dense.permute_neurons([row for row in arrays["order"]])
+    dense.permute_neurons(list(arrays["order"]))
     put = lambda array: torch.from_numpy(array.astype(np.float32)).to(dense.device)  # noqa: E731
     for layer in range(dense.shape.layers):
         for name in LINEAR:

@@ -81,8 +81,8 @@ def main() -> None:
     tokenizer = tokenizer_of(args.dense)
     arrays = {"prompts": prompts(tokenizer)}
     for path in sorted(args.texts.glob("*.txt.xz")):
-        text = lzma.open(path, "rt", encoding="utf-8").read()
-        lines = text.splitlines(keepends=True)  # encoded in pieces: memory stays small
+        with lzma.open(path, "rt", encoding="utf-8") as file:
+            lines = file.readlines()  # encoded in pieces: memory stays small
         pieces = ["".join(lines[i : i + 2000]) for i in range(0, len(lines), 2000)]
         ids = [i for piece in pieces for i in tokenizer.encode(piece).ids]
         arrays[path.name.removesuffix(".txt.xz")] = np.array(ids, np.uint16)

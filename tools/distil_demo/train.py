@@ -192,7 +192,15 @@ def train(trainer: Trainer, log: Log, checkpoint: Any, measure: Any) -> None:
     saved = measured = clock()
     sums: dict[str, Tensor] = {}
     while clock() < args.train_until and trainer.steps < args.max_steps:
-        for name, value in trainer.step().items():
+        try:
+            losses = trainer.step()
+        except torch.OutOfMemoryError:
+            trainer.optimizer.zero_grad(set_to_none=True)
+            torch.cuda.empty_cache()
+            args.rows //= 2
+            log("out of memory", rows=args.rows)
+            continue
+        for name, value in losses.items():
             sums[name] = sums.get(name, 0.0) + value  # type: ignore[operator]
         if trainer.steps % args.log_every == 0:
             means = {n: round(float(v) / args.log_every, 5) for n, v in sums.items()}
@@ -255,6 +263,38 @@ def arguments() -> argparse.Namespace:
     return args
 
 
+def distil(args: argparse.Namespace, tokens: dict[str, np.ndarray], log: Log) -> None:
+    """Everything between loading and the final measurement; leaves deltas.npz."""
+    dtype = torch.bfloat16 if args.device == "cuda" else torch.float32
+    dense = Dense(args.dense, torch.device(args.device), dtype)
+    texts = [tokens[s + ".train"] for s in SOURCES]
+    held_out = {s: tokens[s + ".eval"][: args.measure_tokens] for s in SOURCES}
+    log("loaded", device=args.device)
+    student, order = prepare_student(dense, texts, args)
+    log("partitioned")
+
+    def measure(run: Any = None) -> dict[str, float]:
+        run = run or student_run(student, 0.75)
+        return evaluate(run, dense.embedding, held_out, args.length, args.rows)
+
+    def checkpoint() -> None:
+        notes = {"seed": args.seed, "license": "Apache-2.0", "base": "SmolLM2-135M-Instruct"}
+        save(args.out / "deltas.npz", pack(student, order, notes))
+
+    log("measure", step="dense", perplexity=measure(dense.forward))
+    log("measure", step=0, perplexity=measure())
+    written = write_texts(dense, texts, tokens["prompts"], args)
+    log("written", tokens=len(written))
+    np.savez_compressed(args.out / "written.npz", written=written[: 1 << 20])
+    trainer = Trainer(student, texts, written, args)
+    train(trainer, log, checkpoint, measure)
+    checkpoint()
+    size = (args.out / "deltas.npz").stat().st_size
+    log("trained", steps=trainer.steps, bytes=size, perplexity=measure())
+    if args.device == "cuda":
+        log("memory", peak_gib=round(torch.cuda.max_memory_allocated() / 2**30, 1))
+
+
 def main() -> None:
     args = arguments()
     args.out.mkdir(parents=True, exist_ok=True)
@@ -263,31 +303,7 @@ def main() -> None:
     log = Log(args.out / "log.jsonl")
     with np.load(args.tokens) as packed:
         tokens = dict(packed)
-    dtype = torch.bfloat16 if args.device == "cuda" else torch.float32
-    dense = Dense(args.dense, torch.device(args.device), dtype)
-    texts = [tokens[s + ".train"] for s in SOURCES]
-    log("loaded", device=args.device)
-    student, order = prepare_student(dense, texts, args)
-    log("partitioned")
-    held_out = {s: tokens[s + ".eval"][: args.measure_tokens] for s in SOURCES}
-    measure = lambda: evaluate(  # noqa: E731
-        student_run(student, 0.75), dense.embedding, held_out, args.length, args.rows
-    )
-    log("measure", step="dense", perplexity=evaluate(
-        dense.forward, dense.embedding, held_out, args.length, args.rows
-    ))  # fmt: skip
-    log("measure", step=0, perplexity=measure())
-    written = write_texts(dense, texts, tokens["prompts"], args)
-    log("written", tokens=len(written))
-    np.savez_compressed(args.out / "written.npz", written=written[: 1 << 20])
-    trainer = Trainer(student, texts, written, args)
-    notes = {"seed": args.seed, "license": "Apache-2.0", "base": "SmolLM2-135M-Instruct"}
-    checkpoint = lambda: save(args.out / "deltas.npz", pack(student, order, notes))  # noqa: E731
-    train(trainer, log, checkpoint, measure)
-    log("trained", steps=trainer.steps, perplexity=measure())
-    checkpoint()
-    log("saved", bytes=(args.out / "deltas.npz").stat().st_size)
-    del trainer, student, dense
+    distil(args, tokens, log)
     finish(args, tokens, log)
 
 
