@@ -63,13 +63,26 @@ def test_zeros_constants_and_mixed_magnitudes(type: GGMLType) -> None:
     assert (error[:, first:] <= ERRORS[type] * 1.25 * rows.std(axis=-1)[:, first:] + 1e-7).all()
 
 
-@pytest.mark.parametrize("type", [GGMLType.BF16, GGMLType.F16, GGMLType.MXFP4])
-def test_same_bytes_as_gguf(type: GGMLType) -> None:
+@pytest.mark.parametrize(
+    "name", ["F16", "BF16", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "MXFP4", "TQ1_0", "TQ2_0"]
+)
+def test_same_bytes_as_gguf(name: str) -> None:
+    type = GGMLType[name]
     rng = np.random.default_rng(2)
-    values = (rng.normal(0, 1, (64, 64)) * np.exp2(rng.integers(-20, 10, (64, 1)))).astype("f4")
-    values[0], values[1, 3], values[2] = 0, np.float32(2.0**-40), np.repeat([0.25, -3], 32)
+    values = rng.normal(0, 1, (800, 256)) * np.exp2(rng.integers(-20, 10, (800, 1)))
+    values[0], values[1, 3], values[2] = 0, 2.0**-40, np.repeat([0.25, -3], 128)
+    values[3:200] = rng.integers(-127, 128, (197, 256)) / 2  # halves and ties
+    values = values.astype(np.float32)
     theirs = gguf.quants.quantize(values, gguf.GGMLQuantizationType(type)).view(np.uint8)
-    np.testing.assert_array_equal(quantize(type, values), theirs.reshape(64, -1))
+    np.testing.assert_array_equal(quantize(type, values), theirs.reshape(800, -1))
+
+
+@pytest.mark.parametrize("type", ERRORS, ids=lambda type: type.name)
+@pytest.mark.filterwarnings("error")
+def test_tiny_numbers_become_zero_quietly(type: GGMLType) -> None:
+    values = np.zeros((2, 256), np.float32)
+    values[:, ::3], values[1, 5] = 1e-44, -3e-39
+    assert np.abs(dequantize(type, quantize(type, values))).max() < 1e-38
 
 
 def test_bf16_keeps_infinities_and_nans() -> None:

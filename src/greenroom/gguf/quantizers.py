@@ -1,8 +1,8 @@
 """Float32 to block formats in NumPy: plain round-to-nearest, for tests and small models.
 
-Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, TQ1_0 and TQ2_0 are `gguf.quants`'; the others are here, each a
-function from `(n, block_size)` float32 to blocks `(n, block_bytes)` uint8. They scale each
-run to its largest value and search no further, so llama.cpp's own files are a little better.
+Each format is a function from `(n, block_size)` float32 to blocks `(n, block_bytes)` uint8;
+what is not here but in `gguf.quants` (TQ1_0, TQ2_0) is handed to it. The scales fit the
+largest value of a run and are not searched further, so llama.cpp's K-quants are a little better.
 """
 
 from collections.abc import Callable
@@ -65,8 +65,7 @@ def _peer_encoder(type: GGMLType) -> Callable[[Floats], Bytes]:
         gguf.quants.quantize(np.zeros((1, type.block_size), np.float32), peer)
     except (ValueError, NotImplementedError):
         raise UnsupportedModelError(
-            f"{type.name} can be read but not written; write "
-            f"{', '.join(sorted(t.name for t in ENCODERS))} or Q4_0, Q4_1, Q5_0, Q5_1, Q8_0"
+            f"{type.name} can be read but not written; write {', '.join(t.name for t in ENCODERS)}"
         ) from None
     return lambda blocks: np.asarray(gguf.quants.quantize(blocks, peer), np.uint8)
 
@@ -140,6 +139,50 @@ def _bf16(blocks: Floats) -> Bytes:
     rounded = (word + (0x7FFF + (word >> 16 & 1))) >> 16  # to nearest, ties to even
     quiet = word >> 16 | 0x40
     return _bytes_of(np.where(np.isnan(blocks), quiet, rounded).astype("<u2"), len(blocks))
+
+
+def _inverse(scale: Floats) -> Floats:
+    # The inverse of a subnormal scale could be infinite; stored as float16 it is 0 anyway.
+    normal = np.abs(scale) >= np.finfo(np.float32).tiny
+    return np.divide(np.float32(1), scale, out=np.zeros_like(scale), where=normal)
+
+
+def _f16_bytes(values: Floats) -> Bytes:
+    with np.errstate(over="ignore"):
+        return _bytes_of(values.astype("<f2"), len(values))
+
+
+def _pack_32(codes: npt.NDArray[np.integer], top: int) -> list[Bytes]:
+    """The bytes of 32 codes of four or five bits; the fifth bits go first."""
+    packed = pack_nibbles(codes & 15, 16)
+    if top == 15:
+        return [packed]
+    return [np.packbits((codes >> 4).astype(np.uint8), axis=1, bitorder="little"), packed]
+
+
+def _centred_32(blocks: Floats, top: int) -> Bytes:
+    """Q4_0 and Q5_0: the extreme value becomes code 0, zero the middle; as in ggml."""
+    middle = (top + 1) // 2
+    scale = _extreme(blocks)[:, None] / np.float32(-middle)
+    codes = np.trunc(blocks * _inverse(scale) + np.float32(middle + 0.5)).astype(np.int16)
+    return np.concatenate([_f16_bytes(scale), *_pack_32(codes.clip(0, top), top)], axis=1)
+
+
+def _ranged_32(blocks: Floats, top: int) -> Bytes:
+    """Q4_1 and Q5_1: from the smallest value, code 0, to the largest; as in ggml."""
+    low = blocks.min(axis=1, keepdims=True)
+    scale = (blocks.max(axis=1, keepdims=True) - low) / np.float32(top)
+    codes = np.trunc((blocks - low) * _inverse(scale) + np.float32(0.5)).astype(np.int16)
+    packed = _pack_32(codes.clip(0, top), top)
+    return np.concatenate([_f16_bytes(scale), _f16_bytes(low), *packed], axis=1)
+
+
+def _q8_0(blocks: Floats) -> Bytes:
+    scale = np.abs(blocks).max(axis=1, keepdims=True) / np.float32(127)
+    scaled = blocks * _inverse(scale)
+    whole = np.trunc(scaled)
+    codes = whole + np.trunc(2 * (scaled - whole))  # halves go away from zero, as in ggml
+    return np.concatenate([_f16_bytes(scale), codes.astype(np.int8).view(np.uint8)], axis=1)
 
 
 def _affine(
@@ -272,6 +315,11 @@ ENCODERS: dict[GGMLType, Callable[[Floats], Bytes]] = {
     GGMLType.F32: _f32,
     GGMLType.F16: _f16,
     GGMLType.BF16: _bf16,
+    GGMLType.Q4_0: lambda blocks: _centred_32(blocks, 15),
+    GGMLType.Q4_1: lambda blocks: _ranged_32(blocks, 15),
+    GGMLType.Q5_0: lambda blocks: _centred_32(blocks, 31),
+    GGMLType.Q5_1: lambda blocks: _ranged_32(blocks, 31),
+    GGMLType.Q8_0: _q8_0,
     GGMLType.Q2_K: _q2_k,
     GGMLType.Q3_K: _q3_k,
     GGMLType.Q4_K: _q4_k,
