@@ -28,14 +28,14 @@ class BytePairEncoder:
     """Encodes text with the merges of a GGUF file.
 
     Args:
-        texts: the vocabulary, in the printable byte alphabet.
+        vocab: ids of the tokens that text may become, in the printable byte alphabet. Special
+            tokens are not among them: however the text reads, it cannot become one.
         merges: "left right" pairs, best first.
         pre: the name of the pre-tokenizer.
     """
 
-    def __init__(self, texts: Sequence[str], merges: Sequence[str], pre: str) -> None:
+    def __init__(self, vocab: dict[str, int], merges: Sequence[str], pre: str) -> None:
         rules = pre_tokenizer(pre)
-        vocab = {text: token for token, text in enumerate(texts)}
         model = _model(vocab, merges, rules.ignore_merges)
         self._tokenizer = Tokenizer(model)
         splits = [

@@ -153,7 +153,10 @@ def _encoder(
     merges = metadata.get("tokenizer.ggml.merges")
     if not isinstance(merges, list):
         raise TokenizerError("the file has no tokenizer.ggml.merges, which 'gpt2' needs")
-    return BytePairEncoder(vocabulary.texts, merges, vocabulary.pre)
+    marks = (TokenKind.CONTROL, TokenKind.UNKNOWN, TokenKind.USER_DEFINED)
+    pairs = zip(vocabulary.texts, vocabulary.kinds, strict=True)
+    vocab = {text: token for token, (text, kind) in enumerate(pairs) if kind not in marks}
+    return BytePairEncoder(vocab, merges, vocabulary.pre)
 
 
 def _without_surrogates(text: str) -> str:
