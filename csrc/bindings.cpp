@@ -18,4 +18,5 @@ GREENROOM_MODULE(GREENROOM_TIER, m) {
     m.attr("tier") = GREENROOM_NAME(GREENROOM_TIER);
     m.def("runnable_tiers", &greenroom::runnable_tiers);
     greenroom::bind_threads(m);
+    greenroom::bind_ops(m);
 }

@@ -5,6 +5,7 @@
 
 namespace greenroom {
 
+void bind_ops(nanobind::module_& m);
 void bind_threads(nanobind::module_& m);
 
 }  // namespace greenroom
