@@ -19,4 +19,6 @@ GREENROOM_MODULE(GREENROOM_TIER, m) {
     m.def("runnable_tiers", &greenroom::runnable_tiers);
     greenroom::bind_threads(m);
     greenroom::bind_ops(m);
+    greenroom::bind_matmul(m);
+    greenroom::bind_moe(m);
 }

@@ -7,5 +7,7 @@ namespace greenroom {
 
 void bind_ops(nanobind::module_& m);
 void bind_threads(nanobind::module_& m);
+void bind_matmul(nanobind::module_& m);
+void bind_moe(nanobind::module_& m);
 
 }  // namespace greenroom

@@ -1,0 +1,98 @@
+// Packing and linear layers, as Python sees them. Everything is checked here: sizes, contiguity,
+// types; what gets past computes inside its arrays.
+#include <nanobind/nanobind.h>
+#include <nanobind/stl/optional.h>
+#include <nanobind/stl/tuple.h>
+#include <nanobind/stl/vector.h>
+
+#include <optional>
+
+#include "arrays.h"
+#include "bindings.h"
+#include "matmul/linear.h"
+
+namespace nb = nanobind;
+
+namespace greenroom {
+namespace {
+
+using Input = Array<const float, 2>;
+using Output = Array<float, 2>;
+using Bias = std::optional<Array<const float, 1>>;
+// One matrix of linears(): (type, rows, packed, out, bias, scale).
+using LinearArgs = std::tuple<int, std::int64_t, Bytes, Output, Bias, float>;
+
+std::int64_t raw_bytes(int type, std::int64_t rows, std::int64_t cols) {
+    packed_bytes(type, rows, cols);  // refuses impossible shapes
+    return layout_of(type).raw_row_bytes(cols) * rows;
+}
+
+void pack_bytes(Pool& pool, int type, std::int64_t rows, std::int64_t cols, Bytes src,
+                MutableBytes dst) {
+    expect_size("src", static_cast<std::int64_t>(src.size()), raw_bytes(type, rows, cols));
+    expect_at_least("dst", static_cast<std::int64_t>(dst.size()), packed_bytes(type, rows, cols));
+    nb::gil_scoped_release release;
+    pack(pool, type, rows, cols, src.data(), dst.data());
+}
+
+void unpack_floats(int type, std::int64_t rows, std::int64_t cols, Bytes packed, Output out) {
+    expect_at_least("packed", static_cast<std::int64_t>(packed.size()),
+                    packed_bytes(type, rows, cols));
+    expect_size("out's first dimension", static_cast<std::int64_t>(out.shape(0)), rows);
+    expect_size("out's second dimension", static_cast<std::int64_t>(out.shape(1)), cols);
+    nb::gil_scoped_release release;
+    unpack(type, rows, cols, packed.data(), out.data());
+}
+
+Linear checked(const LinearArgs& args, std::int64_t tokens, std::int64_t cols) {
+    const auto& [type, rows, packed, out, bias, scale] = args;
+    expect_at_least("packed", static_cast<std::int64_t>(packed.size()),
+                    packed_bytes(type, rows, cols));
+    expect_size("out's first dimension", static_cast<std::int64_t>(out.shape(0)), tokens);
+    expect_size("out's second dimension", static_cast<std::int64_t>(out.shape(1)), rows);
+    if (bias) expect_size("bias", static_cast<std::int64_t>(bias->size()), rows);
+    Linear layer;
+    layer.weight = {type, rows, cols, packed.data(), scale};
+    layer.bias = bias ? bias->data() : nullptr;
+    layer.out = out.data();
+    return layer;
+}
+
+void run_linears(Pool& pool, const std::vector<LinearArgs>& matrices, Input x) {
+    const auto tokens = static_cast<std::int64_t>(x.shape(0));
+    const auto cols = static_cast<std::int64_t>(x.shape(1));
+    std::vector<Linear> layers;
+    for (const LinearArgs& args : matrices) layers.push_back(checked(args, tokens, cols));
+    const float* data = x.data();
+    nb::gil_scoped_release release;
+    linears(pool, layers, data, tokens);
+}
+
+void run_linear(Pool& pool, int type, std::int64_t rows, std::int64_t cols, Bytes packed, Input x,
+                Output out, Bias bias, float scale) {
+    expect_size("x's second dimension", static_cast<std::int64_t>(x.shape(1)), cols);
+    run_linears(pool, {{type, rows, packed, out, bias, scale}}, x);
+}
+
+}  // namespace
+
+void bind_matmul(nb::module_& m) {
+    m.def("native_types", &native_types, "Type numbers of the formats that have kernels.");
+    m.def("packed_bytes", &packed_bytes, nb::arg("type"), nb::arg("rows"), nb::arg("cols"),
+          "Bytes of a packed (rows, cols) matrix; a multiple of 64.");
+    m.def("pack", &pack_bytes, nb::arg("pool"), nb::arg("type"), nb::arg("rows"), nb::arg("cols"),
+          nb::arg("src"), nb::arg("dst"),
+          "Packs the raw blocks of a file (uint8) into dst (uint8, packed_bytes).");
+    m.def("unpack", &unpack_floats, nb::arg("type"), nb::arg("rows"), nb::arg("cols"),
+          nb::arg("packed"), nb::arg("out"),
+          "Dequantises a packed matrix into out (rows, cols) float32, as ggml would.");
+    m.def("linear", &run_linear, nb::arg("pool"), nb::arg("type"), nb::arg("rows"), nb::arg("cols"),
+          nb::arg("packed"), nb::arg("x"), nb::arg("out"), nb::arg("bias") = nb::none(),
+          nb::arg("scale") = 1.0f,
+          "out (tokens, rows) = scale * x (tokens, cols) W^T + bias (rows); float32.");
+    m.def("linears", &run_linears, nb::arg("pool"), nb::arg("matrices"), nb::arg("x"),
+          "Several linear layers on the same x in one parallel region; matrices: list of "
+          "(type, rows, packed, out, bias or None, scale).");
+}
+
+}  // namespace greenroom

@@ -1,0 +1,105 @@
+#include "matmul/activations.h"
+
+#include <cstdlib>
+#include <cstring>
+#include <memory>
+#include <new>
+
+#include "formats/half.h"
+
+namespace greenroom {
+namespace {
+
+// int8 with scale = largest magnitude / 127. What is not finite must not vanish in the rounding:
+// 0 * x is then not a number and spoils the scale, and with it every result it takes part in.
+void quantise(const float* x, XBlock& out) {
+    using namespace simd;
+    const Floats a = load(x), b = load(x + 16);
+    const float peak = largest(max(simd::abs(a), simd::abs(b)));
+    const float poison = sum((a + b) * splat(0.0f));
+    const float scale = peak / 127.0f, inverse = peak > 0.0f ? 127.0f / peak : 0.0f;
+    const Ints p = round(a * splat(inverse)), q = round(b * splat(inverse));
+    store_i8(out.q, p);
+    store_i8(out.q + 16, q);
+    const int first = sum(p), second = sum(q);
+    out.scale = scale + poison;
+    out.neg_part_sum[0] = -first;
+    out.neg_part_sum[1] = -second;
+    out.neg_sum = -(first + second);
+    out.part_sum[0] = out.scale * static_cast<float>(first);
+    out.part_sum[1] = out.scale * static_cast<float>(second);
+    out.sum = out.scale * static_cast<float>(first + second);
+}
+
+struct Free {
+    void operator()(std::uint8_t* p) const { std::free(p); }
+};
+
+struct Buffer {
+    std::unique_ptr<std::uint8_t, Free> memory;
+    std::int64_t bytes = 0;
+};
+
+}  // namespace
+
+std::uint8_t* scratch(int slot, std::int64_t bytes) {
+    thread_local Buffer buffers[4];
+    Buffer& buffer = buffers[slot];
+    if (buffer.bytes < bytes) {
+        buffer.memory.reset();
+        buffer.bytes = 0;
+        const std::int64_t size = (bytes + 4095) / 4096 * 4096;
+        buffer.memory.reset(static_cast<std::uint8_t*>(std::aligned_alloc(4096, size)));
+        if (!buffer.memory) throw std::bad_alloc();
+        buffer.bytes = size;
+    }
+    return buffer.memory.get();
+}
+
+Activations Activations::take(Arena& arena, Forms forms, std::int64_t tokens, std::int64_t cols) {
+    Activations a;
+    a.tokens = tokens;
+    a.cols = cols;
+    a.blocks = (cols + 31) / 32;
+    const std::int64_t padded = padded_tokens(tokens), rows = padded_rows(tokens);
+    if (forms.quantised) a.quantised = arena.take<XBlock>(padded * a.blocks);
+    if (forms.floats) a.floats = arena.take<float>(padded * a.blocks * 32);
+    if (forms.high) a.high = arena.take<std::uint16_t>(rows * a.blocks * 32);
+    if (forms.low) a.low = arena.take<std::uint16_t>(rows * a.blocks * 32);
+    return a;
+}
+
+void Activations::put(std::int64_t first, int width, int i, std::int64_t block,
+                      const float* x) const {
+    if (quantised) quantise(x, quantised[first * blocks + block * width + i]);
+    if (floats) {
+        float* to = floats + (first * blocks + block * width) * 32 + i;
+        for (int k = 0; k < 32; ++k) to[k * width] = x[k];
+    }
+    if (high && first + i < tokens) {
+        const std::int64_t at = ((first + i) * blocks + block) * 32;
+        for (int k = 0; k < 32; ++k) {
+            high[at + k] = to_bf16(x[k]);
+            if (low) {
+                const auto rounded = std::bit_cast<float>(std::uint32_t{high[at + k]} << 16);
+                low[at + k] = to_bf16(x[k] - rounded);
+            }
+        }
+    }
+}
+
+void Activations::put_token(std::int64_t first, int width, int i, const float* x) const {
+    float last[32] = {};
+    const std::int64_t whole = x ? cols / 32 : 0;
+    for (std::int64_t b = 0; b < whole; ++b) put(first, width, i, b, x + 32 * b);
+    if (x && cols % 32) std::memcpy(last, x + 32 * whole, (cols % 32) * sizeof(float));
+    for (std::int64_t b = whole; b < blocks; ++b) put(first, width, i, b, last);
+}
+
+void Activations::clear_padding() const {
+    const std::int64_t row = blocks * 32, rows = padded_rows(tokens) - tokens;
+    if (high) std::memset(high + tokens * row, 0, rows * row * sizeof(std::uint16_t));
+    if (low) std::memset(low + tokens * row, 0, rows * row * sizeof(std::uint16_t));
+}
+
+}  // namespace greenroom

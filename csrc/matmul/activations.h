@@ -1,0 +1,98 @@
+// The right-hand side of a product: float32 rows (tokens), stored once in the forms the weights
+// ask for and cut into tiles of 1, 4 or simd::wide_tile tokens that one kernel call handles.
+//   quantised  int8 with one scale per 32 columns (XBlock), [tile][block][token]
+//   floats     float32, [tile][column][token]
+//   high, low  bfloat16 and the bfloat16 of what it leaves over, [token][column] (AMX only)
+// Knows nothing of weights; does not own its memory (see Arena).
+#pragma once
+
+#include <cstdint>
+
+#include "formats/layout.h"
+#include "simd/simd.h"
+
+namespace greenroom {
+
+// 32 quantised values of one token and everything a kernel may need of them: one cache line.
+// x ~ scale * q. The sums serve zero points (exact integers) and minima (already scaled).
+struct alignas(64) XBlock {
+    std::int8_t q[32];
+    float scale;
+    std::int32_t neg_sum;          // -sum(q)
+    std::int32_t neg_part_sum[2];  // the same over columns 0-15 and 16-31
+    float sum;                     // scale * sum(q)
+    float part_sum[2];
+    float unused;
+};
+static_assert(sizeof(XBlock) == 64);
+
+// Which forms are wanted.
+struct Forms {
+    bool quantised = false, floats = false, high = false, low = false;
+    Forms operator|(Forms o) const {
+        return {quantised || o.quantised, floats || o.floats, high || o.high, low || o.low};
+    }
+};
+
+// Tokens of the next tile when `remaining` are left. A tile may be wider than that; its last
+// tokens are then zeros.
+inline int tile_width(std::int64_t remaining) {
+    if (remaining >= simd::wide_tile || (simd::wide_tile > 4 && remaining > 8))
+        return simd::wide_tile;
+    return remaining == 1 ? 1 : 4;
+}
+
+// Tokens rounded up to whole tiles.
+inline std::int64_t padded_tokens(std::int64_t tokens) {
+    std::int64_t padded = 0;
+    while (padded < tokens) padded += tile_width(tokens - padded);
+    return padded;
+}
+
+// Rows of the bfloat16 forms: whole AMX tiles.
+inline std::int64_t padded_rows(std::int64_t tokens) { return (tokens + 15) / 16 * 16; }
+
+// Hands out 64-byte aligned pieces of one growing buffer. The first pass over a set of take()
+// calls with no memory only counts.
+class Arena {
+  public:
+    explicit Arena(std::uint8_t* base) : base_(base) {}
+    template <class T>
+    T* take(std::int64_t count) {
+        T* p = base_ ? reinterpret_cast<T*>(base_ + used_) : nullptr;
+        used_ += (count * static_cast<std::int64_t>(sizeof(T)) + 63) / 64 * 64;
+        return p;
+    }
+    std::int64_t used() const { return used_; }
+
+  private:
+    std::uint8_t* base_;
+    std::int64_t used_ = 0;
+};
+
+// At least `bytes` of memory that stays with the calling thread (grown, never shrunk), so that a
+// step does not pay for fresh pages. `slot` tells independent users apart.
+std::uint8_t* scratch(int slot, std::int64_t bytes);
+
+struct Activations {
+    std::int64_t tokens = 0, cols = 0, blocks = 0;
+    XBlock* quantised = nullptr;
+    float* floats = nullptr;
+    std::uint16_t* high = nullptr;
+    std::uint16_t* low = nullptr;
+
+    static Activations take(Arena& arena, Forms forms, std::int64_t tokens, std::int64_t cols);
+
+    // Start of the tile whose first token is `first`.
+    const XBlock* quantised_tile(std::int64_t first) const { return quantised + first * blocks; }
+    const float* float_tile(std::int64_t first) const { return floats + first * blocks * 32; }
+
+    // Stores 32 columns of token first + i of a tile of `width` in every form there is.
+    void put(std::int64_t first, int width, int i, std::int64_t block, const float* x) const;
+    // Stores a whole token; x: cols floats, or null for zeros.
+    void put_token(std::int64_t first, int width, int i, const float* x) const;
+    // Zeroes the bfloat16 rows that pad the last AMX tile.
+    void clear_padding() const;
+};
+
+}  // namespace greenroom

@@ -1,0 +1,90 @@
+// The kernel templates behind kernels.h; included by the files that instantiate them.
+#pragma once
+
+#include "formats/all.h"
+#include "matmul/kernels.h"
+
+namespace greenroom {
+
+// Bytes ahead of the running block that are asked for: the hardware prefetcher alone leaves a
+// fifth of the bandwidth unused (docs/slab-layout.md).
+constexpr std::int64_t prefetch_ahead = 2048;
+
+template <int Bytes>
+inline void prefetch_lines(const std::uint8_t* p) {
+    for (int i = 0; i < Bytes; i += 64) simd::prefetch(p + prefetch_ahead + i);
+}
+
+// acc[t] += 32 columns of one group times token t of the tile.
+template <class F, int Tokens>
+inline void add_block(const simd::Codes* codes, const simd::Floats* scale, const simd::Floats* min,
+                      const XBlock* x, simd::Floats* acc) {
+    using namespace simd;
+    constexpr int quads = 8 / F::parts;
+#pragma GCC unroll 16
+    for (int t = 0; t < Tokens; ++t) {
+        const Floats token_scale = splat(x[t].scale);
+#pragma GCC unroll 2
+        for (int p = 0; p < F::parts; ++p) {
+            const std::int32_t* neg = F::parts == 1 ? &x[t].neg_sum : &x[t].neg_part_sum[p];
+            const Ints sums =
+                dot<F::max_code, F::zero, quads>(codes + p * quads, x[t].q + p * 4 * quads, neg);
+            acc[t] = fma(to_floats(sums), scale[p] * token_scale, acc[t]);
+            if constexpr (F::has_min) {
+                const float sum = F::parts == 1 ? x[t].sum : x[t].part_sum[p];
+                acc[t] = fnma(min[p], splat(sum), acc[t]);
+            }
+        }
+    }
+}
+
+template <class F, int Tokens>
+void tile_quantised(const std::uint8_t* group, std::int64_t blocks, const Activations& a,
+                    std::int64_t first, float* out, std::int64_t ld) {
+    using namespace simd;
+    constexpr int block_bytes = F::Payload::lines * formats::line_bytes;
+    constexpr int per_raw = F::raw_cols / formats::block_cols;
+    const std::uint8_t* records = group + blocks * block_bytes;
+    const XBlock* x = a.quantised_tile(first);
+    Floats acc[Tokens];
+    for (auto& v : acc) v = zero();
+    for (std::int64_t i = 0; i < blocks; i += per_raw) {
+        simd::prefetch(records + 1024);
+        for (int b = 0; b < per_raw; ++b, group += block_bytes, x += Tokens) {
+            prefetch_lines<block_bytes>(group);
+            Codes codes[8];
+            Floats scale[2], min[2];
+            formats::decode<F>(group, codes);
+            F::factors(records, b, scale, min);
+            add_block<F, Tokens>(codes, scale, min, x, acc);
+        }
+        records += F::record_bytes;
+    }
+    for (int t = 0; t < Tokens; ++t) store(out + t * ld, acc[t]);
+}
+
+// Two sums per token, of even and of odd columns, hide the latency of the additions.
+template <class F, int Tokens>
+void tile_floats(const std::uint8_t* group, std::int64_t blocks, const Activations& a,
+                 std::int64_t first, float* out, std::int64_t ld) {
+    using namespace simd;
+    constexpr int per_line = F::cols_per_line, step = 2 / per_line;
+    const float* x = a.float_tile(first);
+    Floats even[Tokens], odd[Tokens];
+    for (auto& v : even) v = zero();
+    for (auto& v : odd) v = zero();
+    for (std::int64_t pair = 0; pair < blocks * 16; ++pair, x += 2 * Tokens) {
+        Floats w[2];
+        prefetch_lines<step * 64>(group);
+        for (int i = 0; i < step; ++i) F::split(group + 64 * i, w + i);
+        group += step * 64;
+#pragma GCC unroll 16
+        for (int t = 0; t < Tokens; ++t) {
+            even[t] = fma(w[0], splat(x[t]), even[t]);
+            odd[t] = fma(w[1], splat(x[Tokens + t]), odd[t]);
+        }
+    }
+    for (int t = 0; t < Tokens; ++t) store(out + t * ld, even[t] + odd[t]);
+}
+
+}  // namespace greenroom

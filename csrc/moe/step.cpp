@@ -1,0 +1,252 @@
+// Items are handed out in order from one counter: first every (expert, chunk of gate and up
+// rows), then every (expert, chunk of down rows). A down chunk needs all of its expert's hidden
+// values; it waits for them, which cannot block for ever because all gate/up items were handed
+// out before and depend on nothing. Usually they are long done: other experts lie in between.
+// The last job to finish a chunk of output rows adds up that chunk.
+#include "moe/step.h"
+
+#include <algorithm>
+#include <cstring>
+#include <thread>
+
+namespace greenroom {
+namespace {
+
+// Rows computed together: their activations are read once, their products stay in L1.
+constexpr std::int64_t rows_at_once = 64, groups_at_once = rows_at_once / 16;
+// A chunk is a multiple of 32 rows, so that whoever has it quantises whole blocks.
+constexpr std::int64_t chunk_unit = 32, largest_chunk = 512;
+
+enum Slot { activations_slot, product_slot };
+
+// 16 biases from `row` on, zeros beyond the end.
+simd::Floats bias_at(const float* bias, std::int64_t row, std::int64_t rows) {
+    if (!bias) return simd::zero();
+    if (row + 16 <= rows) return simd::load(bias + row);
+    float padded[16] = {};
+    for (std::int64_t i = row; i < rows; ++i) padded[i - row] = bias[i];
+    return simd::load(padded);
+}
+
+void wait_for_zero(const std::atomic<int>& pending) {
+    for (int spins = 0; pending.load(std::memory_order_acquire) != 0; ++spins) {
+        simd::pause();
+        if (spins % 64 == 63 && spins > 1024) std::this_thread::yield();
+    }
+}
+
+}  // namespace
+
+MoeStep::Chunks::Chunks(std::int64_t total_rows, std::int64_t jobs, int threads)
+    : total(total_rows) {
+    const std::int64_t units = (total + chunk_unit - 1) / chunk_unit;
+    const std::int64_t share = units * jobs / (threads * 16);
+    rows = std::clamp<std::int64_t>(share, 1, largest_chunk / chunk_unit) * chunk_unit;
+    count = (total + rows - 1) / rows;
+}
+
+MoeStep::MoeStep(Pool& pool, const MoeLayer& layer, const Routes& routes, float* out)
+    : pool_(pool),
+      layer_(layer),
+      routes_(routes),
+      out_(out),
+      up_(layer.f, std::min<std::int64_t>(routes.tokens * routes.k, layer.experts.size()),
+          pool.size()),
+      down_(layer.d, std::min<std::int64_t>(routes.tokens * routes.k, layer.experts.size()),
+            pool.size()) {
+    group_by_expert();
+    unreduced_ = std::make_unique<std::atomic<int>[]>(down_.count);
+    for (std::int64_t c = 0; c < down_.count; ++c) unreduced_[c] = job_count_;
+    reserve();
+}
+
+// Counting sort of the routes by expert.
+void MoeStep::group_by_expert() {
+    const std::int64_t routes = routes_.tokens * routes_.k;
+    std::vector<std::int64_t> begin(layer_.experts.size() + 1, 0);
+    for (std::int64_t i = 0; i < routes; ++i)
+        if (routes_.ids[i] >= 0) ++begin[routes_.ids[i] + 1];
+    for (std::size_t e = 0; e < layer_.experts.size(); ++e) {
+        job_count_ += begin[e + 1] > 0;
+        begin[e + 1] += begin[e];
+    }
+    slots_.resize(begin.back());
+    jobs_ = std::make_unique<Job[]>(job_count_);
+    int job = 0;
+    for (std::size_t e = 0; e < layer_.experts.size(); ++e) {
+        if (begin[e] == begin[e + 1]) continue;
+        jobs_[job].expert = &layer_.experts[e];
+        jobs_[job].first = begin[e];
+        jobs_[job].count = begin[e + 1] - begin[e];
+        jobs_[job++].pending = static_cast<int>(up_.count);
+    }
+    for (std::int64_t i = 0; i < routes; ++i)
+        if (routes_.ids[i] >= 0) slots_[begin[routes_.ids[i]]++] = i;
+}
+
+void MoeStep::reserve() {
+    for (int j = 0; j < job_count_; ++j) {
+        const Job& job = jobs_[j];
+        const Expert& e = *job.expert;
+        product_bytes_ = std::max(product_bytes_, product_floats(job.count, groups_at_once) * 4);
+        for (const Matrix* m : {&e.gate, &e.up, &e.down})
+            scratch_bytes_ =
+                std::max(scratch_bytes_, multiply_scratch(*m, job.count, groups_at_once));
+    }
+    buffers_ = scratch(product_slot, (2 * product_bytes_ + scratch_bytes_) * pool_.size());
+    Arena count(nullptr);
+    lay_out(count);
+    Arena arena(scratch(activations_slot, count.used()));
+    lay_out(arena);
+}
+
+void MoeStep::lay_out(Arena& arena) {
+    partial_ = arena.take<float>(routes_.tokens * routes_.k * layer_.d);
+    Forms shared;
+    for (int j = 0; share_x() && j < job_count_; ++j)
+        shared = shared | forms_for(jobs_[j].expert->gate, 1) | forms_for(jobs_[j].expert->up, 1);
+    for (int j = 0; j < job_count_; ++j) {
+        Job& job = jobs_[j];
+        const Expert& e = *job.expert;
+        const Forms forms = forms_for(e.gate, job.count) | forms_for(e.up, job.count);
+        if (!share_x())
+            job.x = Activations::take(arena, forms, job.count, layer_.d);
+        else
+            job.x = j ? jobs_[0].x : Activations::take(arena, shared, 1, layer_.d);
+        job.h = Activations::take(arena, forms_for(e.down, job.count), job.count, layer_.f);
+    }
+}
+
+void MoeStep::fill_tile(const Tile& tile) {
+    const Job& job = jobs_[tile.job];
+    const int width = tile_width(job.count - tile.first);
+    for (int i = 0; i < width; ++i) {
+        const float* x = nullptr;
+        if (tile.first + i < job.count)
+            x = routes_.hidden + slots_[job.first + tile.first + i] / routes_.k * layer_.d;
+        job.x.put_token(tile.first, width, i, x);
+    }
+}
+
+void MoeStep::run() {
+    if (job_count_ == 0) {
+        std::memset(out_, 0, routes_.tokens * layer_.d * sizeof(float));
+        return;
+    }
+    std::vector<Tile> tiles;
+    for (int j = 0; j < (share_x() ? 1 : job_count_); ++j) {
+        jobs_[j].x.clear_padding();
+        const std::int64_t count = share_x() ? 1 : jobs_[j].count;
+        for (std::int64_t t = 0; t < count; t += tile_width(count - t)) tiles.push_back({j, t});
+    }
+    for (int j = 0; j < job_count_; ++j) jobs_[j].h.clear_padding();
+    if (tiles.size() == 1)
+        fill_tile(tiles[0]);
+    else
+        pool_.run(static_cast<std::int64_t>(tiles.size()),
+                  [&](std::int64_t i, int) { fill_tile(tiles[i]); });
+    pool_.run(job_count_ * (up_.count + down_.count),
+              [&](std::int64_t index, int thread) { item(index, thread); });
+}
+
+void MoeStep::item(std::int64_t index, int thread) {
+    const std::int64_t ups = job_count_ * up_.count;
+    if (index < ups) return up_chunk(jobs_[index / up_.count], index % up_.count, thread);
+    index -= ups;
+    down_chunk(jobs_[index / down_.count], index % down_.count, thread);
+}
+
+void MoeStep::up_chunk(Job& job, std::int64_t chunk, int thread) {
+    std::uint8_t* buffer = buffers_ + thread * (2 * product_bytes_ + scratch_bytes_);
+    auto* gate = reinterpret_cast<float*>(buffer);
+    auto* up = reinterpret_cast<float*>(buffer + product_bytes_);
+    std::uint8_t* scratch = buffer + 2 * product_bytes_;
+    const std::int64_t end = up_.end(chunk);
+    for (std::int64_t row = chunk * up_.rows; row < end; row += rows_at_once) {
+        const std::int64_t groups = groups_of(std::min(rows_at_once, end - row));
+        multiply(job.expert->gate, row / 16, groups, job.x, gate, scratch);
+        multiply(job.expert->up, row / 16, groups, job.x, up, scratch);
+        store_hidden(job, row, groups, gate, up);
+    }
+    job.pending.fetch_sub(1, std::memory_order_acq_rel);
+}
+
+void MoeStep::store_hidden(const Job& job, std::int64_t row, std::int64_t groups, const float* gate,
+                           const float* up) {
+    using namespace simd;
+    const Expert& e = *job.expert;
+    const Floats gate_scale = splat(e.gate.scale), up_scale = splat(e.up.scale);
+    for (std::int64_t first = 0; first < job.count; first += tile_width(job.count - first)) {
+        const int width = tile_width(job.count - first);
+        for (int i = 0; i < width; ++i) {
+            float h[rows_at_once] = {};
+            const std::int64_t at = (first + i) * groups * 16;
+            for (std::int64_t g = 0; g < groups && first + i < job.count; ++g) {
+                const std::int64_t r = row + 16 * g;
+                const Floats a = load(gate + at + 16 * g) * gate_scale;
+                const Floats b = load(up + at + 16 * g) * up_scale;
+                store(h + 16 * g, activate(layer_.activation, a + bias_at(e.gate_bias, r, layer_.f),
+                                           b + bias_at(e.up_bias, r, layer_.f)));
+            }
+            for (std::int64_t block = 0; 2 * block < groups; ++block)
+                job.h.put(first, width, i, row / 32 + block, h + 32 * block);
+        }
+    }
+}
+
+void MoeStep::down_chunk(Job& job, std::int64_t chunk, int thread) {
+    wait_for_zero(job.pending);
+    std::uint8_t* buffer = buffers_ + thread * (2 * product_bytes_ + scratch_bytes_);
+    auto* product = reinterpret_cast<float*>(buffer);
+    const std::int64_t end = down_.end(chunk);
+    for (std::int64_t row = chunk * down_.rows; row < end; row += rows_at_once) {
+        const std::int64_t groups = groups_of(std::min(rows_at_once, end - row));
+        multiply(job.expert->down, row / 16, groups, job.h, product, buffer + 2 * product_bytes_);
+        store_partial(job, row, groups, product);
+    }
+    if (unreduced_[chunk].fetch_sub(1, std::memory_order_acq_rel) == 1) reduce(chunk);
+}
+
+void MoeStep::store_partial(const Job& job, std::int64_t row, std::int64_t groups,
+                            const float* product) {
+    const Expert& e = *job.expert;
+    const std::int64_t count = std::min(16 * groups, layer_.d - row);
+    for (std::int64_t t = 0; t < job.count; ++t) {
+        const std::int64_t slot = slots_[job.first + t];
+        const float weight = routes_.weights[slot];
+        const float* from = product + t * groups * 16;
+        float* to = partial_ + slot * layer_.d + row;
+        for (std::int64_t i = 0; i < count; ++i)
+            to[i] = weight * (from[i] * e.down.scale + (e.down_bias ? e.down_bias[row + i] : 0.0f));
+    }
+}
+
+// Adds a token's routes in their order.
+void MoeStep::reduce(std::int64_t chunk) {
+    const std::int64_t begin = chunk * down_.rows, count = down_.end(chunk) - begin;
+    for (std::int64_t token = 0; token < routes_.tokens; ++token) {
+        float* to = out_ + token * layer_.d + begin;
+        std::memset(to, 0, count * sizeof(float));
+        for (std::int64_t slot = token * routes_.k; slot < (token + 1) * routes_.k; ++slot) {
+            if (routes_.ids[slot] < 0) continue;
+            const float* from = partial_ + slot * layer_.d + begin;
+            for (std::int64_t i = 0; i < count; ++i) to[i] += from[i];
+        }
+    }
+}
+
+// Tokens are taken in passes that keep the partial results at 64 MiB.
+void run_moe(Pool& pool, const MoeLayer& layer, const Routes& routes, float* out) {
+    constexpr std::int64_t limit = std::int64_t{16} << 20;  // floats
+    const std::int64_t most = std::max<std::int64_t>(16, limit / (routes.k * layer.d));
+    for (std::int64_t t = 0; t < routes.tokens; t += most) {
+        Routes part = routes;
+        part.hidden += t * layer.d;
+        part.ids += t * routes.k;
+        part.weights += t * routes.k;
+        part.tokens = std::min(most, routes.tokens - t);
+        MoeStep(pool, layer, part, out + t * layer.d).run();
+    }
+}
+
+}  // namespace greenroom

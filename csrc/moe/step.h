@@ -1,0 +1,63 @@
+// One pass of the expert MLP over a bounded number of tokens: the plan, its memory and the work
+// items. See step.cpp for how the items depend on each other.
+#pragma once
+
+#include <atomic>
+#include <memory>
+
+#include "moe/moe.h"
+
+namespace greenroom {
+
+class MoeStep {
+  public:
+    MoeStep(Pool& pool, const MoeLayer& layer, const Routes& routes, float* out);
+    void run();
+
+  private:
+    // One expert with the tokens routed to it.
+    struct Job {
+        const Expert* expert;
+        std::int64_t first, count;  // its range in slots_
+        Activations x, h;
+        std::atomic<int> pending{0};  // gate/up chunks not yet done
+    };
+    struct Tile {
+        int job;
+        std::int64_t first;
+    };
+    // Rows of a matrix cut into chunks of `rows`.
+    struct Chunks {
+        std::int64_t total, rows, count;
+        Chunks(std::int64_t total, std::int64_t jobs, int threads);
+        std::int64_t end(std::int64_t chunk) const { return std::min(total, (chunk + 1) * rows); }
+    };
+
+    void group_by_expert();
+    void reserve();
+    void lay_out(Arena& arena);
+    void fill_tile(const Tile& tile);
+    void item(std::int64_t index, int thread);
+    void up_chunk(Job& job, std::int64_t chunk, int thread);
+    void store_hidden(const Job& job, std::int64_t row, std::int64_t groups, const float* gate,
+                      const float* up);
+    void down_chunk(Job& job, std::int64_t chunk, int thread);
+    void store_partial(const Job& job, std::int64_t row, std::int64_t groups, const float* product);
+    void reduce(std::int64_t chunk);
+    bool share_x() const { return routes_.tokens == 1; }
+
+    Pool& pool_;
+    const MoeLayer& layer_;
+    const Routes& routes_;
+    float* out_;
+    std::vector<std::int64_t> slots_;  // token * k + route, ordered by expert
+    std::unique_ptr<Job[]> jobs_;
+    int job_count_ = 0;
+    Chunks up_, down_;
+    std::unique_ptr<std::atomic<int>[]> unreduced_;  // jobs still to come, per down chunk
+    float* partial_ = nullptr;                       // (tokens * k, d), weighted
+    std::uint8_t* buffers_ = nullptr;
+    std::int64_t product_bytes_ = 0, scratch_bytes_ = 0;
+};
+
+}  // namespace greenroom

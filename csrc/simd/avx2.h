@@ -1,0 +1,242 @@
+// The vector language on AVX2, two registers per vector; with AVX-VNNI (-mavxvnni) the byte dot
+// product is one instruction, without it codes of few bits are summed in 16-bit lanes first.
+#pragma once
+
+#include <immintrin.h>
+
+#include <cstdint>
+#include <cstring>
+
+namespace greenroom::simd {
+
+constexpr int wide_tile = 4;  // 16 registers: more tokens would only move accumulators to memory
+
+struct Floats {
+    __m256 a, b;
+};
+struct Ints {
+    __m256i a, b;
+};
+struct Codes {
+    __m256i a, b;
+};
+
+inline __m128i load16(const void* p) { return _mm_loadu_si128(static_cast<const __m128i*>(p)); }
+inline __m128i load8(const void* p) { return _mm_loadl_epi64(static_cast<const __m128i*>(p)); }
+inline __m256i load32(const void* p) { return _mm256_loadu_si256(static_cast<const __m256i*>(p)); }
+
+inline Floats zero() { return {_mm256_setzero_ps(), _mm256_setzero_ps()}; }
+inline Floats splat(float x) { return {_mm256_set1_ps(x), _mm256_set1_ps(x)}; }
+inline Floats load(const float* p) { return {_mm256_loadu_ps(p), _mm256_loadu_ps(p + 8)}; }
+inline void store(float* p, Floats x) {
+    _mm256_storeu_ps(p, x.a);
+    _mm256_storeu_ps(p + 8, x.b);
+}
+inline Floats operator+(Floats x, Floats y) {
+    return {_mm256_add_ps(x.a, y.a), _mm256_add_ps(x.b, y.b)};
+}
+inline Floats operator-(Floats x, Floats y) {
+    return {_mm256_sub_ps(x.a, y.a), _mm256_sub_ps(x.b, y.b)};
+}
+inline Floats operator*(Floats x, Floats y) {
+    return {_mm256_mul_ps(x.a, y.a), _mm256_mul_ps(x.b, y.b)};
+}
+inline Floats operator/(Floats x, Floats y) {
+    return {_mm256_div_ps(x.a, y.a), _mm256_div_ps(x.b, y.b)};
+}
+inline Floats min(Floats x, Floats y) { return {_mm256_min_ps(x.a, y.a), _mm256_min_ps(x.b, y.b)}; }
+inline Floats max(Floats x, Floats y) { return {_mm256_max_ps(x.a, y.a), _mm256_max_ps(x.b, y.b)}; }
+inline Floats abs(Floats x) {
+    const __m256 sign = _mm256_set1_ps(-0.0f);
+    return {_mm256_andnot_ps(sign, x.a), _mm256_andnot_ps(sign, x.b)};
+}
+// x * y + z and z - x * y, rounded once.
+inline Floats fma(Floats x, Floats y, Floats z) {
+    return {_mm256_fmadd_ps(x.a, y.a, z.a), _mm256_fmadd_ps(x.b, y.b, z.b)};
+}
+inline Floats fnma(Floats x, Floats y, Floats z) {
+    return {_mm256_fnmadd_ps(x.a, y.a, z.a), _mm256_fnmadd_ps(x.b, y.b, z.b)};
+}
+inline float sum(Floats x) {
+    const __m256 s = _mm256_add_ps(x.a, x.b);
+    __m128 q = _mm_add_ps(_mm256_castps256_ps128(s), _mm256_extractf128_ps(s, 1));
+    q = _mm_add_ps(q, _mm_movehl_ps(q, q));
+    return _mm_cvtss_f32(_mm_add_ss(q, _mm_movehdup_ps(q)));
+}
+inline float largest(Floats x) {
+    const __m256 s = _mm256_max_ps(x.a, x.b);
+    __m128 q = _mm_max_ps(_mm256_castps256_ps128(s), _mm256_extractf128_ps(s, 1));
+    q = _mm_max_ps(q, _mm_movehl_ps(q, q));
+    return _mm_cvtss_f32(_mm_max_ss(q, _mm_movehdup_ps(q)));
+}
+
+inline Floats to_floats(Ints x) { return {_mm256_cvtepi32_ps(x.a), _mm256_cvtepi32_ps(x.b)}; }
+inline Ints round(Floats x) { return {_mm256_cvtps_epi32(x.a), _mm256_cvtps_epi32(x.b)}; }
+inline int sum(Ints x) {
+    const __m256i s = _mm256_add_epi32(x.a, x.b);
+    __m128i q = _mm_add_epi32(_mm256_castsi256_si128(s), _mm256_extracti128_si256(s, 1));
+    q = _mm_add_epi32(q, _mm_shuffle_epi32(q, 0x4e));
+    return _mm_cvtsi128_si32(_mm_add_epi32(q, _mm_shuffle_epi32(q, 0xb1)));
+}
+// x * 2^n for |n| <= 126, n an integer held as a float.
+inline Floats scale_by_power(Floats x, Floats n) {
+    const __m256i bias = _mm256_set1_epi32(127);
+    const auto power = [&](__m256 v) {
+        return _mm256_castsi256_ps(
+            _mm256_slli_epi32(_mm256_add_epi32(_mm256_cvtps_epi32(v), bias), 23));
+    };
+    return {_mm256_mul_ps(x.a, power(n.a)), _mm256_mul_ps(x.b, power(n.b))};
+}
+inline void store_i8(std::int8_t* p, Ints x) {
+    const __m256i h = _mm256_permute4x64_epi64(_mm256_packs_epi32(x.a, x.b), 0xd8);
+    const __m128i q = _mm_packs_epi16(_mm256_castsi256_si128(h), _mm256_extracti128_si256(h, 1));
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(p), q);
+}
+
+inline Ints bytes_u8(const std::uint8_t* p) {
+    return {_mm256_cvtepu8_epi32(load8(p)), _mm256_cvtepu8_epi32(load8(p + 8))};
+}
+inline Floats load_u8(const std::uint8_t* p) { return to_floats(bytes_u8(p)); }
+inline Floats load_i8(const std::uint8_t* p) {
+    return to_floats({_mm256_cvtepi8_epi32(load8(p)), _mm256_cvtepi8_epi32(load8(p + 8))});
+}
+inline Floats load_f16(const std::uint8_t* p) {
+    return {_mm256_cvtph_ps(load16(p)), _mm256_cvtph_ps(load16(p + 16))};
+}
+inline Ints operator&(Ints x, int y) {
+    const __m256i m = _mm256_set1_epi32(y);
+    return {_mm256_and_si256(x.a, m), _mm256_and_si256(x.b, m)};
+}
+template <int N>
+Ints shift_left(Ints x) {
+    return {_mm256_slli_epi32(x.a, N), _mm256_slli_epi32(x.b, N)};
+}
+template <int N>
+Ints shift_right(Ints x) {
+    return {_mm256_srli_epi32(x.a, N), _mm256_srli_epi32(x.b, N)};
+}
+// max(x - y, 0)
+inline Ints subtract_to_zero(Ints x, int y) {
+    const __m256i s = _mm256_set1_epi32(y), zero = _mm256_setzero_si256();
+    return {_mm256_max_epi32(_mm256_sub_epi32(x.a, s), zero),
+            _mm256_max_epi32(_mm256_sub_epi32(x.b, s), zero)};
+}
+inline Floats as_floats(Ints x) { return {_mm256_castsi256_ps(x.a), _mm256_castsi256_ps(x.b)}; }
+
+inline Codes load_line(const std::uint8_t* p) { return {load32(p), load32(p + 32)}; }
+inline Codes splat_byte(int b) {
+    const __m256i v = _mm256_set1_epi8(static_cast<char>(b));
+    return {v, v};
+}
+inline Codes operator&(Codes x, Codes y) {
+    return {_mm256_and_si256(x.a, y.a), _mm256_and_si256(x.b, y.b)};
+}
+inline Codes operator|(Codes x, Codes y) {
+    return {_mm256_or_si256(x.a, y.a), _mm256_or_si256(x.b, y.b)};
+}
+// Shifts the 32-bit words: left by N, or right by -N.
+template <int N>
+Codes shift(Codes x) {
+    if constexpr (N > 0) return {_mm256_slli_epi32(x.a, N), _mm256_slli_epi32(x.b, N)};
+    if constexpr (N < 0) return {_mm256_srli_epi32(x.a, -N), _mm256_srli_epi32(x.b, -N)};
+    return x;
+}
+inline Codes load_table(const std::uint8_t* sixteen) {
+    const __m256i v = _mm256_broadcastsi128_si256(load16(sixteen));
+    return {v, v};
+}
+inline Codes lookup(Codes table, Codes index) {
+    return {_mm256_shuffle_epi8(table.a, index.a), _mm256_shuffle_epi8(table.b, index.b)};
+}
+
+inline __m256i splat_word(const void* p) {
+    int w;
+    std::memcpy(&w, p, 4);
+    return _mm256_set1_epi32(w);
+}
+
+#if defined(__AVXVNNI__)
+template <int MaxCode, int Zero, int N>
+Ints dot(const Codes* codes, const std::int8_t* x, const std::int32_t* neg_sum) {
+    __m256i a = _mm256_setzero_si256();
+    if constexpr (Zero >= 0) a = _mm256_slli_epi32(splat_word(neg_sum), Zero);
+    __m256i b = a;
+    for (int i = 0; i < N; ++i) {
+        const __m256i w = splat_word(x + 4 * i);
+        a = _mm256_dpbusd_avx_epi32(a, codes[i].a, w);
+        b = _mm256_dpbusd_avx_epi32(b, codes[i].b, w);
+    }
+    return {a, b};
+}
+#else
+// Codes above 127 times int8 could overflow vpmaddubsw's 16 bits: give the code's sign to x and
+// multiply by its magnitude. 128 * 127 * 2 just fits. Such formats have their zero at 128.
+template <int N>
+Ints dot_signed(const Codes* codes, const std::int8_t* x) {
+    const __m256i flip = _mm256_set1_epi8(-128), ones = _mm256_set1_epi16(1);
+    const auto product = [&](__m256i code, __m256i w) {
+        const __m256i value = _mm256_xor_si256(code, flip);
+        const __m256i pairs =
+            _mm256_maddubs_epi16(_mm256_abs_epi8(value), _mm256_sign_epi8(w, value));
+        return _mm256_madd_epi16(pairs, ones);
+    };
+    __m256i a = _mm256_setzero_si256(), b = a;
+    for (int i = 0; i < N; ++i) {
+        const __m256i w = splat_word(x + 4 * i);
+        a = _mm256_add_epi32(a, product(codes[i].a, w));
+        b = _mm256_add_epi32(b, product(codes[i].b, w));
+    }
+    return {a, b};
+}
+
+template <int MaxCode, int Zero, int N>
+Ints dot(const Codes* codes, const std::int8_t* x, const std::int32_t* neg_sum) {
+    if constexpr (MaxCode > 127) {
+        static_assert(Zero == 7);
+        return dot_signed<N>(codes, x);
+    } else {
+        constexpr int fit = 32767 / (2 * 127 * MaxCode), run = fit < N ? fit : N;
+        const __m256i ones = _mm256_set1_epi16(1);
+        __m256i a = _mm256_setzero_si256();
+        if constexpr (Zero >= 0) a = _mm256_slli_epi32(splat_word(neg_sum), Zero);
+        __m256i b = a;
+        for (int i = 0; i < N; i += run) {
+            __m256i w = splat_word(x + 4 * i);
+            __m256i p = _mm256_maddubs_epi16(codes[i].a, w);
+            __m256i q = _mm256_maddubs_epi16(codes[i].b, w);
+            for (int j = i + 1; j < i + run && j < N; ++j) {
+                w = splat_word(x + 4 * j);
+                p = _mm256_add_epi16(p, _mm256_maddubs_epi16(codes[j].a, w));
+                q = _mm256_add_epi16(q, _mm256_maddubs_epi16(codes[j].b, w));
+            }
+            a = _mm256_add_epi32(a, _mm256_madd_epi16(p, ones));
+            b = _mm256_add_epi32(b, _mm256_madd_epi16(q, ones));
+        }
+        return {a, b};
+    }
+}
+#endif
+
+// A line of 16-bit floats: row r's word holds columns k (low half) and k + 1.
+inline void split_bf16(const std::uint8_t* line, Floats& even, Floats& odd) {
+    const __m256i u = load32(line), v = load32(line + 32);
+    const __m256i high = _mm256_set1_epi32(static_cast<int>(0xffff0000u));
+    even = as_floats({_mm256_slli_epi32(u, 16), _mm256_slli_epi32(v, 16)});
+    odd = as_floats({_mm256_and_si256(u, high), _mm256_and_si256(v, high)});
+}
+inline void split_f16(const std::uint8_t* line, Floats& even, Floats& odd) {
+    const __m256i u = load32(line), v = load32(line + 32), low = _mm256_set1_epi32(0xffff);
+    const __m256i e = _mm256_permute4x64_epi64(
+        _mm256_packus_epi32(_mm256_and_si256(u, low), _mm256_and_si256(v, low)), 0xd8);
+    const __m256i o = _mm256_permute4x64_epi64(
+        _mm256_packus_epi32(_mm256_srli_epi32(u, 16), _mm256_srli_epi32(v, 16)), 0xd8);
+    even = {_mm256_cvtph_ps(_mm256_castsi256_si128(e)),
+            _mm256_cvtph_ps(_mm256_extracti128_si256(e, 1))};
+    odd = {_mm256_cvtph_ps(_mm256_castsi256_si128(o)),
+           _mm256_cvtph_ps(_mm256_extracti128_si256(o, 1))};
+}
+
+inline void prefetch(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T0); }
+inline void pause() { _mm_pause(); }
+
+}  // namespace greenroom::simd

@@ -1,0 +1,122 @@
+// The vector language on AVX-512 with VNNI: one register per vector.
+#pragma once
+
+#include <immintrin.h>
+
+#include <cstdint>
+#include <cstring>
+
+namespace greenroom::simd {
+
+constexpr int wide_tile = 16;  // tokens whose accumulators fit the register file with 8 code lines
+
+struct Floats {
+    __m512 v;
+};
+struct Ints {
+    __m512i v;
+};
+struct Codes {
+    __m512i v;
+};
+
+inline Floats zero() { return {_mm512_setzero_ps()}; }
+inline Floats splat(float x) { return {_mm512_set1_ps(x)}; }
+inline Floats load(const float* p) { return {_mm512_loadu_ps(p)}; }
+inline void store(float* p, Floats a) { _mm512_storeu_ps(p, a.v); }
+inline Floats operator+(Floats a, Floats b) { return {_mm512_add_ps(a.v, b.v)}; }
+inline Floats operator-(Floats a, Floats b) { return {_mm512_sub_ps(a.v, b.v)}; }
+inline Floats operator*(Floats a, Floats b) { return {_mm512_mul_ps(a.v, b.v)}; }
+inline Floats operator/(Floats a, Floats b) { return {_mm512_div_ps(a.v, b.v)}; }
+inline Floats min(Floats a, Floats b) { return {_mm512_min_ps(a.v, b.v)}; }
+inline Floats max(Floats a, Floats b) { return {_mm512_max_ps(a.v, b.v)}; }
+inline Floats abs(Floats a) { return {_mm512_abs_ps(a.v)}; }
+// a * b + c and c - a * b, rounded once.
+inline Floats fma(Floats a, Floats b, Floats c) { return {_mm512_fmadd_ps(a.v, b.v, c.v)}; }
+inline Floats fnma(Floats a, Floats b, Floats c) { return {_mm512_fnmadd_ps(a.v, b.v, c.v)}; }
+inline float sum(Floats a) { return _mm512_reduce_add_ps(a.v); }
+inline float largest(Floats a) { return _mm512_reduce_max_ps(a.v); }
+
+inline Floats to_floats(Ints a) { return {_mm512_cvtepi32_ps(a.v)}; }
+inline Ints round(Floats a) { return {_mm512_cvtps_epi32(a.v)}; }
+inline int sum(Ints a) { return _mm512_reduce_add_epi32(a.v); }
+// a * 2^n for |n| <= 126, n an integer held as a float.
+inline Floats scale_by_power(Floats a, Floats n) { return {_mm512_scalef_ps(a.v, n.v)}; }
+inline void store_i8(std::int8_t* p, Ints a) {
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtsepi32_epi8(a.v));
+}
+
+inline Ints bytes_u8(const std::uint8_t* p) {
+    return {_mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)))};
+}
+inline Floats load_u8(const std::uint8_t* p) { return to_floats(bytes_u8(p)); }
+inline Floats load_i8(const std::uint8_t* p) {
+    return {_mm512_cvtepi32_ps(
+        _mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))))};
+}
+inline Floats load_f16(const std::uint8_t* p) {
+    return {_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)))};
+}
+inline Ints operator&(Ints a, int b) { return {_mm512_and_si512(a.v, _mm512_set1_epi32(b))}; }
+template <int N>
+Ints shift_left(Ints a) {
+    return {_mm512_slli_epi32(a.v, N)};
+}
+template <int N>
+Ints shift_right(Ints a) {
+    return {_mm512_srli_epi32(a.v, N)};
+}
+// max(a - b, 0)
+inline Ints subtract_to_zero(Ints a, int b) {
+    return {_mm512_max_epi32(_mm512_sub_epi32(a.v, _mm512_set1_epi32(b)), _mm512_setzero_si512())};
+}
+inline Floats as_floats(Ints a) { return {_mm512_castsi512_ps(a.v)}; }
+
+inline Codes load_line(const std::uint8_t* p) { return {_mm512_loadu_si512(p)}; }
+inline Codes splat_byte(int b) { return {_mm512_set1_epi8(static_cast<char>(b))}; }
+inline Codes operator&(Codes a, Codes b) { return {_mm512_and_si512(a.v, b.v)}; }
+inline Codes operator|(Codes a, Codes b) { return {_mm512_or_si512(a.v, b.v)}; }
+// Shifts the 32-bit words: left by N, or right by -N.
+template <int N>
+Codes shift(Codes a) {
+    if constexpr (N > 0) return {_mm512_slli_epi32(a.v, N)};
+    if constexpr (N < 0) return {_mm512_srli_epi32(a.v, -N)};
+    return a;
+}
+inline Codes load_table(const std::uint8_t* sixteen) {
+    return {_mm512_broadcast_i32x4(_mm_loadu_si128(reinterpret_cast<const __m128i*>(sixteen)))};
+}
+inline Codes lookup(Codes table, Codes index) { return {_mm512_shuffle_epi8(table.v, index.v)}; }
+
+inline int word(const std::int8_t* p) {
+    int w;
+    std::memcpy(&w, p, 4);
+    return w;
+}
+
+template <int MaxCode, int Zero, int N>
+Ints dot(const Codes* codes, const std::int8_t* x, const std::int32_t* neg_sum) {
+    __m512i acc = _mm512_setzero_si512();
+    if constexpr (Zero >= 0) acc = _mm512_slli_epi32(_mm512_set1_epi32(*neg_sum), Zero);
+    for (int i = 0; i < N; ++i)
+        acc = _mm512_dpbusd_epi32(acc, codes[i].v, _mm512_set1_epi32(word(x + 4 * i)));
+    return {acc};
+}
+
+// A line of 16-bit floats: row r's word holds columns k (low half) and k + 1.
+inline void split_bf16(const std::uint8_t* line, Floats& even, Floats& odd) {
+    const __m512i w = _mm512_loadu_si512(line);
+    even.v = _mm512_castsi512_ps(_mm512_slli_epi32(w, 16));
+    odd.v =
+        _mm512_castsi512_ps(_mm512_and_si512(w, _mm512_set1_epi32(static_cast<int>(0xffff0000u))));
+}
+inline void split_f16(const std::uint8_t* line, Floats& even, Floats& odd) {
+    const __m512i w = _mm512_loadu_si512(line);
+    even.v = _mm512_cvtph_ps(_mm512_cvtepi32_epi16(w));
+    odd.v = _mm512_cvtph_ps(_mm512_cvtepi32_epi16(_mm512_srli_epi32(w, 16)));
+}
+
+inline void prefetch(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T0); }
+inline void pause() { _mm_pause(); }
+
+}  // namespace greenroom::simd

@@ -1,0 +1,19 @@
+// The small vector language all kernels are written in. Everything is 16 lanes wide because a
+// packed line holds 16 rows (docs/slab-layout.md):
+//   Floats  16 x float32          Ints  16 x int32
+//   Codes   one 64-byte line: 16 rows x 4 unsigned bytes
+// Each tier's header defines these types and the same functions; a narrower machine keeps a
+// vector in two registers or in an array. Knows nothing of block formats.
+//
+// dot<MaxCode, Zero, N>(codes, x, neg_sum) is the heart: for each of the 16 rows it returns
+// sum over 4N columns of (code - 2^Zero) * x, exactly, where codes are at most MaxCode and
+// *neg_sum is minus the sum of those x. Zero < 0 means that no zero point is subtracted.
+#pragma once
+
+#if defined(GREENROOM_TIER_avx512) || defined(GREENROOM_TIER_amx)
+#include "simd/avx512.h"
+#elif defined(GREENROOM_TIER_avx2) || defined(GREENROOM_TIER_avxvnni)
+#include "simd/avx2.h"
+#else
+#include "simd/portable.h"
+#endif
