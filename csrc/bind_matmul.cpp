@@ -81,16 +81,17 @@ void bind_matmul(nb::module_& m) {
     m.def("packed_bytes", &packed_bytes, nb::arg("type"), nb::arg("rows"), nb::arg("cols"),
           "Bytes of a packed (rows, cols) matrix; a multiple of 64.");
     m.def("pack", &pack_bytes, nb::arg("pool"), nb::arg("type"), nb::arg("rows"), nb::arg("cols"),
-          nb::arg("src"), nb::arg("dst"),
+          nb::arg("src").noconvert(), nb::arg("dst").noconvert(),
           "Packs the raw blocks of a file (uint8) into dst (uint8, packed_bytes).");
     m.def("unpack", &unpack_floats, nb::arg("type"), nb::arg("rows"), nb::arg("cols"),
-          nb::arg("packed"), nb::arg("out"),
+          nb::arg("packed").noconvert(), nb::arg("out").noconvert(),
           "Dequantises a packed matrix into out (rows, cols) float32, as ggml would.");
     m.def("linear", &run_linear, nb::arg("pool"), nb::arg("type"), nb::arg("rows"), nb::arg("cols"),
-          nb::arg("packed"), nb::arg("x"), nb::arg("out"), nb::arg("bias") = nb::none(),
-          nb::arg("scale") = 1.0f,
+          nb::arg("packed").noconvert(), nb::arg("x").noconvert(), nb::arg("out").noconvert(),
+          nb::arg("bias").noconvert() = nb::none(), nb::arg("scale") = 1.0f,
           "out (tokens, rows) = scale * x (tokens, cols) W^T + bias (rows); float32.");
-    m.def("linears", &run_linears, nb::arg("pool"), nb::arg("matrices"), nb::arg("x"),
+    m.def("linears", &run_linears, nb::arg("pool"), nb::arg("matrices").noconvert(),
+          nb::arg("x").noconvert(),
           "Several linear layers on the same x in one parallel region; matrices: list of "
           "(type, rows, packed, out, bias or None, scale).");
 }

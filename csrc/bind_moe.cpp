@@ -111,8 +111,8 @@ void bind_moe(nb::module_& m) {
              nb::arg("d"), nb::arg("f"), nb::arg("activation") = "silu",
              "The experts of one layer: d model width, f hidden width, activation 'silu' or "
              "'gpt-oss'.")
-        .def("set_expert", &set_expert, nb::arg("expert"), nb::arg("gate"), nb::arg("up"),
-             nb::arg("down"),
+        .def("set_expert", &set_expert, nb::arg("expert"), nb::arg("gate").noconvert(),
+             nb::arg("up").noconvert(), nb::arg("down").noconvert(),
              "Says where an expert's matrices are, each (type, packed uint8, bias or None, scale). "
              "The arrays are kept, not copied.")
         .def("clear_expert", &clear_expert, nb::arg("expert"))
@@ -122,8 +122,8 @@ void bind_moe(nb::module_& m) {
                 return self.layer.experts[self.index(id)].present();
             },
             nb::arg("expert"));
-    m.def("moe", &moe, nb::arg("pool"), nb::arg("layer"), nb::arg("hidden"), nb::arg("ids"),
-          nb::arg("weights"), nb::arg("out"),
+    m.def("moe", &moe, nb::arg("pool"), nb::arg("layer"), nb::arg("hidden").noconvert(),
+          nb::arg("ids").noconvert(), nb::arg("weights").noconvert(), nb::arg("out").noconvert(),
           "out (tokens, d) = sum over routes of weight * expert(hidden (tokens, d)); ids (tokens, "
           "k) int32 with -1 for routes served elsewhere, weights (tokens, k); float32.");
 }
