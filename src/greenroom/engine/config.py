@@ -1,0 +1,176 @@
+"""How an engine is set up. `EngineConfig` is what a user writes, None meaning "you choose";
+`resolve` turns it into a complete one for a model and this machine. Builds nothing.
+"""
+
+import os
+from collections.abc import Sequence as Items
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Literal
+
+import psutil
+
+from greenroom.errors import BudgetError, RequestError
+
+_KV_SHARE = 0.25  # of the RAM that is free beside the model
+_KV_TYPES = ("f16", "f32")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineConfig:
+    """Settings of an engine.
+
+    Args:
+        context_length: most tokens of one request, prompt and answer; None takes the
+            model's own, or less where its cache would take more than a quarter of free RAM.
+        max_sequences: requests computed at the same time; others wait.
+        prefill_chunk: most prompt tokens per step; decodes wait at most for one such chunk.
+        block_size: tokens per cache block, the unit of prefix reuse.
+        cache_tokens: tokens the KV cache holds, all requests and reusable prefixes
+            together; None takes what fits.
+        prefix_cache: reuse keys and values of earlier requests with the same beginning.
+        kv_type: "f16" or "f32" keys and values.
+        threads: threads that compute; None takes one per physical core this process may use.
+        backend: "native" kernels, or "reference" for plain float32 torch.
+        mmap: compute from the mapped file where the layout allows, instead of copying it.
+
+    Raises:
+        RequestError: a value is out of range.
+    """
+
+    context_length: int | None = None
+    max_sequences: int = 8
+    prefill_chunk: int = 512
+    block_size: int = 32
+    cache_tokens: int | None = None
+    prefix_cache: bool = True
+    kv_type: Literal["f16", "f32"] = "f16"
+    threads: int | None = None
+    backend: Literal["native", "reference"] = "native"
+    mmap: bool = False
+
+    def __post_init__(self) -> None:
+        counts = ("max_sequences", "prefill_chunk", "block_size")
+        optional = ("context_length", "cache_tokens", "threads")
+        for name in counts + optional:
+            value = getattr(self, name)
+            if value is None and name in optional:
+                continue
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise RequestError(f"{name} must be a whole number from 1 on, not {value!r}", name)
+        if self.kv_type not in _KV_TYPES:
+            raise RequestError(f"kv_type must be f16 or f32, not {self.kv_type!r}", "kv_type")
+        if self.backend not in ("native", "reference"):
+            message = f"backend must be native or reference, not {self.backend!r}"
+            raise RequestError(message, "backend")
+
+
+@dataclass(frozen=True, slots=True)
+class ResolvedConfig:
+    """An EngineConfig with nothing left open, and the cache it leads to."""
+
+    context_length: int
+    max_sequences: int
+    prefill_chunk: int
+    block_size: int
+    cache_blocks: tuple[int, ...]  # per KV group
+    prefix_cache: bool
+    kv_type: Literal["f16", "f32"]
+    backend: str
+    threads: int
+
+
+def with_threads(config: EngineConfig) -> EngineConfig:
+    """The same with the number of threads decided."""
+    return config if config.threads else replace(config, threads=physical_cores())
+
+
+def resolve(
+    config: EngineConfig,
+    model_context: int,
+    windows: Items[int | None],
+    block_bytes: Items[int],
+) -> ResolvedConfig:
+    """Decides what was left open, once the model is in memory.
+
+    Args:
+        config: as the user wrote it.
+        model_context: context length the model was made for, in tokens.
+        windows: retention rule of each KV group, None for all positions.
+        block_bytes: bytes one block of each group takes over all its layers.
+
+    Raises:
+        BudgetError: the context asked for does not fit into RAM.
+    """
+    size = config.block_size
+    room = int(available_memory() * _KV_SHARE)
+    fixed = sum(
+        _window_blocks(config, window) * bytes_
+        for window, bytes_ in zip(windows, block_bytes, strict=True)
+        if window is not None
+    )
+    full = sum(b for b, window in zip(block_bytes, windows, strict=True) if window is None)
+    fitting = max(0, room - fixed) // full * size if full else model_context * config.max_sequences
+    context = config.context_length or max(min(model_context, fitting), min(model_context, 2048))
+    asked = config.cache_tokens or max(context, min(config.max_sequences * context, fitting))
+    if asked < context:
+        raise RequestError(
+            f"cache_tokens is {asked}, but one request may have {context}; raise it, or lower "
+            "context_length",
+            "cache_tokens",
+        )
+    blocks = -(-asked // size)
+    if fixed + blocks * full > available_memory():
+        need, have = (fixed + blocks * full) / 2**30, available_memory() / 2**30
+        raise BudgetError(
+            f"a KV cache of {asked} tokens needs {need:.1f} GiB, but only {have:.1f} GiB of RAM "
+            "are free; lower context_length or cache_tokens"
+        )
+    return ResolvedConfig(
+        context_length=context,
+        max_sequences=config.max_sequences,
+        prefill_chunk=config.prefill_chunk,
+        block_size=size,
+        cache_blocks=tuple(
+            blocks if window is None else min(blocks, _window_blocks(config, window))
+            for window in windows
+        ),
+        prefix_cache=config.prefix_cache,
+        kv_type=config.kv_type,
+        backend=config.backend,
+        threads=config.threads or physical_cores(),
+    )
+
+
+def _window_blocks(config: EngineConfig, window: int) -> int:
+    """Every sequence's window and chunk, and as much again for reusable prefixes."""
+    live = -(-(window + config.prefill_chunk) // config.block_size) + 1
+    return 2 * config.max_sequences * live
+
+
+def physical_cores() -> int:
+    """Cores this process may use: its affinity, the container's limit, no SMT siblings."""
+    allowed = len(os.sched_getaffinity(0))
+    logical, physical = psutil.cpu_count(), psutil.cpu_count(logical=False)
+    if logical and physical and logical > physical:
+        allowed = max(1, allowed * physical // logical)
+    return max(1, min(allowed, _cgroup_cpus() or allowed))
+
+
+def _cgroup_cpus() -> int | None:
+    try:
+        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
+    except (OSError, ValueError):
+        return None
+    return None if quota == "max" else max(1, int(quota) // int(period))
+
+
+def available_memory() -> int:
+    """Bytes of RAM that can still be used, by the machine and by the container's limit."""
+    free = int(psutil.virtual_memory().available)
+    try:
+        limit = Path("/sys/fs/cgroup/memory.max").read_text().strip()
+        used = Path("/sys/fs/cgroup/memory.current").read_text()
+    except OSError:
+        return free
+    return free if limit == "max" else max(0, min(free, int(limit) - int(used)))

@@ -1,0 +1,340 @@
+"""The engine: schedule, run, hand out, over and over on a thread of its own, while callers
+await their tokens. It knows the model only through the runner, and of a request only what
+its job tells; servers and commands know nothing but this class.
+"""
+
+import asyncio
+import contextlib
+import logging
+import sys
+import threading
+from collections import Counter
+from collections.abc import AsyncIterator, Callable
+from collections.abc import Sequence as Items
+from functools import partial
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from greenroom.engine.config import ResolvedConfig
+from greenroom.engine.jobs import Embedding, Generation, Job, Rows, Scoring, Sink
+from greenroom.engine.kv_cache import BlockCache, GroupSize
+from greenroom.engine.output import Constraint, TextStream, TokenOutput
+from greenroom.engine.params import SamplingParams
+from greenroom.engine.runner import ModelLike, Runner
+from greenroom.engine.sampler import Sampler
+from greenroom.engine.scheduler import Chunk, Scheduler
+from greenroom.engine.sequence import Sequence
+from greenroom.errors import ContextLengthError, EngineClosedError, GreenroomError, RequestError
+from greenroom.layers.batch import KVCache
+
+log = logging.getLogger(__name__)
+
+# Logits kept at once when every position of a prompt is wanted: 128 MiB of float32.
+_SCORED_LOGITS = 2**25
+
+
+class Engine:
+    """Serves any number of concurrent requests on one model.
+
+    Args:
+        model: a loaded model.
+        caches: its keys and values, one KVCache per layer, with the blocks config says.
+        config: how many sequences, how long, how many blocks.
+        tokenizer: decodes tokens and names the end tokens.
+        chat: the model's chat format, or None.
+    """
+
+    def __init__(
+        self,
+        model: ModelLike,
+        caches: Items[KVCache],
+        config: ResolvedConfig,
+        tokenizer: Any,
+        chat: Any = None,
+    ) -> None:
+        self.config = config
+        self.tokenizer = tokenizer
+        self.chat = chat
+        self.model = model
+        self.model_config = model.config
+        groups = [
+            GroupSize(spec.window, blocks)
+            for spec, blocks in zip(model.kv_groups, config.cache_blocks, strict=True)
+        ]
+        self._blocks = BlockCache(
+            groups,
+            block_size=config.block_size,
+            rows=config.max_sequences,
+            context_length=config.context_length,
+            reuse=config.prefix_cache,
+        )
+        self._scheduler = Scheduler(self._blocks, config.prefill_chunk)
+        self._runner = Runner(model, caches, self._blocks)
+        self._cache_bytes = sum(cache.k.nbytes + cache.v.nbytes for cache in caches)
+        self._jobs: dict[Sequence, Job] = {}
+        self._counts: Counter[str] = Counter()
+        self._inbox: list[Callable[[], None]] = []  # what other threads want done
+        self._wake = threading.Condition()
+        self._closed: EngineClosedError | None = None
+        self._thread = threading.Thread(target=self._work, name="greenroom-engine", daemon=True)
+        self._thread.start()
+
+    # What callers use
+
+    def stream(
+        self,
+        tokens: Items[int],
+        params: SamplingParams,
+        constraint: Constraint | None = None,
+    ) -> AsyncIterator[TokenOutput]:
+        """Generates; an async iterator of one TokenOutput per token, in time.
+
+        Closing the iterator cancels the request within one step.
+
+        Args:
+            tokens: the prompt's ids, at least one.
+            params: how to sample and when to stop.
+            constraint: a grammar of this request's own, or None.
+
+        Raises:
+            ContextLengthError, RequestError: at once, if the request cannot be served.
+            EngineClosedError: the engine was closed before the answer was complete.
+        """
+        self.check(tokens, params)
+        return self._stream(partial(self.start, tokens, params, constraint))
+
+    async def _stream(self, start: Callable[[Sink], Job]) -> AsyncIterator[TokenOutput]:
+        queue: asyncio.Queue[Any] = asyncio.Queue()
+        loop = asyncio.get_running_loop()
+        job = start(lambda item: _post(loop, queue, item))
+        try:
+            while True:
+                item = await queue.get()
+                if isinstance(item, BaseException):
+                    raise item
+                yield item
+                if item.finish_reason is not None:
+                    return
+        finally:
+            self.cancel(job)
+
+    async def embed(self, tokens: Items[int]) -> NDArray[np.float32]:
+        """(hidden,) float32: the final hidden states of a text, pooled as the model says
+        (mean if it does not); not normalised.
+        """
+        queue: asyncio.Queue[Any] = asyncio.Queue()
+        loop = asyncio.get_running_loop()
+        job = self.start_embedding(tokens, lambda item: _post(loop, queue, item))
+        try:
+            item = await queue.get()
+        finally:
+            self.cancel(job)
+        if isinstance(item, BaseException):
+            raise item
+        result: NDArray[np.float32] = item
+        return result
+
+    def stats(self) -> dict[str, Any]:
+        """Requests waiting and running, cache use in blocks, counters since the start, and
+        bytes of memory by part.
+        """
+        pools = self._blocks.pools
+        return {
+            "waiting": len(self._scheduler.waiting),
+            "running": len(self._scheduler.running),
+            "preemptions": self._scheduler.preemptions,
+            "cache": [
+                {
+                    "window": window,
+                    "blocks": pool.size,
+                    "held": pool.size - pool.available,
+                    "reusable": len(pool.idle),
+                }
+                for window, pool in zip(self._blocks.windows, pools, strict=True)
+            ],
+            "block_size": self.config.block_size,
+            "counts": dict(self._counts),
+            "memory": {**self.model.memory(), "kv_cache": self._cache_bytes},
+        }
+
+    def close(self) -> None:
+        """Ends every request with EngineClosedError and waits for the thread."""
+        with self._wake:
+            if self._closed is None:
+                self._closed = EngineClosedError("the engine was closed")
+            self._wake.notify()
+        if threading.current_thread() is not self._thread:
+            self._thread.join()
+
+    # The same for callers without an event loop: results go to `sink` on the engine's thread
+
+    def check(self, tokens: Items[int], params: SamplingParams | None = None) -> None:
+        """Raises what is wrong with a request before it is queued."""
+        if not len(tokens):
+            raise RequestError("the prompt is empty; give at least one token", "prompt")
+        vocabulary = self.model_config.vocabulary_size
+        if min(tokens) < 0 or max(tokens) >= vocabulary:
+            bad = next(token for token in tokens if not 0 <= token < vocabulary)
+            raise RequestError(
+                f"token {bad} of the prompt is outside the vocabulary of {vocabulary}", "prompt"
+            )
+        asked = 0 if params is None else params.max_tokens or 1
+        if len(tokens) + asked > self.config.context_length:
+            raise ContextLengthError(
+                f"{len(tokens)} prompt tokens and {asked} to generate do not fit the context of "
+                f"{self.config.context_length} tokens; shorten the prompt, lower max_tokens or "
+                "raise context_length",
+                "prompt" if asked <= 1 else "max_tokens",
+            )
+
+    def start(
+        self,
+        tokens: Items[int],
+        params: SamplingParams,
+        constraint: Constraint | None,
+        sink: Sink,
+    ) -> Job:
+        """Queues a generation; `sink` takes TokenOutputs, or an exception as the last item."""
+        self.check(tokens, params)
+        scored = params.prompt_logprobs is not None
+        sequence = self._sequence(tokens, "all" if scored else "next")
+        limit = self.config.context_length
+        if params.max_tokens is not None:
+            limit = len(tokens) + params.max_tokens
+        ends = frozenset(params.stop_token_ids)
+        if not params.ignore_eos:
+            ends |= self.tokenizer.eog_ids
+        job = Generation(
+            sequence,
+            sink,
+            params=params,
+            sampler=Sampler(params, tokens, self.model_config.vocabulary_size, constraint),
+            text=TextStream(self.tokenizer.stream(), tuple(params.stop)),
+            limit=limit,
+            end_tokens=ends,
+        )
+        return self._submit(job)
+
+    def start_scoring(self, tokens: Items[int], sink: Sink) -> Job:
+        """Queues the computation of all logits of a text (see Scoring)."""
+        self.check(tokens)
+        return self._submit(Scoring(self._sequence(tokens, "all"), sink))
+
+    def start_embedding(self, tokens: Items[int], sink: Sink) -> Job:
+        """Queues the computation of a text's embedding (see Embedding)."""
+        self.check(tokens)
+        pooling = getattr(self.model_config, "pooling", None) or "mean"
+        return self._submit(Embedding(self._sequence(tokens, "hidden"), sink, pooling))
+
+    def cancel(self, job: Job) -> None:
+        """Drops a request before the next step; nothing happens if it is already done."""
+        self._call(partial(self._drop, job, "cancelled"))
+
+    def _sequence(self, tokens: Items[int], want: str) -> Sequence:
+        groups = len(self._blocks.pools)
+        if want == "next":
+            return Sequence(tokens, groups)
+        limit = max(1, _SCORED_LOGITS // self.model_config.vocabulary_size)
+        chunk_limit = limit if want == "all" else None
+        wanted = "all" if want == "all" else "hidden"
+        return Sequence(tokens, groups, wanted, reuse=False, chunk_limit=chunk_limit)
+
+    def _submit(self, job: Job) -> Job:
+        if self._closed is not None:
+            raise EngineClosedError(str(self._closed))
+        self._call(partial(self._add, job))
+        return job
+
+    def _call(self, action: Callable[[], None]) -> None:
+        with self._wake:
+            self._inbox.append(action)
+            self._wake.notify()
+
+    # What happens on the engine's thread
+
+    def _work(self) -> None:
+        # The thread gives up the interpreter lock in every kernel call. With the default of
+        # 5 ms, getting it back from a busy event loop would cost more than the kernel.
+        sys.setswitchinterval(min(sys.getswitchinterval(), 2e-4))
+        try:
+            while self._gather():
+                self._step()
+        except BaseException as error:
+            log.exception("the engine stopped")
+            self._closed = EngineClosedError(f"the engine stopped after an error: {error}")
+        finally:
+            assert self._closed is not None
+            for action in self._inbox:
+                action()
+            for job in tuple(self._jobs.values()):
+                self._fail(job, EngineClosedError(str(self._closed)))
+
+    def _gather(self) -> bool:
+        """Does what other threads asked for; waits while there is nothing to compute."""
+        while True:
+            with self._wake:
+                while not (self._inbox or self._jobs or self._closed):
+                    self._wake.wait()
+                actions, self._inbox = self._inbox, []
+            for action in actions:
+                action()
+            if self._closed or self._jobs:
+                return self._closed is None
+
+    def _step(self) -> None:
+        chunks = self._scheduler.schedule()
+        for chunk, rows in zip(chunks, self._run(chunks), strict=True):
+            job = self._jobs[chunk.sequence]
+            if isinstance(rows, Exception):
+                self._fail(job, rows)
+            else:
+                self._finish_chunk(job, chunk, rows)
+        self._counts["steps"] += 1
+
+    def _run(self, chunks: Items[Chunk]) -> Items[Rows | Exception]:
+        try:
+            return self._runner.run(chunks)
+        except Exception as error:
+            if len(chunks) == 1:
+                log.exception("a request failed in the model")
+                return [error]
+        # One of them is to blame; alone, it fails alone. Positions are written again, which
+        # changes nothing.
+        return [self._run([chunk])[0] for chunk in chunks]
+
+    def _finish_chunk(self, job: Job, chunk: Chunk, rows: Rows) -> None:
+        self._scheduler.commit(chunk)
+        tokens = len(job.sequence)
+        try:
+            reason = job.consume(rows)
+        except Exception as error:
+            if not isinstance(error, GreenroomError):
+                log.exception("a request failed")
+            self._fail(job, error)
+            return
+        self._counts["computed_tokens"] += chunk.end - chunk.start
+        self._counts["generated_tokens"] += len(job.sequence) - tokens
+        if reason is not None:
+            self._drop(job, reason)
+
+    def _add(self, job: Job) -> None:
+        self._jobs[job.sequence] = job
+        self._counts["prompt_tokens"] += job.sequence.prompt_length
+        self._scheduler.add(job.sequence)
+
+    def _drop(self, job: Job, reason: str) -> None:
+        if self._jobs.pop(job.sequence, None) is not None:
+            self._scheduler.remove(job.sequence)
+            self._counts[f"finished_{reason}"] += 1
+            self._counts["reused_tokens"] += job.sequence.reused
+
+    def _fail(self, job: Job, error: Exception) -> None:
+        self._drop(job, "error")
+        with contextlib.suppress(Exception):  # the caller may be gone
+            job.sink(error)
+
+
+def _post(loop: asyncio.AbstractEventLoop, queue: asyncio.Queue[Any], item: object) -> None:
+    loop.call_soon_threadsafe(queue.put_nowait, item)
