@@ -1,0 +1,25 @@
+"""Continuous batching over a paged KV cache: schedule, run, hand out.
+
+Servers, commands and benchmarks need `load_engine(path, config)` and `Engine.stream`;
+programs without an event loop need `LLM`. Nothing here knows architectures or devices.
+"""
+
+from greenroom.engine.config import EngineConfig
+from greenroom.engine.engine import Engine
+from greenroom.engine.llm import LLM
+from greenroom.engine.load import assemble, load_engine
+from greenroom.engine.output import Completion, Constraint, TokenLogprob, TokenOutput
+from greenroom.engine.params import SamplingParams
+
+__all__ = [
+    "LLM",
+    "Completion",
+    "Constraint",
+    "Engine",
+    "EngineConfig",
+    "SamplingParams",
+    "TokenLogprob",
+    "TokenOutput",
+    "assemble",
+    "load_engine",
+]

@@ -2,7 +2,6 @@
 `resolve` turns it into a complete one for a model and this machine. Builds nothing.
 """
 
-import os
 from collections.abc import Sequence as Items
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -10,9 +9,11 @@ from typing import Literal
 
 import psutil
 
+from greenroom import native
 from greenroom.errors import BudgetError, RequestError
 
 _KV_SHARE = 0.25  # of the RAM that is free beside the model
+_LEAST_CONTEXT = 2048  # tokens; a shorter one is never chosen for lack of RAM
 _KV_TYPES = ("f16", "f32")
 
 
@@ -82,7 +83,7 @@ class ResolvedConfig:
 
 def with_threads(config: EngineConfig) -> EngineConfig:
     """The same with the number of threads decided."""
-    return config if config.threads else replace(config, threads=physical_cores())
+    return config if config.threads else replace(config, threads=default_threads())
 
 
 def resolve(
@@ -103,29 +104,16 @@ def resolve(
         BudgetError: the context asked for does not fit into RAM.
     """
     size = config.block_size
-    room = int(available_memory() * _KV_SHARE)
-    fixed = sum(
-        _window_blocks(config, window) * bytes_
-        for window, bytes_ in zip(windows, block_bytes, strict=True)
-        if window is not None
-    )
-    full = sum(b for b, window in zip(block_bytes, windows, strict=True) if window is None)
-    fitting = max(0, room - fixed) // full * size if full else model_context * config.max_sequences
-    context = config.context_length or max(min(model_context, fitting), min(model_context, 2048))
-    asked = config.cache_tokens or max(context, min(config.max_sequences * context, fitting))
-    if asked < context:
-        raise RequestError(
-            f"cache_tokens is {asked}, but one request may have {context}; raise it, or lower "
-            "context_length",
-            "cache_tokens",
-        )
-    blocks = -(-asked // size)
-    if fixed + blocks * full > available_memory():
-        need, have = (fixed + blocks * full) / 2**30, available_memory() / 2**30
-        raise BudgetError(
-            f"a KV cache of {asked} tokens needs {need:.1f} GiB, but only {have:.1f} GiB of RAM "
-            "are free; lower context_length or cache_tokens"
-        )
+    fixed, full = 0, 0  # bytes of all window groups' caches; bytes per block of the others
+    for window, bytes_ in zip(windows, block_bytes, strict=True):
+        if window is None:
+            full += bytes_
+        else:
+            fixed += _window_blocks(config, window) * bytes_
+    room = max(0, int(available_memory() * _KV_SHARE) - fixed)
+    context, tokens = _lengths(config, model_context, room // full * size if full else None)
+    blocks = -(-tokens // size)
+    _check_room(tokens, fixed + blocks * full)
     return ResolvedConfig(
         context_length=context,
         max_sequences=config.max_sequences,
@@ -138,8 +126,36 @@ def resolve(
         prefix_cache=config.prefix_cache,
         kv_type=config.kv_type,
         backend=config.backend,
-        threads=config.threads or physical_cores(),
+        threads=config.threads or default_threads(),
     )
+
+
+def _lengths(config: EngineConfig, model_context: int, fitting: int | None) -> tuple[int, int]:
+    """Context length and tokens of cache; `fitting` tokens take the share of RAM meant for
+    them, None if all groups have windows.
+    """
+    if fitting is None:
+        fitting = model_context * config.max_sequences
+    context = config.context_length
+    if context is None:
+        context = min(model_context, max(fitting, _LEAST_CONTEXT))
+    tokens = config.cache_tokens or max(context, min(config.max_sequences * context, fitting))
+    if tokens < context:
+        raise RequestError(
+            f"cache_tokens is {tokens}, but one request may have {context}; raise it, or lower "
+            "context_length",
+            "cache_tokens",
+        )
+    return context, tokens
+
+
+def _check_room(tokens: int, need: int) -> None:
+    have = available_memory()
+    if need > have:
+        raise BudgetError(
+            f"a KV cache of {tokens} tokens needs {need / 2**30:.1f} GiB, but only "
+            f"{have / 2**30:.1f} GiB of RAM are free; lower context_length or cache_tokens"
+        )
 
 
 def _window_blocks(config: EngineConfig, window: int) -> int:
@@ -148,21 +164,9 @@ def _window_blocks(config: EngineConfig, window: int) -> int:
     return 2 * config.max_sequences * live
 
 
-def physical_cores() -> int:
-    """Cores this process may use: its affinity, the container's limit, no SMT siblings."""
-    allowed = len(os.sched_getaffinity(0))
-    logical, physical = psutil.cpu_count(), psutil.cpu_count(logical=False)
-    if logical and physical and logical > physical:
-        allowed = max(1, allowed * physical // logical)
-    return max(1, min(allowed, _cgroup_cpus() or allowed))
-
-
-def _cgroup_cpus() -> int | None:
-    try:
-        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
-    except (OSError, ValueError):
-        return None
-    return None if quota == "max" else max(1, int(quota) // int(period))
+def default_threads() -> int:
+    """One per physical core this process may use, within the container's limit."""
+    return int(native.lib().default_threads()["threads"])
 
 
 def available_memory() -> int:

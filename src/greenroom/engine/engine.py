@@ -25,7 +25,7 @@ from greenroom.engine.params import SamplingParams
 from greenroom.engine.runner import ModelLike, Runner
 from greenroom.engine.sampler import Sampler
 from greenroom.engine.scheduler import Chunk, Scheduler
-from greenroom.engine.sequence import Sequence
+from greenroom.engine.sequence import Sequence, Want
 from greenroom.errors import ContextLengthError, EngineClosedError, GreenroomError, RequestError
 from greenroom.layers.batch import KVCache
 
@@ -211,7 +211,7 @@ class Engine:
             sink,
             params=params,
             sampler=Sampler(params, tokens, self.model_config.vocabulary_size, constraint),
-            text=TextStream(self.tokenizer.stream(), tuple(params.stop)),
+            text=TextStream(self.tokenizer.stream(context=tokens[-1:]), tuple(params.stop)),
             limit=limit,
             end_tokens=ends,
         )
@@ -232,14 +232,15 @@ class Engine:
         """Drops a request before the next step; nothing happens if it is already done."""
         self._call(partial(self._drop, job, "cancelled"))
 
-    def _sequence(self, tokens: Items[int], want: str) -> Sequence:
-        groups = len(self._blocks.pools)
-        if want == "next":
-            return Sequence(tokens, groups)
+    def _sequence(self, tokens: Items[int], want: Want) -> Sequence:
         limit = max(1, _SCORED_LOGITS // self.model_config.vocabulary_size)
-        chunk_limit = limit if want == "all" else None
-        wanted = "all" if want == "all" else "hidden"
-        return Sequence(tokens, groups, wanted, reuse=False, chunk_limit=chunk_limit)
+        return Sequence(
+            tokens,
+            len(self._blocks.pools),
+            want,
+            reuse=want == "next",
+            chunk_limit=limit if want == "all" else None,
+        )
 
     def _submit(self, job: Job) -> Job:
         if self._closed is not None:

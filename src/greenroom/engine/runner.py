@@ -83,7 +83,8 @@ class Runner:
     def _batch(self, chunks: Items[Chunk]) -> tuple[Batch, list[int]]:
         tokens: list[int] = []
         positions: list[int] = []
-        starts, lengths, outputs, counts = [0], [], [], []
+        outputs: list[int] = []  # rows of all the chunks' wanted outputs
+        starts, lengths, counts = [0], [], []
         for chunk in chunks:
             first = len(tokens)
             tokens += chunk.sequence.tokens[chunk.start : chunk.end]

@@ -1,0 +1,82 @@
+"""From a GGUF file to a running engine: model, tokenizer, chat format, cache. The only module
+of the engine that knows files; imported when something is loaded, not before.
+"""
+
+import os
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from greenroom.engine.config import EngineConfig, resolve, with_threads
+from greenroom.engine.engine import Engine
+from greenroom.engine.runner import ModelLike
+from greenroom.gguf import GGUFFile
+from greenroom.tokenizer import Tokenizer
+
+Progress = Callable[[int, int], None]  # bytes done, bytes in all
+
+_TYPES = {"f16": torch.float16, "f32": torch.float32}
+
+
+def load_engine(
+    path: str | os.PathLike[str],
+    config: EngineConfig | None = None,
+    progress: Progress | None = None,
+) -> Engine:
+    """Loads a model file and starts an engine on it.
+
+    Args:
+        path: a GGUF file, or the first of a split set.
+        config: settings; None for the defaults.
+        progress: called with bytes done and bytes in all while weights are loaded.
+
+    Raises:
+        ModelFileError, UnsupportedModelError, TokenizerError: the file cannot be used.
+        BudgetError: the cache does not fit into RAM.
+    """
+    from greenroom.models import LoadOptions, load_model
+    from greenroom.tokenizer import ChatFormat
+
+    config = with_threads(config or EngineConfig())
+    with GGUFFile(path) as file:
+        tokenizer = Tokenizer.from_gguf(file)
+        chat = ChatFormat.from_gguf(file, tokenizer)
+        options = LoadOptions(
+            backend=config.backend,
+            threads=config.threads,
+            context_length=config.context_length,
+            mmap=config.mmap,
+            progress=progress,
+        )
+        model = load_model(file, options)
+    return assemble(model, tokenizer, config, chat)
+
+
+def assemble(
+    model: ModelLike, tokenizer: Any, config: EngineConfig | None = None, chat: Any = None
+) -> Engine:
+    """An engine on a model that is already loaded."""
+    config = config or EngineConfig()
+    dtype = _TYPES[config.kv_type]
+    windows = [spec.window for spec in model.kv_groups]
+    resolved = resolve(
+        config,
+        model.config.context_length,
+        windows,
+        _block_bytes(model, config.block_size, dtype),
+    )
+    caches = model.new_caches(resolved.cache_blocks, resolved.block_size, dtype)
+    return Engine(model, caches, resolved, tokenizer, chat)
+
+
+def _block_bytes(model: ModelLike, block_size: int, dtype: torch.dtype) -> list[int]:
+    """Bytes of one block of each KV group, over all layers that belong to it."""
+    # Asking for one block of a single group at a time leaves no doubt which layers those are.
+    groups = len(model.kv_groups)
+    bytes_of = []
+    for group in range(groups):
+        blocks = [int(index == group) for index in range(groups)]
+        caches = model.new_caches(blocks, block_size, dtype)
+        bytes_of.append(sum(cache.k.nbytes + cache.v.nbytes for cache in caches))
+    return bytes_of
