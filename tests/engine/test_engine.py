@@ -3,6 +3,7 @@ gets the tokens it would get alone.
 """
 
 import asyncio
+import itertools
 import threading
 import time
 from typing import Any
@@ -10,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from fake import FakeModel, FakeTokenizer, fake_engine
+from fake_model import FakeModel, FakeTokenizer, fake_engine
 
 from greenroom.engine import LLM, SamplingParams, TokenOutput
 from greenroom.errors import ContextLengthError, EngineClosedError, GreenroomError, RequestError
@@ -106,7 +107,7 @@ def test_stop_strings_across_tokens_never_leak() -> None:
     assert "".join(output.text for output in outputs) == whole.text[:where]
     assert outputs[-1].finish_reason == "stop"
     assert all(output.finish_reason is None for output in outputs[:-1])
-    assert all(a.time <= b.time for a, b in zip(outputs, outputs[1:], strict=False))
+    assert all(a.time <= b.time for a, b in itertools.pairwise(outputs))
 
 
 def test_text_held_back_is_given_out_at_the_end() -> None:

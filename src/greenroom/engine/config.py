@@ -96,33 +96,31 @@ def resolve(
 
     Args:
         config: as the user wrote it.
-        model_context: context length the model was made for, in tokens.
-        windows: retention rule of each KV group, None for all positions.
-        block_bytes: bytes one block of each group takes over all its layers.
+        model_context: tokens the model was made for.
+        windows: of each KV group, None for all positions.
+        block_bytes: bytes of one block of each group, all its layers together.
 
     Raises:
         BudgetError: the context asked for does not fit into RAM.
     """
     size = config.block_size
-    fixed, full = 0, 0  # bytes of all window groups' caches; bytes per block of the others
-    for window, bytes_ in zip(windows, block_bytes, strict=True):
-        if window is None:
-            full += bytes_
-        else:
-            fixed += _window_blocks(config, window) * bytes_
+    groups = list(zip(windows, block_bytes, strict=True))
+    full = sum(bytes_ for window, bytes_ in groups if window is None)
+    fixed = sum(_window_blocks(config, window) * bytes_ for window, bytes_ in groups if window)
     room = max(0, int(available_memory() * _KV_SHARE) - fixed)
     context, tokens = _lengths(config, model_context, room // full * size if full else None)
     blocks = -(-tokens // size)
     _check_room(tokens, fixed + blocks * full)
+    cache_blocks = tuple(
+        blocks if window is None else min(blocks, _window_blocks(config, window))
+        for window in windows
+    )
     return ResolvedConfig(
         context_length=context,
         max_sequences=config.max_sequences,
         prefill_chunk=config.prefill_chunk,
         block_size=size,
-        cache_blocks=tuple(
-            blocks if window is None else min(blocks, _window_blocks(config, window))
-            for window in windows
-        ),
+        cache_blocks=cache_blocks,
         prefix_cache=config.prefix_cache,
         kv_type=config.kv_type,
         backend=config.backend,

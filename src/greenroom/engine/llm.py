@@ -20,7 +20,7 @@ from greenroom.engine.jobs import Job
 from greenroom.engine.load import Progress, load_engine
 from greenroom.engine.output import Completion, TokenOutput
 from greenroom.engine.params import SamplingParams
-from greenroom.errors import ChatTemplateError, RequestError
+from greenroom.errors import RequestError
 
 Prompt = str | Items[int]
 
@@ -118,8 +118,6 @@ class LLM:
         Raises:
             ChatTemplateError: the model has no template, or it refuses the messages.
         """
-        if self.engine.chat is None:
-            raise ChatTemplateError("the model has no chat template; use generate instead")
         tokens = self.engine.chat.render(messages, **template)
         return self.generate([tokens], params)[0]
 
