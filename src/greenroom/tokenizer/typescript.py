@@ -28,7 +28,7 @@ def namespace(tools: Sequence[Mapping[str, Any]], name: str = "functions") -> st
 def _type(schema: Schema, indent: str) -> str:
     variants = schema.get("oneOf")
     if isinstance(variants, list):
-        return "".join(_variant(v, indent, n == 0) for n, v in enumerate(variants))
+        return "".join(_variant(variant, indent) for variant in variants)
     kind = schema.get("type")
     if isinstance(kind, list):
         return " | ".join(_SIMPLE.get(k, k) for k in kind if isinstance(k, str)) or "any"
@@ -43,11 +43,11 @@ def _type(schema: Schema, indent: str) -> str:
     return _SIMPLE.get(str(kind), "any")
 
 
-def _variant(schema: Schema, indent: str, first: bool) -> str:
-    start = "" if first else f"\n{indent} | "
+def _variant(schema: Schema, indent: str) -> str:
     notes = [str(schema["description"])] if schema.get("description") else []
     notes += _default(schema)
-    return start + _nullable(schema, indent + "   ") + (f" // {' '.join(notes)}" if notes else "")
+    kind = _nullable(schema, indent + "   ")
+    return f"\n{indent} | {kind}" + (f" // {' '.join(notes)}" if notes else "")
 
 
 def _object(schema: Schema, indent: str) -> str:
