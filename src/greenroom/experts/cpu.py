@@ -1,0 +1,167 @@
+"""The experts of one layer on the CPU: slabs in RAM and the native fused kernel.
+
+Eager mode packs all experts at load time. Lazy mode starts without copying anything: an expert
+is packed from the mapped file when it is first routed to. Knows nothing of the router or of
+other tiers; an id of -1 is a route somebody else serves.
+"""
+
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from functools import cache
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from greenroom import native
+from greenroom.errors import NativeError
+from greenroom.experts.slabs import (
+    Bytes,
+    Floats,
+    RawMatrices,
+    SlabLayout,
+    allocate,
+    columns,
+    note_requantised,
+    pack,
+    stored_type,
+)
+
+Biases = tuple[Tensor, Tensor, Tensor]
+Progress = Callable[[int], None]  # called with the bytes packed since the last call
+
+
+@cache
+def _background() -> ThreadPoolExecutor:
+    """Runs submitted steps; one at a time, because they share the pool's threads."""
+    return ThreadPoolExecutor(1, thread_name_prefix="experts")
+
+
+class CpuExperts:
+    """The routed experts of one layer as packed slabs.
+
+    Args:
+        pool: the native thread pool.
+        matrices: gate (f, d), up (f, d) and down (d, f) of every expert, as the file has them.
+        biases: of gate and up (experts, f) and down (experts, d) float32, or None.
+        activation: "silu" or "gpt-oss".
+        scales: factor of each expert's gate, up and down products, (experts, 3) float32, or None.
+        lazy: pack an expert when it is first used.
+        progress: told about packed bytes; unused in lazy mode.
+
+    Raises:
+        NativeError: the three matrices do not belong together.
+        UnsupportedModelError: a tensor type cannot be decoded.
+    """
+
+    def __init__(
+        self,
+        pool: Any,
+        matrices: tuple[RawMatrices, RawMatrices, RawMatrices],
+        biases: Biases | None = None,
+        activation: str = "silu",
+        scales: Tensor | None = None,
+        lazy: bool = False,
+        progress: Progress | None = None,
+    ) -> None:
+        self._pool, self._matrices, self._scales = pool, matrices, scales
+        self._biases: list[Floats] = [b.float().contiguous().numpy() for b in biases or ()]
+        self.experts = len(matrices[0].raw)
+        self.layout = _plan(matrices, self._biases)
+        layout = self.layout
+        self._layer = native.lib().MoeLayer(self.experts, layout.d, layout.f, activation)
+        self._slabs: dict[int, Bytes] = {}
+        self._pending: Future[Tensor] | None = None
+        for m in matrices:
+            note_requantised(m.name, m.type, columns(m.type, np.asarray(m.raw[0])))
+        if not lazy:
+            self._load_all(progress)
+
+    def _load_all(self, progress: Progress | None) -> None:
+        size = self.layout.nbytes
+        memory = allocate(size * self.experts).reshape(self.experts, size)
+        for expert in range(self.experts):
+            self._load(expert, memory[expert])
+            if progress is not None:
+                progress(size)
+
+    def _load(self, expert: int, slab: Bytes) -> None:
+        """Packs one expert into a slab and tells the native layer about it."""
+        entries = []
+        for i, m in enumerate(self._matrices):
+            part = self.layout.matrix(slab, i)
+            packed = pack(self._pool, m.name, m.type, np.asarray(m.raw[expert]), into=part)
+            bias = self.layout.bias(slab, i)
+            if bias is not None:
+                bias[:] = self._biases[i][expert]
+            scale = 1.0 if self._scales is None else float(self._scales[expert, i])
+            entries.append((int(packed.type), part, bias, scale))
+        self._layer.set_expert(expert, *entries)
+        self._slabs[expert] = slab
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the slabs in memory."""
+        return len(self._slabs) * self.layout.nbytes
+
+    def slab(self, expert: int) -> Bytes:
+        """One expert's bytes, (layout.nbytes,) uint8; packed now if it is not yet."""
+        if expert not in self._slabs:
+            self._load(expert, allocate(self.layout.nbytes))
+        return self._slabs[expert]
+
+    def __call__(self, hidden: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
+        """Weighted sum of the chosen experts.
+
+        Args:
+            hidden: (tokens, d) float32.
+            ids: (tokens, k) int32, -1 for routes that are served elsewhere.
+            weights: (tokens, k) float32.
+
+        Returns:
+            (tokens, d) float32.
+
+        Raises:
+            NativeError: a shape or an id is wrong.
+        """
+        out = torch.empty_like(hidden, memory_format=torch.contiguous_format)
+        if len(self._slabs) < self.experts:
+            for expert in torch.unique(ids).tolist():
+                if 0 <= expert < self.experts:
+                    self.slab(expert)
+        arguments = (hidden.contiguous(), ids.contiguous(), weights.contiguous())
+        try:
+            native.lib().moe(self._pool, self._layer, *(a.numpy() for a in arguments), out.numpy())
+        except (TypeError, ValueError) as error:
+            raise NativeError(f"experts: {str(error).splitlines()[0]}") from None
+        return out
+
+    def submit(self, hidden: Tensor, ids: Tensor, weights: Tensor) -> None:
+        """Starts `__call__` in the background; `wait` returns its result."""
+        if self._pending is not None:
+            raise NativeError("experts: submit called again before wait")
+        self._pending = _background().submit(self, hidden, ids, weights)
+
+    def wait(self) -> Tensor:
+        """The result of the last submit: (tokens, d) float32."""
+        if self._pending is None:
+            raise NativeError("experts: wait called without submit")
+        pending, self._pending = self._pending, None
+        return pending.result()
+
+
+def _plan(
+    matrices: tuple[RawMatrices, RawMatrices, RawMatrices], biases: list[Floats]
+) -> SlabLayout:
+    gate, up, down = matrices
+    shapes = [(np.shape(m.raw[0])[0], columns(m.type, np.asarray(m.raw[0]))) for m in matrices]
+    f, d = shapes[0]
+    counts = {len(m.raw) for m in matrices} | {len(b) for b in biases}
+    if shapes != [(f, d), (f, d), (d, f)] or len(counts) != 1:
+        raise NativeError(
+            f"{gate.name}, {up.name}, {down.name}: shapes {shapes} of {sorted(counts)} experts "
+            "do not belong together"
+        )
+    types = tuple(stored_type(m.type, cols) for m, (_, cols) in zip(matrices, shapes, strict=True))
+    return SlabLayout.plan((types[0], types[1], types[2]), d, f, bool(biases))
