@@ -107,9 +107,8 @@ def _openapi(app: FastAPI, plain: Callable[[], dict[str, Any]]) -> Callable[[], 
 
     def openapi() -> dict[str, Any]:
         document = plain()
-        components = document.setdefault("components", {})
-        if not components.get("schemas"):
-            components["schemas"] = component_schemas()
+        schemas = document.setdefault("components", {}).setdefault("schemas", {})
+        schemas.update(component_schemas())
         return document
 
     return openapi
