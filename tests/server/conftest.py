@@ -227,6 +227,11 @@ def engine() -> FakeEngine:
 
 
 @pytest.fixture
+def make_engine() -> Any:
+    return FakeEngine
+
+
+@pytest.fixture
 def make_client(engine: FakeEngine) -> Iterator[Any]:
     made = []
 

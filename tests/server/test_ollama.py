@@ -21,10 +21,11 @@ def test_chat_streams_lines(client):
 
 
 def test_chat_whole_with_thinking_and_tools(client, engine):
-    engine.reply = f"<think>hmm</think>{CALL}"
+    engine.reply = f"hmm</think>{CALL}"  # the template opens the reasoning
     body = client.ok("/api/chat", {**CHAT, "stream": False, "tools": [TOOL], "think": True})
     assert body["message"]["thinking"] == "hmm"
     assert body["message"]["tool_calls"][0]["function"]["arguments"] == {"x": "1"}
+    engine.reply = "<think>hmm</think>x"
     quiet = client.ok("/api/chat", {**CHAT, "stream": False, "think": False})
     assert "thinking" not in quiet["message"]
 

@@ -151,7 +151,7 @@ def test_json_schema_holds_after_reasoning(client, engine):
 @pytest.mark.parametrize(
     ("form", "expected"),
     [
-        ({"type": "regex", "pattern": "ab+c"}, "abc"),
+        ({"type": "regex", "pattern": "ab{1,3}c"}, "abc"),
         ({"type": "lark", "grammar": 'start: "yes"'}, "yes"),
         ({"type": "gbnf", "grammar": 'root ::= "no"'}, "no"),
         ({"type": "text"}, "Hello, world."),
@@ -273,7 +273,7 @@ def test_streamed_completion(client):
     events = client.events("/v1/completions", {"prompt": "a", "stream": True, "logprobs": 1})
     assert "".join(e["choices"][0]["text"] for e in events) == "Hello, world."
     offsets = [o for e in events for o in e["choices"][0]["logprobs"]["text_offset"]]
-    assert offsets == list(range(13)) + [13]
+    assert offsets == [*range(13), 13]
 
 
 @pytest.mark.parametrize("change", [{"best_of": 3}, {"suffix": "x"}, {"max_tokens": 0}])

@@ -47,8 +47,8 @@ def create_app(
     """The application.
 
     Args:
-        models: a Registry, or one engine, which is then served as `name` and closed with
-            the application.
+        models: makes a Registry, once the event loop runs; or one engine, which is then
+            served as `name` and closed with the application.
         settings: limits and allowed hosts; None takes the defaults.
         keys: API keys; None lets everybody ask.
         name: of a single engine.
@@ -56,7 +56,7 @@ def create_app(
     settings = settings or ServerSettings()
 
     def registry() -> Registry:
-        return models if isinstance(models, Registry) else Registry.of(models, name, settings)
+        return models() if callable(models) else Registry.of(models, name, settings)
 
     app = FastAPI(
         title="Greenroom",

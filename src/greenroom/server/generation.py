@@ -74,12 +74,30 @@ class Generation:
         self.first: float | None = None
         self._registry, self._metrics = registry, metrics
         self._last = [0.0] * len(choices)
-        self._tasks: list[asyncio.Task[None]] = []
+        self._all = self._merged()
+        self._begun: asyncio.Future[Piece | None] | None = None
+        self._tasks: list[asyncio.Future[Any]] = []
+        self._streams: list[Any] = []
         self._closed = False
         metrics.prompt_tokens.labels(served.name).inc(self.usage.prompt)
 
+    async def begin(self, seconds: float) -> None:
+        """Starts, and waits a little for the first piece, so that an early error raises here,
+        where it can still become an HTTP status.
+        """
+        self._begun = asyncio.ensure_future(_next(self._all))
+        await asyncio.wait({self._begun}, timeout=seconds)
+        if self._begun.done():
+            self._begun.result()
+
     async def pieces(self) -> AsyncIterator[Piece]:
         """The pieces of all choices, in the order in which they come."""
+        piece = await (self._begun or _next(self._all))
+        while piece is not None:
+            yield piece
+            piece = await _next(self._all)
+
+    async def _merged(self) -> AsyncIterator[Piece]:
         if len(self.choices) == 1:
             async for piece in self._follow(0):
                 yield piece
@@ -108,17 +126,16 @@ class Generation:
     async def _follow(self, index: int) -> AsyncIterator[Piece]:
         choice = self.choices[index]
         stream = self.served.engine.stream(choice.tokens, choice.params, choice.constraint)
-        try:
-            async for output in stream:
-                if output.finish_reason == "cancelled":
-                    raise ApiError(503, "the server ended this request", headers=_SOON)
-                piece = choice.reader.read(output)
-                self._note(index, output, piece)
-                yield piece
-                if piece.finish_reason:
-                    return
-        finally:
-            await stream.aclose()
+        self._streams.append(stream)
+        async for output in stream:
+            if output.finish_reason == "cancelled":
+                raise ApiError(503, "the server ended this request", headers=_SOON)
+            piece = choice.reader.read(output)
+            self._note(index, output, piece)
+            yield piece
+            if piece.finish_reason:
+                await stream.aclose()
+                return
 
     def _note(self, index: int, output: TokenOutput, piece: Piece) -> None:
         """Counts a token."""
@@ -143,14 +160,20 @@ class Generation:
         if self._closed:
             return
         self._closed = True
-        for task in self._tasks:
+        tasks = self._tasks + ([self._begun] if self._begun else [])
+        for task in tasks:
             task.cancel()
-        if self._tasks:
-            await asyncio.gather(*self._tasks, return_exceptions=True)
+        await asyncio.gather(*tasks, return_exceptions=True)
+        for stream in self._streams:  # suspended now, so that closing reaches the engine
+            await stream.aclose()
         seconds = time.perf_counter() - self.started
         self._metrics.whole.labels(self.served.name).observe(seconds)
         self.served.leave(len(self.choices), seconds)
         self._registry.release(self.served, self.keep_alive)
+
+
+async def _next(pieces: AsyncIterator[Piece]) -> Piece | None:
+    return await anext(pieces, None)
 
 
 _SOON = {"Retry-After": "1"}
@@ -204,12 +227,12 @@ class Runner:
         if call.messages:
             tools = () if call.tool_choice == "none" else call.tools
             return [await served.render(call.messages, tools, call.variables)]
-        prompts = []
+        prompts: list[list[int]] = []
         for prompt in call.prompts:
-            text = isinstance(prompt, str)
-            prompts.append(
-                await served.tokenize(prompt, call.add_special) if text else list(prompt)
-            )
+            if isinstance(prompt, str):
+                prompts.append(await served.tokenize(prompt, call.add_special))
+            else:
+                prompts.append(list(prompt))
         return prompts
 
     async def _choices(self, served: Served, call: Call) -> list[Choice]:

@@ -80,9 +80,7 @@ class _Wrapped:
         size = tokenizer.vocabulary_size
         self._encode = tokenizer.encode
         self.bos_token_id = tokenizer.bos_id
-        self.eos_token_id = (
-            min(tokenizer.eog_ids) if tokenizer.eos_id is None else tokenizer.eos_id
-        )
+        self.eos_token_id = min(tokenizer.eog_ids) if tokenizer.eos_id is None else tokenizer.eos_id
         self.tokens = [tokenizer.token_bytes(token) for token in range(size)]
         self.special_token_ids = [t for t in range(size) if tokenizer.is_special(t)]
 
@@ -176,8 +174,9 @@ def _grammar(spec: GrammarSpec) -> str:
     import llguidance
 
     if spec.kind == "json_schema":
+        matcher: Any = llguidance.LLMatcher
         options = {"whitespace_pattern": _SPACE}
-        return str(llguidance.LLMatcher.grammar_from_json_schema(spec.text, defaults=options))
+        return str(matcher.grammar_from_json_schema(spec.text, defaults=options))
     return str(llguidance.grammar_from(spec.kind, spec.text))
 
 

@@ -168,16 +168,23 @@ class Reader:
     def _content_tokens(
         self, output: TokenOutput, deltas: Sequence[Delta]
     ) -> tuple[TokenOutput, ...]:
-        """Tokens whose text is known to be content now; those of markup are dropped."""
+        """Tokens whose text is known to be content now; those of markup are dropped.
+
+        Of the tokens since the last text, those at the end belong to the content: as many
+        as have its bytes together.
+        """
         if output.logprob is None:
             return ()
         self._pending.append(output)
-        if any(delta.kind == "content" for delta in deltas):
-            tokens, self._pending = tuple(self._pending), []
-            return tokens
-        if deltas:
-            self._pending = []
-        return ()
+        if not deltas:
+            return ()
+        pending, self._pending = self._pending, []
+        left = sum(len(d.text.encode()) for d in deltas if d.kind == "content")
+        found: list[TokenOutput] = []
+        while left > 0 and pending:
+            found.append(pending.pop())
+            left -= len(self.tokenizer.token_bytes(found[-1].token_id))
+        return tuple(reversed(found))
 
     def _stopped_by(self, output: TokenOutput) -> str | None:
         """The stop string that the last tokens contain, if one ended the answer."""

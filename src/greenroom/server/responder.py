@@ -2,7 +2,7 @@
 response, whole or streamed.
 """
 
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Callable, Coroutine
 from dataclasses import dataclass
 from typing import Any
 
@@ -49,7 +49,7 @@ class Json(Response):
 async def whole(
     request: Request,
     call: Call,
-    write: Callable[[Generation], Awaitable[Any]],
+    write: Callable[[Generation], Coroutine[Any, Any, Any]],
     keep_alive: float | None = None,
 ) -> Response:
     """Runs a call to its end and writes one JSON body; stops when the client leaves."""
@@ -79,7 +79,9 @@ async def streamed(
         return event(body, "error" if path.startswith("/v1/messages") else None)
 
     ping = settings.ping_seconds if media_type == EVENTS else None
-    stream = Stream(
-        write(generation), generation.close, on_error, media_type=media_type, ping=ping
-    )
-    return await stream.started(settings.first_event_seconds)
+    try:
+        await generation.begin(settings.first_event_seconds)
+    except BaseException:
+        await generation.close()
+        raise
+    return Stream(write(generation), generation.close, on_error, media_type=media_type, ping=ping)

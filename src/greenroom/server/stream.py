@@ -96,16 +96,6 @@ class Stream(Response):
         self.chunks, self.close, self.on_error, self.ping = chunks, close, on_error, ping
         self._next: asyncio.Future[bytes | None] | None = None
 
-    async def started(self, seconds: float) -> "Stream":
-        """Waits a little for the first chunk, so that an early error raises here, where it
-        can still become an HTTP status."""
-        self._next = asyncio.ensure_future(_advance(self.chunks))
-        done, _ = await asyncio.wait({self._next}, timeout=seconds)
-        if done and (error := self._next.exception()):
-            await self.close()
-            raise error
-        return self
-
     async def _following(self) -> AsyncIterator[bytes]:
         """The chunks, with pings in long silences and errors as a last chunk."""
         while True:

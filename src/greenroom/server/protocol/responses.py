@@ -57,7 +57,7 @@ class ReasoningText(Strict):
 
 class ReasoningItem(Strict):
     type: Literal["reasoning"]
-    summary: list[ReasoningText] = []
+    summary: list[ReasoningText] | None = None
     content: list[ReasoningText] | None = None
     id: str | None = None
     encrypted_content: None = None

@@ -31,8 +31,8 @@ def _prompts(body: CompletionRequest) -> list[str | list[int]]:
     if not prompt:
         raise RequestError("prompt: the list is empty", "prompt")
     if isinstance(prompt[0], int):
-        return [list(prompt)]  # type: ignore[arg-type]
-    return list(prompt)  # type: ignore[arg-type]
+        return [list(prompt)]
+    return list(prompt)
 
 
 def completion_call(body: CompletionRequest) -> Call:

@@ -30,10 +30,10 @@ def _inputs(body: EmbeddingsRequest, limit: int) -> list[str | list[int]]:
     if not value:
         raise RequestError("input: the list is empty", "input")
     if isinstance(value[0], int):
-        return [list(value)]  # type: ignore[arg-type]
+        return [list(value)]
     if len(value) > limit:
         raise RequestError(f"input: {len(value)} texts, at most {limit}", "input")
-    return list(value)  # type: ignore[arg-type]
+    return list(value)
 
 
 def _written(vector: NDArray[np.float32], encoding: str) -> Any:

@@ -155,7 +155,8 @@ class _Writer:
         if not self.chat:
             return {**head, "response": content, **shown, "done": False}
         message = {"role": "assistant", "content": content, **shown}
-        return {**head, "message": message | ({"tool_calls": calls} if calls else {}), "done": False}
+        called = {"tool_calls": calls} if calls else {}
+        return {**head, "message": message | called, "done": False}
 
     def calls(self) -> list[dict[str, Any]]:
         """All tool calls, complete: Ollama sends arguments as objects."""
@@ -231,7 +232,7 @@ async def _loaded(request: Request, body: Body, empty: bool) -> int | Response:
     if not empty:
         return context
     now = datetime.now(UTC).isoformat().replace("+00:00", "Z")
-    said = {"response": ""}
+    said: dict[str, Any] = {"response": ""}
     if isinstance(body, ChatRequest):
         said = {"message": {"role": "assistant", "content": ""}}
     reason = "unload" if keep_alive == 0 else "load"

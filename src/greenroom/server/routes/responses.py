@@ -46,7 +46,7 @@ def _messages(body: ResponsesRequest) -> Iterator[dict[str, Any]]:
     turn: dict[str, Any] = {}
     for item in body.input:
         if isinstance(item, ReasoningItem):
-            parts = item.content or item.summary
+            parts = item.content or item.summary or []
             turn["reasoning_content"] = "".join(part.text for part in parts)
         elif isinstance(item, FunctionCall):
             function = {"name": item.name, "arguments": item.arguments}

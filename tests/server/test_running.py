@@ -1,0 +1,198 @@
+"""Cancellation, queues, errors in mid-stream, loading and unloading."""
+
+import asyncio
+import json
+from typing import Any
+
+import pytest
+
+from greenroom.errors import ModelFileError
+from greenroom.server import ServerSettings
+from greenroom.server.registry import ModelSource, Registry
+
+CHAT = "/v1/chat/completions"
+BODY = {"messages": [{"role": "user", "content": "x"}]}
+
+
+async def ask(app: Any, body: Any, path: str = CHAT, leave_after: float | None = None) -> list[Any]:
+    """One request straight through ASGI; the client leaves after so many seconds."""
+    raw = json.dumps(body).encode()
+    scope = {
+        "type": "http",
+        "method": "POST",
+        "path": path,
+        "raw_path": path.encode(),
+        "query_string": b"",
+        "scheme": "http",
+        "headers": [(b"host", b"localhost")],
+        "server": ("localhost", 80),
+        "root_path": "",
+    }
+    sent: list[Any] = []
+    inbox = [{"type": "http.request", "body": raw, "more_body": False}]
+
+    async def receive() -> Any:
+        if inbox:
+            return inbox.pop()
+        await asyncio.sleep(1000 if leave_after is None else leave_after)
+        return {"type": "http.disconnect"}
+
+    async def send(message: Any) -> None:
+        sent.append(message)
+
+    await app(scope, receive, send)
+    return sent
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("n", [1, 3])
+@pytest.mark.parametrize("path", [CHAT, "/v1/messages", "/api/chat", "/v1/completions"])
+def test_client_that_leaves_cancels(client, engine, stream, n, path):
+    engine.delay = 0.01
+    engine.reply = "x" * 4000
+    body = {"model": "fake", "stream": stream}
+    body |= {"prompt": "x", "max_tokens": 4000} if path == "/v1/completions" else BODY
+    body |= {"max_tokens": 4000} if path == "/v1/messages" else {}
+    body |= {"n": n} if path.startswith("/v1/c") else {}
+    client.run(ask(client.app, body, path, leave_after=0.05))
+    assert engine.running == 0
+    assert engine.cancelled == (n if path.startswith("/v1/c") else 1)
+    (served,) = client.app.state.server.registry.loaded.values()
+    assert (served.users, served._admitted) == (0, 0)
+
+
+def test_client_that_leaves_before_the_stream_starts(make_client, engine):
+    client = make_client(settings=ServerSettings(first_event_seconds=0.0))
+    engine.delay = 10
+    client.run(ask(client.app, {**BODY, "stream": True}, leave_after=0.0))
+    (served,) = client.app.state.server.registry.loaded.values()
+    assert (served.users, served._admitted, engine.running) == (0, 0, 0)
+
+
+def test_full_queue_says_when_to_come_back(make_client, engine):
+    client = make_client(settings=ServerSettings(queue=0))  # four sequences and no queue
+    engine.delay = 0.02
+
+    async def crowd() -> list[Any]:
+        return await asyncio.gather(*(ask(client.app, {**BODY, "n": 2}) for _ in range(3)))
+
+    answers = sorted(client.run(crowd()), key=lambda sent: sent[0]["status"])
+    assert [sent[0]["status"] for sent in answers] == [200, 200, 429]
+    assert int(dict(answers[-1][0]["headers"])[b"retry-after"]) >= 1
+    assert client.post(CHAT, BODY).status_code == 200
+    assert client.post(CHAT, {**BODY, "n": 5}).status_code == 400  # never fits
+
+
+def test_error_before_the_first_token_is_a_status(client, engine):
+    engine.closed = True
+    for path in (CHAT, "/v1/messages", "/api/chat"):
+        body = {**BODY, "model": "fake", "stream": True}
+        body |= {"max_tokens": 9} if path == "/v1/messages" else {}
+        response = client.post(path, body)
+        assert response.status_code == 503
+        assert "closed" in response.text
+
+
+@pytest.mark.parametrize("path", [CHAT, "/v1/messages", "/api/chat", "/v1/responses"])
+def test_error_in_mid_stream_is_the_last_event(client, engine, path):
+    engine.delay = 0.01
+    engine.reply = "x" * 4000
+
+    async def close_soon() -> list[Any]:
+        asyncio.get_running_loop().call_later(0.05, engine.close)
+        body: dict[str, Any] = {"model": "fake", "stream": True}
+        body |= {"input": "x"} if path == "/v1/responses" else BODY
+        body |= {"max_tokens": 4000} if path == "/v1/messages" else {}
+        return await ask(client.app, body, path)
+
+    sent = client.run(close_soon())
+    assert sent[0]["status"] == 200
+    data = b"".join(message.get("body", b"") for message in sent).decode()
+    last = json.loads(data.strip().rpartition("\n")[2].removeprefix("data: "))
+    assert "error" in last
+    assert engine.running == 0
+
+
+def test_silence_is_filled_with_pings(make_client, engine):
+    client = make_client(settings=ServerSettings(ping_seconds=0.01))
+    engine.delay = 0.05
+    engine.reply = "ab"
+    sent = client.run(ask(client.app, {**BODY, "stream": True}))
+    assert any(message.get("body") == b": ping\n\n" for message in sent)
+
+
+def test_models_load_on_first_use_and_leave_when_idle(make_client, make_engine, tmp_path):
+    made: dict[str, Any] = {}
+
+    def load(source: ModelSource) -> Any:
+        if source.name == "bad":
+            raise ModelFileError("bad.gguf: damaged; download it again")
+        made[source.name] = make_engine()
+        return made[source.name]
+
+    sources = [ModelSource(name, tmp_path / f"{name}.gguf") for name in ("a", "b", "bad")]
+    settings = ServerSettings(max_loaded=1, keep_alive=0.05)
+    client = make_client(lambda: Registry(sources, load, settings), settings)
+    registry = client.app.state.server.registry
+    assert not registry.loaded
+    client.ok(CHAT, {**BODY, "model": "a"})
+    assert list(registry.loaded) == ["a"]
+    client.ok(CHAT, {**BODY, "model": "b"})  # takes the place of a
+    assert list(registry.loaded) == ["b"]
+    assert made["a"].closed
+    client.run(asyncio.sleep(0.2))
+    assert not registry.loaded
+    assert made["b"].closed
+    assert client.post(CHAT, BODY).status_code == 400  # which of them?
+    response = client.post(CHAT, {**BODY, "model": "bad"})
+    assert response.status_code == 500
+    assert "bad.gguf" in response.json()["error"]["message"]
+    client.ok("/api/generate", {"model": "a", "keep_alive": -1})
+    client.run(asyncio.sleep(0.1))
+    assert list(registry.loaded) == ["a"]
+    body = client.ok("/api/generate", {"model": "a", "keep_alive": 0})
+    assert body["done_reason"] == "unload"
+    client.run(asyncio.sleep(0.05))
+    assert not registry.loaded
+
+
+def test_a_model_in_use_is_not_unloaded(make_client, make_engine, tmp_path):
+    def load(source: ModelSource) -> Any:
+        engine = make_engine()
+        engine.delay = 0.01
+        return engine
+
+    sources = [ModelSource(name, tmp_path / name) for name in ("a", "b")]
+    settings = ServerSettings(max_loaded=1, keep_alive=0.0)
+    client = make_client(lambda: Registry(sources, load, settings), settings)
+
+    async def both() -> list[Any]:
+        bodies = [{**BODY, "model": name} for name in ("a", "b", "a", "b")]
+        return await asyncio.gather(*(ask(client.app, body) for body in bodies))
+
+    assert [sent[0]["status"] for sent in client.run(both())] == [200] * 4
+
+
+def test_the_event_loop_stays_free(client, engine):
+    """Rendering, tokenising and grammars run in workers: the loop never stalls for long."""
+    client.ok(CHAT, BODY)  # starts the template worker
+    longest = 0.0
+
+    async def watch() -> None:
+        nonlocal longest
+        loop = asyncio.get_running_loop()
+        while True:
+            before = loop.time()
+            await asyncio.sleep(0.001)
+            longest = max(longest, loop.time() - before - 0.001)
+
+    async def both() -> None:
+        watcher = asyncio.ensure_future(watch())
+        schema = {"type": "object", "properties": {f"p{i}": {"type": "string"} for i in range(50)}}
+        form = {"type": "json_schema", "json_schema": {"schema": schema}}
+        body = {"messages": [{"role": "user", "content": "word " * 700}], "response_format": form}
+        await ask(client.app, {**body, "max_tokens": 3})
+        watcher.cancel()
+
+    client.run(both())
+    assert longest < 0.1  # 20 ms on a quiet machine
