@@ -1,0 +1,184 @@
+"""How a model's parts are prepared and run: the interface, and its plain float32 version.
+
+A model asks its backend for parts (linear layers, norms, experts) once, when it is loaded, and
+for attention in every layer. A backend knows no family.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from torch import Tensor
+
+from greenroom.experts.reference import ReferenceExperts
+from greenroom.layers.attention import attention, write_kv
+from greenroom.layers.batch import Batch, KVCache
+from greenroom.layers.embedding import Embedding
+from greenroom.layers.linear import Linear, Linears
+from greenroom.layers.moe import DenseMlp, Experts, Matrices, Matrix
+from greenroom.layers.norm import Norm
+from greenroom.layers.rope import Rope, rotate
+from greenroom.layers.router import Router, Rule
+from greenroom.layers.weight import Weight
+
+
+@dataclass(frozen=True, slots=True)
+class AttentionSpec:
+    """What is constant about the attention of one layer.
+
+    Attributes:
+        group: index of its KV group.
+        scale: factor of the scores.
+        window: keys visible to a query, itself included; None for all.
+        sinks: (heads,) float32 or None.
+    """
+
+    group: int
+    scale: float
+    window: int | None = None
+    sinks: Tensor | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """A batch with what all layers need computed from it once.
+
+    Attributes:
+        batch: the step's tokens and cache addresses.
+        rope: the rotation, or None.
+        angles: cosine and sine, each (tokens, rotated / 2) float32; None without rotation.
+    """
+
+    batch: Batch
+    rope: Rope | None
+    angles: tuple[Tensor, Tensor] | None
+
+
+class NormLike(Protocol):
+    """A norm of the residual stream, see `Norm`."""
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of its parameters."""
+
+    def __call__(self, x: Tensor, delta: Tensor | None = None) -> Tensor:
+        """Adds delta to x in place and returns the sum normalised; (..., width) float32."""
+
+
+@dataclass(frozen=True, slots=True)
+class ExpertWeights:
+    """The matrices of one layer's experts as the file has them.
+
+    Attributes:
+        gate, up: (experts, f, d).
+        down: (experts, d, f).
+        biases: of gate and up (experts, f) and down (experts, d) float32, or None.
+        activation: "silu" or "gpt-oss".
+    """
+
+    gate: Weight
+    up: Weight
+    down: Weight
+    biases: tuple[Tensor, Tensor, Tensor] | None = None
+    activation: str = "silu"
+
+
+class Backend(Protocol):
+    """Prepares the parts of a model and runs attention."""
+
+    def embedding(self, weight: Weight) -> Embedding:
+        """A table (vocabulary, width)."""
+
+    def linear(self, weight: Weight, bias: Tensor | None = None) -> Matrix:
+        """A matrix (rows, cols) with an optional bias (rows,)."""
+
+    def linears(self, weights: Sequence[Weight], biases: Sequence[Tensor | None]) -> Matrices:
+        """Matrices that read the same input."""
+
+    def norm(self, weight: Tensor, bias: Tensor | None, eps: float, centred: bool) -> NormLike:
+        """A norm (width,); LayerNorm if centred."""
+
+    def router(self, weight: Tensor, bias: Tensor | None, rule: Rule) -> Router:
+        """A router (experts, d)."""
+
+    def mlp(self, gate: Weight, up: Weight, down: Weight) -> Matrix:
+        """A SwiGLU MLP: gate and up (f, d), down (d, f)."""
+
+    def experts(self, weights: ExpertWeights) -> Experts:
+        """The routed experts of one layer."""
+
+    def step(self, batch: Batch, rope: Rope | None) -> Step:
+        """What all layers share in this step."""
+
+    def attend(
+        self, q: Tensor, k: Tensor, v: Tensor, cache: KVCache, step: Step, spec: AttentionSpec
+    ) -> Tensor:
+        """Rotates q and k, writes k and v to the cache and attends.
+
+        Args:
+            q: (tokens, heads, key_length) float32; may be overwritten.
+            k: (tokens, kv_heads, key_length) float32; may be overwritten.
+            v: (tokens, kv_heads, value_length) float32.
+            cache: of this layer.
+            step: this step.
+            spec: of this layer.
+
+        Returns:
+            (tokens, heads, value_length) float32.
+        """
+
+
+class ReferenceBackend:
+    """Everything dequantised to float32 and computed by torch."""
+
+    def embedding(self, weight: Weight) -> Embedding:
+        """Rows are decoded when they are looked up."""
+        return Embedding(weight)
+
+    def linear(self, weight: Weight, bias: Tensor | None = None) -> Linear:
+        """See `Backend.linear`."""
+        return Linear(weight, bias)
+
+    def linears(self, weights: Sequence[Weight], biases: Sequence[Tensor | None]) -> Linears:
+        """See `Backend.linears`."""
+        return Linears(weights, biases)
+
+    def norm(self, weight: Tensor, bias: Tensor | None, eps: float, centred: bool) -> Norm:
+        """See `Backend.norm`."""
+        return Norm(weight, bias, eps, centred)
+
+    def router(self, weight: Tensor, bias: Tensor | None, rule: Rule) -> Router:
+        """See `Backend.router`."""
+        return Router(weight, bias, rule)
+
+    def mlp(self, gate: Weight, up: Weight, down: Weight) -> DenseMlp:
+        """See `Backend.mlp`."""
+        return DenseMlp(self.linears([gate, up], [None, None]), self.linear(down))
+
+    def experts(self, weights: ExpertWeights) -> ReferenceExperts:
+        """See `Backend.experts`."""
+        gate, up, down = (w.float32() for w in (weights.gate, weights.up, weights.down))
+        return ReferenceExperts(gate, up, down, weights.biases, weights.activation)
+
+    def step(self, batch: Batch, rope: Rope | None) -> Step:
+        """Cosines and sines are computed once for all layers."""
+        return Step(batch, rope, None if rope is None else rope.angles(batch.positions))
+
+    def attend(
+        self, q: Tensor, k: Tensor, v: Tensor, cache: KVCache, step: Step, spec: AttentionSpec
+    ) -> Tensor:
+        """See `Backend.attend`."""
+        if step.rope is not None and step.angles is not None:
+            neox = step.rope.neox
+            q, k = rotate(q, *step.angles, neox), rotate(k, *step.angles, neox)
+        group = step.batch.groups[spec.group]
+        write_kv(cache, group.slots, k, v)
+        return attention(
+            q,
+            cache,
+            group,
+            step.batch,
+            scale=spec.scale,
+            window=spec.window,
+            sinks=spec.sinks,
+        )

@@ -1,0 +1,45 @@
+"""The token embedding: rows are gathered from the file's own blocks and only they are decoded.
+
+Knows token ids and blocks, not what a token is.
+"""
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from greenroom.gguf import GGMLType, dequantize
+from greenroom.layers.weight import Weight
+
+# Types torch can gather and widen by itself.
+_DIRECT = {
+    GGMLType.F32: torch.float32,
+    GGMLType.F16: torch.float16,
+    GGMLType.BF16: torch.bfloat16,
+}
+
+
+class Embedding:
+    """A table of (vocabulary, width) values in any block format.
+
+    Args:
+        weight: (vocabulary, width).
+        copy: keep the bytes in memory of our own instead of in the mapped file.
+    """
+
+    def __init__(self, weight: Weight, copy: bool = False) -> None:
+        self.type = weight.type
+        self.vocabulary, self.width = weight.shape
+        self.raw = np.array(weight.raw) if copy else weight.raw
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the table."""
+        return self.raw.nbytes
+
+    def __call__(self, tokens: Tensor) -> Tensor:
+        """Looks up (tokens,) int64 ids below the vocabulary's size: (tokens, width) float32."""
+        rows = self.raw[tokens.numpy()]  # (tokens, row_bytes), a copy
+        direct = _DIRECT.get(self.type)
+        if direct is not None:
+            return torch.from_numpy(rows).view(direct).float()
+        return torch.from_numpy(dequantize(self.type, rows))

@@ -1,0 +1,87 @@
+"""Loads a model: picks the family by `general.architecture` and hands it the file's tensors.
+
+Knows the registry and the options; what a family computes stands in its own file.
+"""
+
+import importlib
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from greenroom.errors import ModelFileError, UnsupportedModelError
+from greenroom.gguf import GGUFFile
+from greenroom.layers.backend import Backend, ReferenceBackend
+from greenroom.models.config import ModelConfig
+from greenroom.models.model import Model
+from greenroom.models.parts import Parts
+from greenroom.models.registry import ARCHITECTURES
+from greenroom.models.tensors import Tensors
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LoadOptions:
+    """How to load a model.
+
+    Attributes:
+        backend: "native" (packed weights, SIMD kernels) or "reference" (float32 torch).
+        threads: of the native pool; None for one per physical core.
+        context_length: tokens of a session, None for the model's own.
+        mmap: leave in the mapped file what can stay there.
+        llama_cpp_math: follow llama.cpp where it differs from the publisher.
+        progress: called with (bytes done, bytes in all).
+    """
+
+    backend: str = "native"
+    threads: int | None = None
+    context_length: int | None = None
+    mmap: bool = False
+    llama_cpp_math: bool = False
+    progress: Callable[[int, int], None] | None = None
+
+
+def load_model(file: GGUFFile, options: LoadOptions | None = None) -> Model:
+    """Loads every tensor of an open file.
+
+    Raises:
+        ModelFileError: a tensor is missing, left over or of the wrong shape.
+        UnsupportedModelError: the architecture or an option of it is not implemented.
+    """
+    options = options or LoadOptions()
+    family = find_family(file)
+    try:
+        config = ModelConfig.from_metadata(file.metadata, file.tensors)
+    except (ModelFileError, UnsupportedModelError) as error:
+        raise type(error)(f"{file.path.name}: {error}") from None
+    tensors = Tensors(file, options.progress)
+    parts = Parts(
+        tensors=tensors,
+        config=config,
+        backend=make_backend(options),
+        centred=family.traits.centred and not options.llama_cpp_math,
+    )
+    context = options.context_length or config.context_length
+    model = family(config, parts, context, options.llama_cpp_math)
+    tensors.finish()
+    return model
+
+
+def find_family(file: GGUFFile) -> type[Model]:
+    """The class of the file's architecture."""
+    architecture = file.metadata.get("general.architecture")
+    place = ARCHITECTURES.get(architecture) if isinstance(architecture, str) else None
+    if place is None:
+        raise UnsupportedModelError(
+            f"{file.path.name}: architecture {architecture!r:.40} is not implemented; "
+            f"implemented: {', '.join(ARCHITECTURES)}"
+        )
+    module, name = place.split(":")
+    found: type[Model] = getattr(importlib.import_module(module), name)
+    return found
+
+
+def make_backend(options: LoadOptions) -> Backend:
+    """The backend the options name."""
+    if options.backend == "reference":
+        return ReferenceBackend()
+    raise UnsupportedModelError(
+        f"backend {options.backend!r} is not implemented; implemented: reference"
+    )

@@ -1,0 +1,225 @@
+"""The decoder all families share: pre-norm blocks of attention and feed-forward.
+
+A family is a subclass of `Model` that states its traits and overrides what differs. Attributes
+bear the names of the GGUF tensors. Knows nothing of scheduling or of where experts live.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from greenroom.layers.backend import AttentionSpec, Backend, NormLike, Step
+from greenroom.layers.batch import Batch, KVCache
+from greenroom.layers.moe import Matrix, Moe
+from greenroom.layers.rope import Rope
+from greenroom.models.config import ModelConfig
+from greenroom.models.parts import Parts
+from greenroom.models.ropes import build_rope
+
+
+@dataclass(frozen=True, slots=True)
+class KVSpec:
+    """The retention rule of a KV group: `window` tokens, or everything."""
+
+    window: int | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Traits:
+    """What is fixed for a family.
+
+    Attributes:
+        neox: pairing of the rotary embedding, see `Rope`.
+        centred: LayerNorm instead of RMSNorm.
+        qk_norm: RMSNorm of queries and keys, "head" by head or over "all" heads together.
+        biases: attention projections that must have a bias: "q", "k", "v", "output".
+        ffn_norm: name of the norm before the feed-forward part.
+    """
+
+    neox: bool = True
+    centred: bool = False
+    qk_norm: str | None = None
+    biases: frozenset[str] = field(default_factory=frozenset)
+    ffn_norm: str = "ffn_norm"
+
+
+class Block:
+    """One layer.
+
+    Args:
+        parts: takes this layer's tensors from the file.
+        model: the model it belongs to, for its configuration, traits and feed-forward part.
+        layer: its index.
+    """
+
+    def __init__(self, parts: Parts, model: "Model", layer: int) -> None:
+        config, traits = model.config, model.traits
+        shape = config.attention
+        self.shape = shape
+        self.backend = parts.backend
+        self.attn_norm: NormLike = parts.norm("attn_norm")
+        self.attn_qkv = parts.qkv(traits.biases)
+        self.qk_norm = traits.qk_norm
+        if traits.qk_norm is not None:
+            per = 1 if traits.qk_norm == "head" else shape.heads
+            self.attn_q_norm = parts.norm("attn_q_norm", per * shape.key_length)
+            per = 1 if traits.qk_norm == "head" else shape.kv_heads
+            self.attn_k_norm = parts.norm("attn_k_norm", per * shape.key_length)
+        self.attn_output = parts.attn_output(traits.biases)
+        self.ffn_norm: NormLike = parts.norm(model.ffn_norm_name(parts))
+        self.ffn: Matrix = model.feed_forward(parts, layer)
+        self.residual = config.scales.residual
+        self.spec = AttentionSpec(
+            group=config.kv_group(layer),
+            scale=shape.scale or shape.key_length**-0.5,
+            window=config.windows[layer],
+            sinks=model.sinks(parts),
+        )
+
+    def attend(self, x: Tensor, delta: Tensor | None, step: Step, cache: KVCache) -> Tensor:
+        """The attention part.
+
+        Args:
+            x: (tokens, d) float32, the residual stream; delta is added to it in place.
+            delta: (tokens, d) float32, what the layer before computed, or None.
+            step: this step.
+            cache: of this layer.
+
+        Returns:
+            (tokens, d) float32, to be added to x.
+        """
+        shape, tokens = self.shape, x.shape[0]
+        q, k, v = self.attn_qkv(self.attn_norm(x, delta))
+        if shape.clamp is not None:
+            q, k, v = (t.clamp(-shape.clamp, shape.clamp) for t in (q, k, v))
+        if self.qk_norm == "all":
+            q, k = self.attn_q_norm(q), self.attn_k_norm(k)
+        q = q.view(tokens, shape.heads, shape.key_length)
+        k = k.view(tokens, shape.kv_heads, shape.key_length)
+        v = v.view(tokens, shape.kv_heads, shape.value_length)
+        if self.qk_norm == "head":
+            q, k = self.attn_q_norm(q), self.attn_k_norm(k)
+        out = self.backend.attend(q, k, v, cache, step, self.spec)
+        return self._scaled(self.attn_output(out.view(tokens, -1)))
+
+    def feed(self, x: Tensor, delta: Tensor) -> Tensor:
+        """The feed-forward part; arguments and result as those of `attend`."""
+        return self._scaled(self.ffn(self.ffn_norm(x, delta)))
+
+    def _scaled(self, delta: Tensor) -> Tensor:
+        return delta if self.residual == 1.0 else delta * self.residual
+
+
+class Model:
+    """A language model, loaded.
+
+    Args:
+        config: its configuration.
+        parts: takes the file's tensors and prepares them for a backend.
+        context_length: tokens of a session; decides longrope's table.
+        llama_cpp_math: follow llama.cpp where it differs from the publisher.
+    """
+
+    traits: ClassVar[Traits]
+
+    def __init__(
+        self, config: ModelConfig, parts: Parts, context_length: int, llama_cpp_math: bool = False
+    ) -> None:
+        self.config = config
+        self.context_length = context_length
+        self.llama_cpp_math = llama_cpp_math
+        self.backend: Backend = parts.backend
+        self.kv_groups = tuple(KVSpec(window) for window in config.group_windows)
+        self.token_embd = parts.token_embd()
+        self.rope = self.make_rope(parts)
+        self.blk = [Block(parts.block(i), self, i) for i in range(config.layers)]
+        self.output_norm = parts.norm("output_norm")
+        self.output = self.head(parts)
+        self._groups = [config.kv_group(i) for i in range(config.layers)]
+
+    # What a family may override.
+
+    def feed_forward(self, parts: Parts, layer: int) -> Matrix:
+        """The feed-forward part of a layer; a dense SwiGLU unless a family says otherwise."""
+        return parts.dense()
+
+    def ffn_norm_name(self, parts: Parts) -> str:
+        """Name of the norm before the feed-forward part."""
+        return self.traits.ffn_norm
+
+    def head(self, parts: Parts) -> Matrix:
+        """The projection to the vocabulary."""
+        return parts.output()
+
+    def sinks(self, parts: Parts) -> Tensor | None:
+        """Attention sinks of a layer, (heads,) float32."""
+        return None
+
+    def make_rope(self, parts: Parts) -> Rope | None:
+        """The rotary embedding."""
+        return build_rope(self.config.rope, parts, self.traits.neox, self.context_length)
+
+    # What the engine calls.
+
+    def new_caches(
+        self, blocks: Sequence[int], block_size: int, dtype: torch.dtype = torch.float32
+    ) -> list[KVCache]:
+        """One zeroed cache per layer.
+
+        Args:
+            blocks: number of blocks of each KV group.
+            block_size: positions of a block.
+            dtype: of keys and values, torch.float32 or torch.float16.
+        """
+        shape = self.config.attention
+        caches = []
+        for group in self._groups:
+            size = (blocks[group], shape.kv_heads, block_size)
+            k = torch.zeros(*size, shape.key_length, dtype=dtype)
+            caches.append(KVCache(k, torch.zeros(*size, shape.value_length, dtype=dtype)))
+        return caches
+
+    @torch.inference_mode()
+    def forward(self, batch: Batch, caches: Sequence[KVCache]) -> Tensor:
+        """One step: writes the batch's keys and values, returns logits.
+
+        Args:
+            batch: the step.
+            caches: one per layer, from `new_caches`.
+
+        Returns:
+            (outputs, vocabulary) float32 for `batch.output_rows`.
+        """
+        logits = self.output(self.hidden(batch, caches))
+        scale = self.config.scales.logit
+        return logits if scale == 1.0 else logits / scale
+
+    @torch.inference_mode()
+    def hidden(self, batch: Batch, caches: Sequence[KVCache]) -> Tensor:
+        """As `forward`, but the normalised hidden states: (outputs, d) float32."""
+        step = self.backend.step(batch, self.rope)
+        x = self.token_embd(batch.tokens)
+        if self.config.scales.embedding != 1.0:
+            x = x * self.config.scales.embedding
+        delta: Tensor | None = None
+        last = self.blk[-1]
+        for blk, cache in zip(self.blk, caches, strict=True):
+            delta = blk.attend(x, delta, step, cache)
+            if blk is last:
+                # Behind the last attention only the rows that are asked for matter.
+                x, delta = x[batch.output_rows], delta[batch.output_rows]
+            delta = blk.feed(x, delta)
+        return self.output_norm(x, delta)
+
+    def memory(self) -> dict[str, int]:
+        """Bytes by part: experts, dense, embedding, output."""
+        parts = {"experts": 0, "dense": self.output_norm.nbytes}
+        for blk in self.blk:
+            if isinstance(blk.ffn, Moe):
+                parts["experts"] += blk.ffn.experts.nbytes
+            owned = (blk.attn_norm, blk.attn_qkv, blk.attn_output, blk.ffn_norm, blk.ffn)
+            parts["dense"] += sum(part.nbytes for part in owned)
+        return parts | {"embedding": self.token_embd.nbytes, "output": self.output.nbytes}
