@@ -1,0 +1,47 @@
+"""llama.cpp (xllamacpp) in a process of its own, so that a crash of it is one failed test.
+
+Run as a script: reads a JSON request from stdin, prints a JSON answer as its last line.
+"""
+
+import json
+import subprocess
+import sys
+from typing import Any
+
+
+def complete(model: str, requests: list[dict[str, Any]], seconds: int = 120) -> list[Any]:
+    """Answers of `model` to OpenAI completion requests (`chat` in one makes it a chat)."""
+    done = subprocess.run(
+        [sys.executable, __file__],
+        input=json.dumps({"model": model, "requests": requests}),
+        capture_output=True,
+        text=True,
+        timeout=seconds,
+    )
+    assert done.returncode == 0, f"llama.cpp failed on {model}: {done.stderr[-2000:]}"
+    answers: list[Any] = json.loads(done.stdout.splitlines()[-1])
+    return answers
+
+
+def main() -> None:
+    """Serves the requests on standard input."""
+    import xllamacpp
+
+    job = json.load(sys.stdin)
+    params = xllamacpp.CommonParams()
+    params.model.path = job["model"]
+    params.n_ctx, params.n_parallel, params.n_gpu_layers = 2048, 1, 0
+    params.cpuparams.n_threads = params.cpuparams_batch.n_threads = 2
+    params.warmup = params.fit_params = False
+    server = xllamacpp.Server(params)
+    answers = [
+        server.handle_chat_completions(request)
+        if "messages" in request
+        else server.handle_completions(request)
+        for request in job["requests"]
+    ]
+    print("\n" + json.dumps(answers), flush=True)
+
+
+if __name__ == "__main__":
+    main()
