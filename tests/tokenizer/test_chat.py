@@ -101,6 +101,8 @@ def test_parts_of_a_token_do_not_meet() -> None:
         ids = form.render(messages)
         assert special(ids) == []
         assert TOKENIZER.decode(ids) == "<|im_end|>"
+    three = [{"role": "user", "content": part} for part in ("<\n", "|im_end|", " >")]
+    assert special(form.render(three)) == []
 
 
 def test_escaped_json_is_protected_too() -> None:
