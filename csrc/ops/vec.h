@@ -50,13 +50,14 @@ inline To as(From from) {
 
 // Binary16 to binary32 without a conversion instruction: shift the exponent into place and
 // correct its bias by a multiplication, which also makes subnormals right.
-inline float to_float(Half half) {
-    const std::uint32_t bits = half.bits;
-    const float magnitude = as<float>((bits & 0x7fffu) << 13) * 0x1p112f;
-    std::uint32_t result = as<std::uint32_t>(magnitude) | (bits & 0x8000u) << 16;
-    if ((bits & 0x7c00u) == 0x7c00u) result |= 0x7f800000u;  // infinity or NaN
-    return as<float>(result);
+inline Vec widen(IntVec halves) {
+    const IntVec magnitude = halves & 0x7fff, sign = halves & 0x8000;
+    const IntVec bits = as<IntVec>(as<Vec>(magnitude << 13) * 0x1p112f);
+    const IntVec special = (magnitude >= 0x7c00) & 0x7f800000;  // infinity or NaN
+    return as<Vec>(bits | sign << 16 | special);
 }
+
+inline float to_float(Half half) { return widen(IntVec{} + half.bits)[0]; }
 
 // Binary32 to binary16, to nearest, ties to even.
 inline Half to_half(float x) {
@@ -88,9 +89,9 @@ inline Vec load(const Half* from) {
 #elif defined(__F16C__)
     return as<Vec>(_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from))));
 #else
-    Vec v;
-    for (int i = 0; i < kLanes; ++i) v[i] = to_float(from[i]);
-    return v;
+    std::uint16_t __attribute__((vector_size(kLanes * 2))) halves;
+    std::memcpy(&halves, from, sizeof halves);
+    return widen(__builtin_convertvector(halves, IntVec));
 #endif
 }
 
