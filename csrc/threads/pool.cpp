@@ -102,6 +102,7 @@ std::unique_lock<std::mutex> Pool::take_turn() {
 void Pool::publish(Kind kind) {
     constexpr auto kinds = static_cast<std::uint32_t>(Kind::count);
     const std::uint32_t region = epoch_.load(std::memory_order_relaxed) / kinds + 1;
+    caller_cpu_.store(current_cpu(), std::memory_order_relaxed);
     // Regions are numbered modulo 2^24, so that the product stays within the word.
     epoch_.store((region & 0xffffffu) * kinds + static_cast<std::uint32_t>(kind));
     if (sleepers_.load() != 0) unpark_all(epoch_);
@@ -116,8 +117,10 @@ void Pool::wait_for_region(std::uint32_t seen) {
             if (changed()) return;
             pause();
         }
-        // Somebody else may need this processor, perhaps the caller of the next region.
-        if (crowded_ || round >= 16) std::this_thread::yield();
+        // Make way for our own threads. Yielding always would hand the processor to strangers,
+        // for milliseconds, whenever the machine is busy.
+        if (crowded_ || current_cpu() == caller_cpu_.load(std::memory_order_relaxed))
+            std::this_thread::yield();
     }
     sleepers_.fetch_add(1);
     while (epoch_.load() == seen) park(epoch_, seen);

@@ -80,6 +80,7 @@ class Pool {
     // Each word that is written while others poll it has a cache line pair of its own
     // (adjacent lines are prefetched together).
     alignas(128) std::atomic<std::uint32_t> epoch_{0};   // region number * Kind::count + kind
+    std::atomic<int> caller_cpu_{-1};                    // where the caller was at the time
     alignas(128) std::atomic<std::uint64_t> ticket_{0};  // tasks << 32 | next task
     alignas(128) std::atomic<std::int64_t> left_{0};     // tasks, or workers, not yet done
     alignas(128) std::atomic<int> sleepers_{0};
