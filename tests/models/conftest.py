@@ -34,7 +34,7 @@ def load(tmp_path_factory: pytest.TempPathFactory) -> Loader:
 
     @cache
     def loaded(case: str, seed: int = 1, type: str = "F32", **options: Any) -> tuple[Tiny, Model]:
-        options = {"backend": "reference"} | CASES[case].options | options
+        options = {"backend": "reference", "threads": 2} | CASES[case].options | options
         with GGUFFile(path(case, seed, type)) as file:
             return tiny(case, seed), load_model(file, LoadOptions(**options))
 

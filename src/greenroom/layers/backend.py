@@ -15,11 +15,11 @@ from greenroom.layers.attention import attention, write_kv
 from greenroom.layers.batch import Batch, KVCache
 from greenroom.layers.embedding import Embedding
 from greenroom.layers.linear import Linear, Linears
-from greenroom.layers.moe import DenseMlp, Experts, Matrices, Matrix
+from greenroom.layers.moe import DenseMlp, Experts, Matrices, Matrix, Routing
 from greenroom.layers.norm import Norm
 from greenroom.layers.rope import Rope, rotate
 from greenroom.layers.router import Router, Rule
-from greenroom.layers.weight import Weight
+from greenroom.layers.weight import Weight, WeightStack
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,12 +46,12 @@ class Step:
     Attributes:
         batch: the step's tokens and cache addresses.
         rope: the rotation, or None.
-        angles: cosine and sine, each (tokens, rotated / 2) float32; None without rotation.
+        angles: cosines and sines (tokens, 2, rotated / 2) float32; None without rotation.
     """
 
     batch: Batch
     rope: Rope | None
-    angles: tuple[Tensor, Tensor] | None
+    angles: Tensor | None
 
 
 class NormLike(Protocol):
@@ -76,9 +76,9 @@ class ExpertWeights:
         activation: "silu" or "gpt-oss".
     """
 
-    gate: Weight
-    up: Weight
-    down: Weight
+    gate: Weight | WeightStack
+    up: Weight | WeightStack
+    down: Weight | WeightStack
     biases: tuple[Tensor, Tensor, Tensor] | None = None
     activation: str = "silu"
 
@@ -98,7 +98,7 @@ class Backend(Protocol):
     def norm(self, weight: Tensor, bias: Tensor | None, eps: float, centred: bool) -> NormLike:
         """A norm (width,); LayerNorm if centred."""
 
-    def router(self, weight: Tensor, bias: Tensor | None, rule: Rule) -> Router:
+    def router(self, weight: Tensor, bias: Tensor | None, rule: Rule) -> Routing:
         """A router (experts, d)."""
 
     def mlp(self, gate: Weight, up: Weight, down: Weight) -> Matrix:
@@ -170,7 +170,7 @@ class ReferenceBackend:
         """See `Backend.attend`."""
         if step.rope is not None and step.angles is not None:
             neox = step.rope.neox
-            q, k = rotate(q, *step.angles, neox), rotate(k, *step.angles, neox)
+            q, k = rotate(q, step.angles, neox), rotate(k, step.angles, neox)
         group = step.batch.groups[spec.group]
         write_kv(cache, group.slots, k, v)
         return attention(

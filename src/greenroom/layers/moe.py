@@ -9,8 +9,6 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from greenroom.layers.router import Router
-
 
 class Matrix(Protocol):
     """A linear layer of any backend."""
@@ -32,6 +30,17 @@ class Matrices(Protocol):
 
     def __call__(self, x: Tensor, /) -> tuple[Tensor, ...]:
         """Maps (tokens, in) float32 to one (tokens, out_i) float32 per matrix."""
+
+
+class Routing(Protocol):
+    """A router of any backend."""
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of its parameters."""
+
+    def __call__(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
+        """Routes (tokens, d) float32: ids (tokens, k) int32, weights (tokens, k) float32."""
 
 
 class Experts(Protocol):
@@ -117,7 +126,7 @@ class Moe:
     """
 
     def __init__(
-        self, router: Router, experts: Experts, shared: SharedExpert | None = None
+        self, router: Routing, experts: Experts, shared: SharedExpert | None = None
     ) -> None:
         self.router = router
         self.experts = experts

@@ -73,31 +73,30 @@ class Rope:
         self.magnitude = magnitude
         self.neox = neox
 
-    def angles(self, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """Cosine and sine, times the magnitude, of each position: (tokens, rotated / 2) float32.
+    def angles(self, positions: Tensor) -> Tensor:
+        """Cosines and sines, times the magnitude: (tokens, 2, rotated / 2) float32.
 
         Args:
             positions: (tokens,) int64.
         """
         # float64: at position 100,000 float32 would lose three digits of the phase.
         angle = positions[:, None].double() * self.frequencies.double()
-        cosine, sine = angle.cos() * self.magnitude, angle.sin() * self.magnitude
-        return cosine.float(), sine.float()
+        return (torch.stack([angle.cos(), angle.sin()], 1) * self.magnitude).float()
 
 
-def rotate(x: Tensor, cosine: Tensor, sine: Tensor, neox: bool) -> Tensor:
+def rotate(x: Tensor, angles: Tensor, neox: bool) -> Tensor:
     """Rotates the first channels of every head; the rest pass through.
 
     Args:
         x: (tokens, heads, width) float32.
-        cosine, sine: (tokens, rotated / 2) float32, rotated <= width.
+        angles: (tokens, 2, rotated / 2) float32 from `Rope.angles`, rotated <= width.
         neox: pairs are (i, i + rotated / 2); otherwise (2i, 2i + 1).
 
     Returns:
         Shape of x, float32; a new tensor.
     """
-    half = cosine.shape[-1]
-    cosine, sine = cosine[:, None], sine[:, None]
+    half = angles.shape[-1]
+    cosine, sine = angles[:, :1], angles[:, 1:]  # (tokens, 1, half)
     if neox:
         a, b = x[..., :half], x[..., half : 2 * half]
         turned = torch.cat([a * cosine - b * sine, a * sine + b * cosine], -1)

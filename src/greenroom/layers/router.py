@@ -4,12 +4,10 @@ Each rule is one function of (tokens, experts) float32 logits that returns ids (
 and weights (tokens, k) float32. Knows nothing of where experts live.
 """
 
-from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-
-Rule = Callable[[Tensor], tuple[Tensor, Tensor]]
 
 
 def softmax_top_k(
@@ -66,6 +64,32 @@ def sparse_mixer(logits: Tensor, epsilon: float = 0.01) -> tuple[Tensor, Tensor]
         ids.append(index)
         remaining = remaining.scatter(-1, index, float("-inf"))
     return torch.cat(ids, -1).to(torch.int32), torch.cat(weights, -1)
+
+
+@dataclass(frozen=True, slots=True)
+class Rule:
+    """How a router reads its logits.
+
+    Attributes:
+        gating: "softmax" over all experts, "softmax_selected" over the chosen ones, or
+            "sparse_mixer".
+        selected: experts per token.
+        renormalise: the weights of a token add up to 1; softmax only.
+        scale: factor of the weights; softmax only.
+    """
+
+    gating: str
+    selected: int
+    renormalise: bool = False
+    scale: float = 1.0
+
+    def __call__(self, logits: Tensor) -> tuple[Tensor, Tensor]:
+        """Ids (tokens, selected) int32 and weights, float32, of (tokens, experts) logits."""
+        if self.gating == "sparse_mixer":
+            return sparse_mixer(logits)
+        if self.gating == "softmax_selected":
+            return top_k_softmax(logits, self.selected)
+        return softmax_top_k(logits, self.selected, self.renormalise, self.scale)
 
 
 class Router:

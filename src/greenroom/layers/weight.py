@@ -16,7 +16,7 @@ from greenroom.gguf import GGMLType, dequantize
 
 @dataclass(frozen=True, slots=True)
 class Weight:
-    """Rows of one matrix, or of a stack of matrices.
+    """Rows of one matrix, or of the matrices of all experts in one tensor.
 
     Attributes:
         name: the tensor's name in the file, for messages.
@@ -38,10 +38,25 @@ class Weight:
         """The rows of this slice, of every expert if it is a stack; shares the bytes."""
         return Weight(self.name, self.type, self.raw[..., start:stop:step, :])
 
-    def expert(self, index: int) -> "Weight":
-        """One matrix of a stack; shares the bytes."""
-        return Weight(self.name, self.type, self.raw[index])
-
     def float32(self) -> Tensor:
         """The values, `shape` float32, in memory of their own."""
         return torch.from_numpy(np.array(dequantize(self.type, self.raw), np.float32, copy=True))
+
+
+@dataclass(frozen=True, slots=True)
+class WeightStack:
+    """The matrices of all experts, each in a tensor of its own, of one type and shape.
+
+    Attributes:
+        name: the first tensor's name, for messages.
+        type: the blocks' format.
+        raw: of each expert (rows, row_bytes) uint8.
+    """
+
+    name: str
+    type: GGMLType
+    raw: list[npt.NDArray[np.uint8]]
+
+    def float32(self) -> Tensor:
+        """The values, (experts, rows, cols) float32, in memory of their own."""
+        return torch.stack([Weight(self.name, self.type, raw).float32() for raw in self.raw])

@@ -3,10 +3,8 @@
 The weights of a token are its softmax probabilities as they are, not normalised again.
 """
 
-from functools import partial
-
 from greenroom.layers.moe import Matrix, Moe
-from greenroom.layers.router import softmax_top_k
+from greenroom.layers.router import Rule
 from greenroom.models.model import Model, Traits
 from greenroom.models.parts import Parts
 
@@ -21,9 +19,9 @@ class DeepSeek(Model):
         moe = self.config.moe
         if moe is None or layer < moe.dense_layers:
             return parts.dense()
-        rule = partial(
-            softmax_top_k,
-            k=moe.used,
+        rule = Rule(
+            "softmax",
+            moe.used,
             renormalise=bool(moe.renormalise),
             scale=moe.weight_scale,
         )

@@ -4,14 +4,12 @@ Also reads Ollama's spelling: architecture `gptoss`, fused and renamed tensors. 
 math: openai/gpt-oss and transformers' gpt_oss.
 """
 
-from functools import partial
-
 from torch import Tensor
 
 from greenroom.layers.backend import ExpertWeights
 from greenroom.layers.moe import Experts, Moe
 from greenroom.layers.rope import Rope
-from greenroom.layers.router import top_k_softmax
+from greenroom.layers.router import Rule
 from greenroom.models.model import Model, Traits
 from greenroom.models.parts import Parts
 from greenroom.models.ropes import build_rope
@@ -39,7 +37,7 @@ class GptOss(Model):
 
     def feed_forward(self, parts: Parts, layer: int) -> Moe:
         """Router and experts, all with biases."""
-        rule = partial(top_k_softmax, k=parts.moe.used)
+        rule = Rule("softmax_selected", parts.moe.used)
         return Moe(parts.router(rule, bias=True), gpt_oss_experts(parts))
 
 

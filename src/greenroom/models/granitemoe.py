@@ -3,10 +3,8 @@
 The scales are read by `config`; an optional shared expert is not gated.
 """
 
-from functools import partial
-
 from greenroom.layers.moe import Moe
-from greenroom.layers.router import top_k_softmax
+from greenroom.layers.router import Rule
 from greenroom.models.model import Model, Traits
 from greenroom.models.parts import Parts
 
@@ -18,5 +16,5 @@ class GraniteMoe(Model):
 
     def feed_forward(self, parts: Parts, layer: int) -> Moe:
         """Top-k on the logits, softmax over the chosen."""
-        rule = partial(top_k_softmax, k=parts.moe.used)
+        rule = Rule("softmax_selected", parts.moe.used)
         return Moe(parts.router(rule), parts.experts(), parts.shared())

@@ -4,10 +4,8 @@ Mixtral's softmax over all experts, top-k and division by the sum is the softmax
 chosen logits.
 """
 
-from functools import partial
-
 from greenroom.layers.moe import Matrix, Moe
-from greenroom.layers.router import softmax_top_k
+from greenroom.layers.router import Rule
 from greenroom.models.model import Model, Traits
 from greenroom.models.parts import Parts
 
@@ -22,5 +20,5 @@ class Llama(Model):
         moe = self.config.moe
         if moe is None:
             return parts.dense()
-        rule = partial(softmax_top_k, k=moe.used, renormalise=True, scale=moe.weight_scale)
+        rule = Rule("softmax", moe.used, renormalise=True, scale=moe.weight_scale)
         return Moe(parts.router(rule), parts.experts())

@@ -6,6 +6,7 @@ Knows the registry and the options; what a family computes stands in its own fil
 import importlib
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 from greenroom.errors import ModelFileError, UnsupportedModelError
 from greenroom.gguf import GGUFFile
@@ -23,7 +24,8 @@ class LoadOptions:
 
     Attributes:
         backend: "native" (packed weights, SIMD kernels) or "reference" (float32 torch).
-        threads: of the native pool; None for one per physical core.
+        threads: of the native pool; None for as many as suit the machine.
+        pool: a native pool to share, instead of `threads`.
         context_length: tokens of a session, None for the model's own.
         mmap: leave in the mapped file what can stay there.
         llama_cpp_math: follow llama.cpp where it differs from the publisher.
@@ -32,6 +34,7 @@ class LoadOptions:
 
     backend: str = "native"
     threads: int | None = None
+    pool: Any = None
     context_length: int | None = None
     mmap: bool = False
     llama_cpp_math: bool = False
@@ -82,6 +85,13 @@ def make_backend(options: LoadOptions) -> Backend:
     """The backend the options name."""
     if options.backend == "reference":
         return ReferenceBackend()
+    if options.backend == "native":
+        # Imported here: the reference needs no compiled extension.
+        from greenroom.layers.native_backend import NativeBackend
+        from greenroom.layers.native_ops import new_pool
+
+        pool = new_pool(options.threads) if options.pool is None else options.pool
+        return NativeBackend(pool, options.mmap)
     raise UnsupportedModelError(
-        f"backend {options.backend!r} is not implemented; implemented: reference"
+        f"backend {options.backend!r} is not implemented; implemented: native, reference"
     )

@@ -193,7 +193,10 @@ class Model:
         Returns:
             (outputs, vocabulary) float32 for `batch.output_rows`.
         """
-        logits = self.output(self.hidden(batch, caches))
+        hidden = self.hidden(batch, caches)
+        if len(hidden) == 0:
+            return hidden.new_empty(0, self.config.vocabulary_size)
+        logits = self.output(hidden)
         scale = self.config.scales.logit
         return logits if scale == 1.0 else logits / scale
 
@@ -209,6 +212,8 @@ class Model:
         for blk, cache in zip(self.blk, caches, strict=True):
             delta = blk.attend(x, delta, step, cache)
             if blk is last:
+                if len(batch.output_rows) == 0:  # all but the last chunk of a prompt
+                    return x[:0]
                 # Behind the last attention only the rows that are asked for matter.
                 x, delta = x[batch.output_rows], delta[batch.output_rows]
             delta = blk.feed(x, delta)

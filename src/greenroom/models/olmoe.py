@@ -3,10 +3,8 @@
 Weights are the softmax probabilities as they are; no shared expert.
 """
 
-from functools import partial
-
 from greenroom.layers.moe import Moe
-from greenroom.layers.router import softmax_top_k
+from greenroom.layers.router import Rule
 from greenroom.models.model import Model, Traits
 from greenroom.models.parts import Parts
 
@@ -19,7 +17,5 @@ class OlMoe(Model):
     def feed_forward(self, parts: Parts, layer: int) -> Moe:
         """Not normalised unless the file says so."""
         moe = parts.moe
-        rule = partial(
-            softmax_top_k, k=moe.used, renormalise=bool(moe.renormalise), scale=moe.weight_scale
-        )
+        rule = Rule("softmax", moe.used, renormalise=bool(moe.renormalise), scale=moe.weight_scale)
         return Moe(parts.router(rule), parts.experts())

@@ -11,11 +11,13 @@ from torch import Tensor
 
 from greenroom.layers.backend import Backend, ExpertWeights, NormLike
 from greenroom.layers.embedding import Embedding
-from greenroom.layers.moe import Experts, Matrices, Matrix, SharedExpert
-from greenroom.layers.router import Router, Rule
-from greenroom.layers.weight import Weight
+from greenroom.layers.moe import Experts, Matrices, Matrix, Routing, SharedExpert
+from greenroom.layers.router import Rule
+from greenroom.layers.weight import Weight, WeightStack
 from greenroom.models.config import ModelConfig, MoeConfig
 from greenroom.models.tensors import Tensors, stack
+
+Bank = Weight | WeightStack  # a matrix of every expert
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -141,7 +143,7 @@ class Parts:
             self.weight(f"ffn_down{suffix}.weight", hidden, width),
         )
 
-    def router(self, rule: Rule, bias: bool = False) -> Router:
+    def router(self, rule: Rule, bias: bool = False) -> Routing:
         """The router."""
         experts = self.moe.experts
         weight = self.values("ffn_gate_inp.weight", experts, self.config.hidden_size)
@@ -152,7 +154,9 @@ class Parts:
         gate, up = self.gate_up()
         return self.backend.experts(ExpertWeights(gate, up, self.expert_stack("down")))
 
-    def gate_up(self, interleaved: bool = False) -> tuple[Weight, Weight]:
+    def gate_up(
+        self, interleaved: bool = False
+    ) -> tuple[Weight | WeightStack, Weight | WeightStack]:
         """Gate and up of all experts, each (experts, f, d).
 
         Args:
@@ -168,7 +172,7 @@ class Parts:
             return fused.rows(0, step=2), fused.rows(1, step=2)
         return fused.rows(0, width), fused.rows(width)
 
-    def expert_stack(self, part: str) -> Weight:
+    def expert_stack(self, part: str) -> Bank:
         """ "gate", "up" or "down" of all experts; files before April 2024 have them one by one."""
         moe, hidden = self.moe, self.config.hidden_size
         shape = (hidden, moe.width) if part == "down" else (moe.width, hidden)

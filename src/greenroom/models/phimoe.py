@@ -1,15 +1,15 @@
 """Phi-3.5-MoE, Phi-mini-MoE and GRIN-MoE (Microsoft): LayerNorm, SparseMixer, longrope.
 
-Follows the publisher's code. llama.cpp computes RMSNorm, weights that sum to 1, another
-magnitude of the rotation and no window; `llama_cpp_math` asks for that.
+Follows the publisher's code. llama.cpp computes RMSNorm, weights that sum to 1 and another
+magnitude of the rotation; `llama_cpp_math` asks for that.
 """
 
 from dataclasses import replace
-from functools import partial
 
+from greenroom.errors import UnsupportedModelError
 from greenroom.layers.moe import Matrix, Moe
 from greenroom.layers.rope import Rope
-from greenroom.layers.router import Rule, softmax_top_k, sparse_mixer
+from greenroom.layers.router import Rule
 from greenroom.models.model import Model, Traits
 from greenroom.models.parts import Parts
 from greenroom.models.ropes import build_rope
@@ -35,9 +35,15 @@ class PhiMoe(Model):
 
     def feed_forward(self, parts: Parts, layer: int) -> Moe:
         """SparseMixer chooses exactly two experts."""
-        rule: Rule = sparse_mixer
-        if self.llama_cpp_math or parts.moe.used != 2:
-            rule = partial(softmax_top_k, k=parts.moe.used, renormalise=True)
+        used = parts.moe.used
+        if self.llama_cpp_math:
+            rule = Rule("softmax", used, renormalise=True)
+        elif used == 2:
+            rule = Rule("sparse_mixer", used)
+        else:
+            raise UnsupportedModelError(
+                f"phimoe.expert_used_count = {used} is not implemented: SparseMixer takes 2"
+            )
         return Moe(parts.router(rule), parts.experts())
 
     def head(self, parts: Parts) -> Matrix:

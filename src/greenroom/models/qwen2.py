@@ -3,10 +3,8 @@
 Published MoE checkpoints have norm_topk_prob false, which their GGUF files do not state.
 """
 
-from functools import partial
-
 from greenroom.layers.moe import Moe
-from greenroom.layers.router import softmax_top_k
+from greenroom.layers.router import Rule
 from greenroom.models.model import Model, Traits
 from greenroom.models.parts import Parts
 
@@ -23,7 +21,5 @@ class Qwen2Moe(Qwen2):
     def feed_forward(self, parts: Parts, layer: int) -> Moe:
         """Weights are the softmax probabilities as they are."""
         moe = parts.moe
-        rule = partial(
-            softmax_top_k, k=moe.used, renormalise=bool(moe.renormalise), scale=moe.weight_scale
-        )
+        rule = Rule("softmax", moe.used, renormalise=bool(moe.renormalise), scale=moe.weight_scale)
         return Moe(parts.router(rule), parts.experts(), parts.shared(gated=True))

@@ -3,10 +3,8 @@
 Published MoE checkpoints all have norm_topk_prob true, which their GGUF files do not state.
 """
 
-from functools import partial
-
 from greenroom.layers.moe import Moe
-from greenroom.layers.router import softmax_top_k
+from greenroom.layers.router import Rule
 from greenroom.models.model import Model, Traits
 from greenroom.models.parts import Parts
 
@@ -23,9 +21,9 @@ class Qwen3Moe(Qwen3):
     def feed_forward(self, parts: Parts, layer: int) -> Moe:
         """Weights are normalised unless the file says otherwise."""
         moe = parts.moe
-        rule = partial(
-            softmax_top_k,
-            k=moe.used,
+        rule = Rule(
+            "softmax",
+            moe.used,
             renormalise=moe.renormalise is not False,
             scale=moe.weight_scale,
         )

@@ -6,12 +6,11 @@ that names it. Knows names and shapes, not what a family computes with them.
 
 from collections.abc import Callable
 
-import numpy as np
 from torch import Tensor
 
 from greenroom.errors import ModelFileError
 from greenroom.gguf import GGMLType, GGUFFile, repack_pairs
-from greenroom.layers.weight import Weight
+from greenroom.layers.weight import Weight, WeightStack
 
 # Written by old converters, derived from the metadata, never needed.
 IGNORED_ENDINGS = (".attn_rot_embd", ".rotary_emb.inv_freq", ".attn.masked_bias")
@@ -92,8 +91,8 @@ class Tensors:
             )
 
 
-def stack(weights: list[Weight]) -> Weight:
-    """Experts stored one by one as one stack (experts, rows, cols).
+def stack(weights: list[Weight]) -> WeightStack:
+    """Experts stored one by one as one stack.
 
     Raises:
         ModelFileError: they are of different types.
@@ -105,4 +104,4 @@ def stack(weights: list[Weight]) -> Weight:
                 f"tensor {weight.name} has type {weight.type.name}, but {first.name} has "
                 f"{first.type.name}; requantise the model"
             )
-    return Weight(first.name, first.type, np.stack([weight.raw for weight in weights]))
+    return WeightStack(first.name, first.type, [weight.raw for weight in weights])
