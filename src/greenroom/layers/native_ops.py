@@ -131,19 +131,8 @@ def attention(
     """
     if out is None:
         out = torch.empty((q.shape[0], q.shape[1], v_cache.shape[3]))
-    _lib.attention(
-        pool,
-        q,
-        k_cache,
-        v_cache,
-        block_tables,
-        query_starts,
-        context_lengths,
-        scale,
-        window,
-        sinks,
-        out,
-    )
+    step = (block_tables, query_starts, context_lengths)
+    _lib.attention(pool, q, k_cache, v_cache, *step, scale, window, sinks, out)
     return out
 
 
