@@ -95,6 +95,8 @@ CASES = [
         "<tool_call>get_weather\n<arg_key>city</arg_key>\n<arg_value>Röm</arg_value>\n</tool_call>",
         ("", "", ONE),
     ),
+    ("qwen", "<tool_call>get_weather\n</tool_call>", ("", "", [("get_weather", {})])),
+    ("qwen", "<tool_call>word</tool_call>", ("", "<tool_call>word</tool_call>", [])),
     ("mistral", f"[TOOL_CALLS][{JSON_CALL}]", ("", "", ONE)),
     ("mistral", f"[TOOL_CALLS] [{JSON_CALL},{JSON_CALL}]", ("", "", ONE * 2)),
     ("mistral", '[TOOL_CALLS]get_weather[ARGS]{"city": "Röm"}', ("", "", ONE)),

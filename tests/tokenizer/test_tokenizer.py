@@ -106,6 +106,16 @@ def test_every_pre_tokenizer_loses_no_text(name: str) -> None:
     assert tokenizer.decode(tokenizer.encode(text)) == text
 
 
+@pytest.mark.parametrize("name", [*_EXPRESSIONS, "llama"])
+def test_long_runs_take_no_quadratic_time(name: str) -> None:
+    metadata = spm_metadata() if name == "llama" else bpe_metadata(tokenizer__ggml__pre=name)
+    tokenizer = Tokenizer.from_metadata(metadata)
+    start = time.process_time()
+    for run in (" ", "\n", "\t\r", "A", "Aa", "\u0301", "中", "'", "1", ".", "\u00a0", "$ "):
+        tokenizer.encode(run * 40_000 + "中")  # quadratic: four seconds and more each
+    assert time.process_time() - start < 4
+
+
 @pytest.mark.parametrize(
     ("name", "text", "words"),
     [

@@ -123,8 +123,9 @@ class TemplateRenderer:
         # the modules beside it cannot hide the standard library's.
         command = [sys.executable, "-S", "-P", str(_WORKER), str(self._seconds), str(self._memory)]
         environment = {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
-        if "TZ" in os.environ:
-            environment["TZ"] = os.environ["TZ"]
+        for name in ("TZ", "LD_LIBRARY_PATH", "PYTHONHOME"):
+            if name in os.environ:
+                environment[name] = os.environ[name]
         try:
             return subprocess.Popen(
                 command,

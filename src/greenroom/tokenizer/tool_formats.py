@@ -55,16 +55,20 @@ def _json_calls(body: str, tools: Tools) -> list[ToolCall] | None:
 
 def _known_json_calls(body: str, tools: Tools) -> list[ToolCall] | None:
     """JSON without any mark is a call only if it names a tool of the request."""
-    names = {tool.get("function", {}).get("name") for tool in tools}
     calls = _json_calls(body, tools)
-    return calls if calls and all(call.name in names for call in calls) else None
+    return calls if calls and all(call.name in _names(tools) for call in calls) else None
+
+
+def _names(tools: Tools) -> set[object]:
+    return {tool.get("function", {}).get("name") for tool in tools}
 
 
 def _tagged_calls(body: str, tools: Tools) -> list[ToolCall] | None:
     """Between `<tool_call>` tags: JSON (Hermes, Qwen), or tags per argument (Qwen-Coder, GLM)."""
     if "<function=" in body:
         return _function_tags(body, tools)
-    if "<arg_key>" in body or re.fullmatch(r"\s*[\w.\-]+\s*", body):
+    # A call without arguments is a bare name; only the request tells it from a word.
+    if "<arg_key>" in body or body.strip() in _names(tools):
         return _argument_tags(body, tools)
     return _json_calls(body, tools)
 
