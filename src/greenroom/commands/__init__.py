@@ -1,0 +1,118 @@
+"""The command line: `greenroom VERB ...`, one module per verb.
+
+A module has one function `command` with typer annotations; it is imported when its verb is
+used, so that `greenroom --help` stays fast. Whatever a user can cause ends in one line.
+"""
+
+import difflib
+import functools
+import os
+import sys
+from collections.abc import Callable, Sequence
+from importlib import import_module
+from typing import Any
+
+from greenroom import __version__
+from greenroom.errors import GreenroomError
+
+# verb: its module, and what it does in a few words
+COMMANDS: dict[str, tuple[str, str]] = {
+    "run": ("greenroom.commands.run", "Generate text from a prompt, and say how fast."),
+    "chat": ("greenroom.commands.chat", "Talk with a model."),
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs one command.
+
+    Args:
+        arguments: verb first; None takes those of the process.
+
+    Returns:
+        The exit status: 0, 1 after an error, 2 for a wrong call, 130 after Ctrl-C.
+    """
+    verb, *rest = (sys.argv[1:] if arguments is None else list(arguments)) or ["--help"]
+    if verb in ("-h", "--help"):
+        print(_help())
+        return 0
+    if verb == "--version":
+        print(f"greenroom {__version__}")
+        return 0
+    if verb not in COMMANDS:
+        near = difflib.get_close_matches(verb, COMMANDS, 1)
+        hint = f"did you mean '{near[0]}'?" if near else "see 'greenroom --help'"
+        return _complain(f"there is no command '{verb}'; {hint}", 2)
+    status = guarded(lambda: _run(verb, rest))()
+    return status if isinstance(status, int) else 0
+
+
+def _help() -> str:
+    width = max(map(len, COMMANDS)) + 2
+    verbs = [f"  {name:{width}}{summary}" for name, (_, summary) in COMMANDS.items()]
+    return "\n".join(
+        [
+            "Usage: greenroom COMMAND ...",
+            "",
+            "Run Mixture-of-Experts language models far larger than the GPU.",
+            "",
+            *verbs,
+            "",
+            "'greenroom COMMAND --help' tells more; 'greenroom --version' prints the version.",
+        ]
+    )
+
+
+def _run(verb: str, arguments: list[str]) -> int:
+    import typer
+
+    app = typer.Typer(
+        add_completion=False,
+        pretty_exceptions_enable=False,
+        context_settings={"help_option_names": ["-h", "--help"]},
+    )
+
+    def as_exit(function: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(function)
+        def wrapped(*args: Any, **options: Any) -> None:
+            status = guarded(function)(*args, **options)
+            raise typer.Exit(status if isinstance(status, int) else 0)
+
+        return wrapped
+
+    app.command(verb)(as_exit(import_module(COMMANDS[verb][0]).command))
+    try:
+        app(args=arguments, prog_name=f"greenroom {verb}")
+    except SystemExit as done:
+        return done.code if isinstance(done.code, int) else 1
+    return 0
+
+
+def guarded(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The function, with every error that a user can cause turned into one line and a status."""
+
+    @functools.wraps(function)
+    def call(*args: Any, **options: Any) -> Any:
+        try:
+            result = function(*args, **options)
+            sys.stdout.flush()
+            return result
+        except KeyboardInterrupt:
+            return _complain("interrupted", 130)
+        except BrokenPipeError:
+            # The reader has gone. Python would complain again when it flushes at exit.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return 1
+        except GreenroomError as error:
+            return _complain(str(error), 1)
+        except OSError as error:
+            where = f"{error.filename}: " if error.filename else ""
+            return _complain(f"{where}{error.strerror or error}", 1)
+        except MemoryError:
+            return _complain("out of memory; choose a smaller model or context", 1)
+
+    return call
+
+
+def _complain(message: str, status: int) -> int:
+    print(f"greenroom: {' '.join(message.split())}", file=sys.stderr)
+    return status

@@ -1,0 +1,108 @@
+"""`greenroom chat`: a conversation in the terminal. Later turns reuse the cache of earlier
+ones, so that only what is new is computed.
+"""
+
+import contextlib
+import sys
+from typing import TYPE_CHECKING
+
+from greenroom.commands import options
+from greenroom.errors import ChatTemplateError, RequestError
+
+if TYPE_CHECKING:
+    from greenroom.engine import LLM, SamplingParams
+
+HELP = "/reset starts over, /quit leaves (or Ctrl-D), Ctrl-C stops an answer."
+
+
+def command(
+    model: options.Model,
+    system: options.System = None,
+    max_tokens: options.MaxTokens = 0,
+    temperature: options.Temperature = 0.7,
+    top_k: options.TopK = 0,
+    top_p: options.TopP = 0.95,
+    min_p: options.MinP = 0.0,
+    repetition_penalty: options.RepetitionPenalty = 1.0,
+    seed: options.Seed = None,
+    threads: options.Threads = None,
+    context: options.Context = None,
+    mmap: options.Mmap = False,
+    reference: options.Reference = False,
+) -> None:
+    """Talk with a model. /reset starts over, /quit leaves, Ctrl-C stops an answer."""
+    params = options.sampling(
+        max_tokens, temperature, top_k, top_p, min_p, repetition_penalty, seed
+    )
+    from greenroom.commands.console import errors, loaded
+
+    backend = "reference" if reference else "native"
+    settings = {"threads": threads, "context_length": context, "mmap": mmap, "backend": backend}
+    with loaded(model, max_sequences=1, **settings) as llm:
+        if llm.engine.chat.source == "none":
+            raise ChatTemplateError(
+                f"{model.name} has no chat template; use 'greenroom run --raw' instead"
+            )
+        if errors.is_terminal:
+            errors.print(HELP, style="dim")
+        Conversation(llm, params, system).loop()
+
+
+class Conversation:
+    """Turns of a user and a model.
+
+    Args:
+        llm: the model.
+        params: of every answer.
+        system: the system message, or None.
+    """
+
+    def __init__(self, llm: "LLM", params: "SamplingParams", system: str | None) -> None:
+        self.llm = llm
+        self.params = params
+        self.start = [] if system is None else [{"role": "system", "content": system}]
+        self.messages = list(self.start)
+
+    def loop(self) -> None:
+        """Reads and answers until /quit or the end of the input."""
+        with contextlib.suppress(ImportError):
+            import readline  # noqa: F401  gives input() line editing and history
+        while True:
+            try:
+                text = input("> " if sys.stdin.isatty() else "").strip()
+            except EOFError:
+                return
+            except KeyboardInterrupt:
+                print()
+                continue
+            if text == "/quit":
+                return
+            if text == "/reset":
+                self.messages = list(self.start)
+            elif text.startswith("/"):
+                print(HELP, file=sys.stderr)
+            elif text:
+                self.turn(text)
+
+    def turn(self, text: str) -> None:
+        """One question and its answer; an answer that was stopped counts as it stands."""
+        from greenroom.commands.console import Measured, Writer, show_figures
+
+        self.messages.append({"role": "user", "content": text})
+        try:
+            tokens = self.llm.engine.chat.render(self.messages)
+            stream = self.llm.stream(tokens, self.params)
+        except RequestError as error:  # the conversation no longer fits
+            self.messages.pop()
+            print(f"greenroom: {error}; or start over with /reset", file=sys.stderr)
+            return
+        writer = Writer(self.llm.engine.chat.parser(tokens, []))
+        measured = Measured(len(tokens))
+        with contextlib.suppress(KeyboardInterrupt):
+            for output in stream:
+                measured.note(output)
+                writer.push(output)
+        writer.finish()
+        self.messages.append({"role": "assistant", "content": writer.content})
+        if sys.stderr.isatty():
+            show_figures(measured.figures(), {})

@@ -1,0 +1,165 @@
+"""What commands show: a progress bar while loading, an answer as it comes, a table at the end.
+
+Answers go to standard output, everything else to standard error, where a pipe stays quiet.
+"""
+
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
+from rich.table import Table
+
+if TYPE_CHECKING:
+    from greenroom.engine import LLM, TokenOutput
+
+errors = Console(stderr=True, highlight=False)
+
+_DIM, _PLAIN = "\x1b[2m", "\x1b[0m"
+
+
+@contextmanager
+def loaded(path: Path, **settings: Any) -> "Iterator[LLM]":
+    """A model, loaded under a progress bar if somebody is looking; closed at the end."""
+    bar = Progress(
+        TextColumn("loading {task.fields[name]}"),
+        BarColumn(),
+        DownloadColumn(binary_units=True),
+        TransferSpeedColumn(),
+        console=errors,
+        transient=True,
+        disable=not errors.is_terminal,
+    )
+    with bar:
+        task = bar.add_task("load", name=path.name, total=None)
+        from greenroom.engine import LLM
+
+        llm = LLM(
+            path,
+            progress=lambda done, total: bar.update(task, completed=done, total=total),
+            **settings,
+        )
+    try:
+        yield llm
+    finally:
+        llm.close()
+
+
+class Writer:
+    """Writes an answer to standard output as it comes: content plain, reasoning dim and only
+    on a terminal.
+
+    Args:
+        parser: tells content and reasoning apart; None if all is content.
+        quiet: collect only.
+    """
+
+    def __init__(self, parser: Any = None, quiet: bool = False) -> None:
+        self.parser = parser
+        self.quiet = quiet
+        self.content = ""
+        self.colour = sys.stdout.isatty()
+        self.last = "content"
+
+    def push(self, output: "TokenOutput") -> None:
+        """Writes what one token completed."""
+        if self.parser is None:
+            self._write("content", output.text)
+            return
+        for delta in self.parser.push(output.token_id, output.text):
+            self._delta(delta)
+
+    def finish(self) -> None:
+        """Writes what was held back, and ends the line."""
+        for delta in self.parser.finish() if self.parser is not None else ():
+            self._delta(delta)
+        if not self.quiet:
+            print(flush=True)
+
+    def _delta(self, delta: Any) -> None:
+        name = f"\n[{delta.name}] " if delta.name else ""
+        self._write(delta.kind, name + delta.text)
+
+    def _write(self, kind: str, text: str) -> None:
+        if kind != "reasoning":
+            self.content += text
+        if self.quiet or not text or (kind == "reasoning" and not self.colour):
+            return
+        if kind != self.last and "reasoning" in (kind, self.last) and self.last_written:
+            sys.stdout.write("\n\n")
+        self.last, self.last_written = kind, True
+        dim = kind == "reasoning" and self.colour
+        sys.stdout.write(f"{_DIM}{text}{_PLAIN}" if dim else text)
+        sys.stdout.flush()
+
+    last_written = False
+
+
+@dataclass
+class Measured:
+    """Tokens and times of one answer."""
+
+    prompt_tokens: int
+    started: float = field(default_factory=time.perf_counter)  # seconds
+    cached_tokens: int = 0
+    times: list[float] = field(default_factory=list)  # of each token, perf_counter seconds
+    finish_reason: str = "interrupted"
+
+    def note(self, output: "TokenOutput") -> None:
+        """Takes note of a token."""
+        self.times.append(output.time)
+        self.cached_tokens = output.cached_tokens
+        self.finish_reason = output.finish_reason or self.finish_reason
+
+    def figures(self) -> dict[str, Any]:
+        """What was measured; None where there was too little to measure."""
+        first = self.times[0] - self.started if self.times else None
+        spent = self.times[-1] - self.times[0] if len(self.times) > 1 else None
+        return {
+            "prompt_tokens": self.prompt_tokens,
+            "cached_tokens": self.cached_tokens,
+            "generated_tokens": len(self.times),
+            "finish_reason": self.finish_reason,
+            "time_to_first_token_s": first,
+            "prompt_tokens_per_s": (self.prompt_tokens - self.cached_tokens) / first
+            if first
+            else None,
+            "generation_tokens_per_s": (len(self.times) - 1) / spent if spent else None,
+        }
+
+
+def show_figures(figures: dict[str, Any], memory: dict[str, int]) -> None:
+    """The table after an answer, on standard error."""
+    table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
+    cached = figures["cached_tokens"]
+    reused = f" ({cached} reused)" if cached else ""
+    rows = {
+        "prompt": f"{figures['prompt_tokens']} tokens{reused}, "
+        f"{_number(figures['prompt_tokens_per_s'])} tokens/s",
+        "generated": f"{figures['generated_tokens']} tokens, "
+        f"{_number(figures['generation_tokens_per_s'])} tokens/s, "
+        f"ended by {figures['finish_reason']}",
+        "first token": f"{_number(figures['time_to_first_token_s'], 3)} s",
+        "memory (RAM)": ", ".join(f"{name} {size(count)}" for name, count in memory.items()),
+    }
+    for name, text in rows.items():
+        table.add_row(name.replace("_", " "), text.replace("_", " "), style="dim")
+    errors.print(table)
+
+
+def size(count: int) -> str:
+    """Bytes for people."""
+    value, units = float(count), ["B", "KiB", "MiB", "GiB", "TiB"]
+    while value >= 1024 and len(units) > 1:
+        value /= 1024
+        units.pop(0)
+    return f"{value:.{0 if units[0] == 'B' else 1}f} {units[0]}"
+
+
+def _number(value: float | None, digits: int = 1) -> str:
+    return "-" if value is None else f"{value:.{digits}f}"

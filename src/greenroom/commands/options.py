@@ -1,0 +1,48 @@
+"""Options that several commands share, and what they turn into. Imports nothing heavy."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+from typer import Argument, Option
+
+if TYPE_CHECKING:
+    from greenroom.engine.params import SamplingParams
+
+Model = Annotated[Path, Argument(help="A GGUF file, or the first of a split set.")]
+System = Annotated[str | None, Option(help="System message of the chat template.")]
+MaxTokens = Annotated[int, Option(help="Most tokens to generate; 0: until the context is full.")]
+Temperature = Annotated[float, Option(help="0 always takes the likeliest token.")]
+TopK = Annotated[int, Option(help="Sample from the k likeliest tokens; 0: from all.")]
+TopP = Annotated[float, Option(help="Sample from the fewest tokens with this probability.")]
+MinP = Annotated[float, Option(help="Drop tokens below this share of the likeliest one's.")]
+RepetitionPenalty = Annotated[float, Option(help="Above 1: repeat less.")]
+Seed = Annotated[int | None, Option(help="The same seed gives the same text.")]
+Threads = Annotated[int | None, Option(help="Computing threads.  [default: physical cores]")]
+Context = Annotated[int | None, Option(help="Context in tokens.  [default: what fits]")]
+Mmap = Annotated[bool, Option("--mmap", help="Compute from the mapped file where possible.")]
+Reference = Annotated[bool, Option("--reference", help="Plain float32 torch: slow, exact.")]
+
+
+def sampling(
+    max_tokens: int,
+    temperature: float,
+    top_k: int,
+    top_p: float,
+    min_p: float,
+    repetition_penalty: float,
+    seed: int | None,
+    stop: tuple[str, ...] = (),
+) -> "SamplingParams":
+    """SamplingParams of the options above."""
+    from greenroom.engine.params import SamplingParams
+
+    return SamplingParams(
+        max_tokens=max_tokens or None,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        min_p=min_p,
+        repetition_penalty=repetition_penalty,
+        seed=seed,
+        stop=stop,
+    )

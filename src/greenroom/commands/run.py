@@ -1,0 +1,100 @@
+"""`greenroom run`: one prompt, one answer, and a table of what it took."""
+
+import json
+import sys
+from typing import TYPE_CHECKING, Annotated, Any
+
+
+import typer
+from typer import Argument, Option
+
+from greenroom.commands import options
+
+if TYPE_CHECKING:
+    from greenroom.engine import LLM, SamplingParams
+
+Prompt = Annotated[str | None, Argument(help="The prompt; '-' or a pipe: standard input.")]
+Raw = Annotated[bool, Option("--raw", help="Do not apply the model's chat template.")]
+Stop = Annotated[list[str] | None, Option(help="End at this text; may be given repeatedly.")]
+Json = Annotated[bool, Option("--json", help="Print one JSON document instead of text.")]
+
+
+def command(
+    model: options.Model,
+    prompt: Prompt = None,
+    system: options.System = None,
+    raw: Raw = False,
+    max_tokens: options.MaxTokens = 1024,
+    temperature: options.Temperature = 0.7,
+    top_k: options.TopK = 0,
+    top_p: options.TopP = 0.95,
+    min_p: options.MinP = 0.0,
+    repetition_penalty: options.RepetitionPenalty = 1.0,
+    seed: options.Seed = None,
+    stop: Stop = None,
+    threads: options.Threads = None,
+    context: options.Context = None,
+    mmap: options.Mmap = False,
+    reference: options.Reference = False,
+    as_json: Json = False,
+) -> int:
+    """Generate text from a prompt, and say how fast.
+
+    The model's chat template is applied if it has one, unless --raw is given.
+    """
+    params = options.sampling(
+        max_tokens, temperature, top_k, top_p, min_p, repetition_penalty, seed, tuple(stop or ())
+    )
+    text = _prompt(prompt)
+    from greenroom.commands.console import loaded
+
+    backend = "reference" if reference else "native"
+    settings = {"threads": threads, "context_length": context, "mmap": mmap, "backend": backend}
+    with loaded(model, max_sequences=1, **settings) as llm:
+        tokens, parser = _tokens(llm, text, system, raw)
+        return _answer(llm, tokens, parser, params, as_json)
+
+
+def _prompt(prompt: str | None) -> str:
+    if prompt is not None and prompt != "-":
+        return prompt
+    if prompt is None and sys.stdin.isatty():
+        raise typer.BadParameter("give a prompt, or pipe one into standard input")
+    return sys.stdin.read()
+
+
+def _tokens(llm: "LLM", text: str, system: str | None, raw: bool) -> tuple[list[int], Any]:
+    """Token ids of the prompt, and what parses the answer (None: it is plain text)."""
+    chat = llm.engine.chat
+    if raw or chat is None or chat.source == "none":
+        if system is not None:
+            raise typer.BadParameter("--system needs a chat template, which is not in use here")
+        return llm.encode(text), None
+    messages = [{"role": "user", "content": text}]
+    if system is not None:
+        messages.insert(0, {"role": "system", "content": system})
+    tokens: list[int] = chat.render(messages)
+    return tokens, chat.parser(tokens, [])
+
+
+def _answer(
+    llm: "LLM", tokens: list[int], parser: Any, params: "SamplingParams", as_json: bool
+) -> int:
+    from greenroom.commands.console import Measured, Writer, errors, show_figures
+
+    writer, measured, status = Writer(parser, quiet=as_json), Measured(len(tokens)), 0
+    try:
+        for output in llm.stream(tokens, params):
+            measured.note(output)
+            writer.push(output)
+    except KeyboardInterrupt:
+        status = 130
+    writer.finish()
+    memory = llm.engine.stats()["memory"]
+    if as_json:
+        print(json.dumps({"text": writer.content, **measured.figures(), "memory_bytes": memory}))
+    else:
+        show_figures(measured.figures(), memory)
+    if measured.finish_reason == "length" and errors.is_terminal:
+        errors.print("The answer was cut off; --max-tokens and --context allow more.", style="dim")
+    return status
