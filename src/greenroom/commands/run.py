@@ -4,7 +4,6 @@ import json
 import sys
 from typing import TYPE_CHECKING, Annotated, Any
 
-
 import typer
 from typer import Argument, Option
 
