@@ -1,7 +1,7 @@
 """The command line: `greenroom VERB ...`, one module per verb.
 
-A module has one function `command` with typer annotations; it is imported when its verb is
-used, so that `greenroom --help` stays fast. Whatever a user can cause ends in one line.
+A module has a function of the verb's name with typer annotations; it is imported when its
+verb is used, so that `greenroom --help` stays fast. What a user can cause ends in one line.
 """
 
 import difflib
@@ -19,6 +19,7 @@ from greenroom.errors import GreenroomError
 COMMANDS: dict[str, tuple[str, str]] = {
     "run": ("greenroom.commands.run", "Generate text from a prompt, and say how fast."),
     "chat": ("greenroom.commands.chat", "Talk with a model."),
+    "synth": ("greenroom.commands.synth", "Write a model file of published shapes, to measure."),
 }
 
 
@@ -79,7 +80,8 @@ def _run(verb: str, arguments: list[str]) -> int:
 
         return wrapped
 
-    app.command(verb)(as_exit(import_module(COMMANDS[verb][0]).command))
+    function = getattr(import_module(COMMANDS[verb][0]), verb.replace("-", "_"))
+    app.command(verb)(as_exit(function))
     try:
         app(args=arguments, prog_name=f"greenroom {verb}")
     except SystemExit as done:

@@ -15,10 +15,10 @@ if TYPE_CHECKING:
 HELP = "/reset starts over, /quit leaves (or Ctrl-D), Ctrl-C stops an answer."
 
 
-def command(
+def chat(
     model: options.Model,
     system: options.System = None,
-    max_tokens: options.MaxTokens = 0,
+    max_tokens: options.MaxTokens = None,
     temperature: options.Temperature = 0.7,
     top_k: options.TopK = 0,
     top_p: options.TopP = 0.95,

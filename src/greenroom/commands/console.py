@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
 from rich.table import Table
+
+from greenroom.commands.progress import bytes_progress
 
 if TYPE_CHECKING:
     from greenroom.engine import LLM, TokenOutput
@@ -26,24 +27,10 @@ _DIM, _PLAIN = "\x1b[2m", "\x1b[0m"
 @contextmanager
 def loaded(path: Path, **settings: Any) -> "Iterator[LLM]":
     """A model, loaded under a progress bar if somebody is looking; closed at the end."""
-    bar = Progress(
-        TextColumn("loading {task.fields[name]}"),
-        BarColumn(),
-        DownloadColumn(binary_units=True),
-        TransferSpeedColumn(),
-        console=errors,
-        transient=True,
-        disable=not errors.is_terminal,
-    )
-    with bar:
-        task = bar.add_task("load", name=path.name, total=None)
+    with bytes_progress(f"loading {path.name}") as progress:
         from greenroom.engine import LLM
 
-        llm = LLM(
-            path,
-            progress=lambda done, total: bar.update(task, completed=done, total=total),
-            **settings,
-        )
+        llm = LLM(path, progress=progress, **settings)
     try:
         yield llm
     finally:

@@ -10,7 +10,9 @@ if TYPE_CHECKING:
 
 Model = Annotated[Path, Argument(help="A GGUF file, or the first of a split set.")]
 System = Annotated[str | None, Option(help="System message of the chat template.")]
-MaxTokens = Annotated[int, Option(help="Most tokens to generate; 0: until the context is full.")]
+MaxTokens = Annotated[
+    int | None, Option(help="Most tokens to generate; 0: until the context is full.")
+]
 Temperature = Annotated[float, Option(help="0 always takes the likeliest token.")]
 TopK = Annotated[int, Option(help="Sample from the k likeliest tokens; 0: from all.")]
 TopP = Annotated[float, Option(help="Sample from the fewest tokens with this probability.")]
@@ -24,7 +26,7 @@ Reference = Annotated[bool, Option("--reference", help="Plain float32 torch: slo
 
 
 def sampling(
-    max_tokens: int,
+    max_tokens: int | None,
     temperature: float,
     top_k: int,
     top_p: float,

@@ -2,6 +2,7 @@
 
 import json
 import sys
+from dataclasses import replace
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -12,18 +13,20 @@ from greenroom.commands import options
 if TYPE_CHECKING:
     from greenroom.engine import LLM, SamplingParams
 
+DEFAULT_TOKENS = 1024  # or what fits: a model that never ends should not run for hours
+
 Prompt = Annotated[str | None, Argument(help="The prompt; '-' or a pipe: standard input.")]
 Raw = Annotated[bool, Option("--raw", help="Do not apply the model's chat template.")]
 Stop = Annotated[list[str] | None, Option(help="End at this text; may be given repeatedly.")]
 Json = Annotated[bool, Option("--json", help="Print one JSON document instead of text.")]
 
 
-def command(
+def run(
     model: options.Model,
     prompt: Prompt = None,
     system: options.System = None,
     raw: Raw = False,
-    max_tokens: options.MaxTokens = 1024,
+    max_tokens: options.MaxTokens = None,
     temperature: options.Temperature = 0.7,
     top_k: options.TopK = 0,
     top_p: options.TopP = 0.95,
@@ -39,7 +42,8 @@ def command(
 ) -> int:
     """Generate text from a prompt, and say how fast.
 
-    The model's chat template is applied if it has one, unless --raw is given.
+    The model's chat template is applied if it has one, unless --raw is given. Without
+    --max-tokens an answer has at most 1024.
     """
     params = options.sampling(
         max_tokens, temperature, top_k, top_p, min_p, repetition_penalty, seed, tuple(stop or ())
@@ -51,6 +55,9 @@ def command(
     settings = {"threads": threads, "context_length": context, "mmap": mmap, "backend": backend}
     with loaded(model, max_sequences=1, **settings) as llm:
         tokens, parser = _tokens(llm, text, system, raw)
+        if max_tokens is None:
+            room = llm.engine.config.context_length - len(tokens)
+            params = replace(params, max_tokens=max(1, min(DEFAULT_TOKENS, room)))
         return _answer(llm, tokens, parser, params, as_json)
 
 

@@ -1,0 +1,155 @@
+"""The command line as a user meets it: fast help, one line per error, exit statuses."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from importlib import import_module
+from pathlib import Path
+
+import pytest
+
+from greenroom.commands import COMMANDS, guarded, main
+from greenroom.errors import GreenroomError
+
+
+def run(*arguments: str, code: str = "") -> "subprocess.CompletedProcess[str]":
+    call = [sys.executable, "-m", "greenroom", *arguments]
+    return subprocess.run(call, capture_output=True, text=True, timeout=60, check=False)
+
+
+def test_help_lists_every_command_without_importing_it() -> None:
+    code = (
+        "import sys; from greenroom.commands import main; status = main(['--help']);"
+        "print(status, [m for m in ('torch', 'numpy', 'typer', 'rich') if m in sys.modules])"
+    )
+    call = [sys.executable, "-c", code]
+    done = subprocess.run(call, capture_output=True, text=True, check=True)
+    assert done.stdout.endswith("0 []\n")
+    for name in COMMANDS:
+        assert f"  {name}" in done.stdout
+
+
+def test_help_is_fast() -> None:
+    def seconds() -> float:
+        start = time.perf_counter()
+        assert run("--help").returncode == 0
+        return time.perf_counter() - start
+
+    assert min(seconds() for _ in range(5)) < 0.3
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_command_has_help(name: str) -> None:
+    assert callable(getattr(import_module(COMMANDS[name][0]), name.replace("-", "_")))
+    assert main([name, "--help"]) == 0
+
+
+def test_version() -> None:
+    assert run("--version").stdout == "greenroom 0.1.0\n"
+
+
+def test_an_unknown_command_gets_a_hint(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["rnu"]) == 2
+    assert "did you mean 'run'?" in capsys.readouterr().err
+
+
+def test_a_wrong_call_is_explained(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["run", "model.gguf", "hi", "--no-such-option"]) == 2
+    assert "--no-such-option" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "line"),
+    [
+        (GreenroomError("model.gguf: broken;\n try another"), 1, "model.gguf: broken; try another"),
+        (KeyboardInterrupt(), 130, "interrupted"),
+        (FileNotFoundError(2, "No such file", "x.gguf"), 1, "x.gguf: No such file"),
+        (MemoryError(), 1, "out of memory; choose a smaller model or context"),
+    ],
+)
+def test_errors_become_one_line(
+    error: BaseException, status: int, line: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail() -> None:
+        raise error
+
+    assert guarded(fail)() == status
+    assert capsys.readouterr().err == f"greenroom: {line}\n"
+
+
+def test_a_missing_model_is_one_line(tmp_path: Path) -> None:
+    done = run("run", str(tmp_path / "missing.gguf"), "hello")
+    assert done.returncode == 1
+    assert done.stderr.count("\n") == 1
+    assert "missing.gguf" in done.stderr
+
+
+def test_a_bad_parameter_is_refused_before_loading(tmp_path: Path) -> None:
+    done = run("run", str(tmp_path / "missing.gguf"), "hello", "--top-p", "3")
+    assert done.returncode == 1
+    assert "top_p must be more than 0 and at most 1, not 3" in done.stderr
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("commands") / "tiny.gguf"
+    assert main(["synth", "gpt-oss-20b-tiny", str(path)]) == 0
+    return path
+
+
+SMALL = ("--reference", "--threads", "1", "--context", "200", "--temperature", "0")
+
+
+def test_run_prints_text_and_a_table(model: Path) -> None:
+    done = run("run", str(model), "hello", "--raw", "--max-tokens", "7", *SMALL)
+    assert done.returncode == 0
+    assert done.stdout.strip()
+    for word in ("prompt", "generated", "first token", "tokens/s", "memory", "kv cache"):
+        assert word in done.stderr
+
+
+def test_run_prints_json_and_reads_a_pipe(model: Path) -> None:
+    call = [sys.executable, "-m", "greenroom", "run", str(model), "-", "--raw", "--json"]
+    call += ["--max-tokens", "7", *SMALL]
+    done = subprocess.run(call, input="hello", capture_output=True, text=True, check=True)
+    result = json.loads(done.stdout)
+    assert result["generated_tokens"] == 7
+    assert result["finish_reason"] == "length"
+    assert result["time_to_first_token_s"] > 0
+    assert result["generation_tokens_per_s"] > 0
+    assert result["memory_bytes"]["kv_cache"] > 0
+
+
+def test_a_prompt_beyond_the_context_is_refused_with_both_numbers(model: Path) -> None:
+    done = run("run", str(model), "word " * 400, "--raw", *SMALL)
+    assert done.returncode == 1
+    assert "200 tokens" in done.stderr
+    assert done.stderr.count("\n") == 1
+
+
+def test_control_c_ends_with_130_and_no_traceback(model: Path) -> None:
+    call = [sys.executable, "-m", "greenroom", "run", str(model), "hello", "--raw", *SMALL]
+    call += ["--max-tokens", "0", "--context", "100000"]
+    with subprocess.Popen(call, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        process.stdout.read(1)  # it generates
+        os.kill(process.pid, signal.SIGINT)
+        _, errors = process.communicate(timeout=30)
+    assert process.returncode == 130
+    assert b"Traceback" not in errors
+    assert b"interrupted" in errors
+
+
+def test_a_reader_that_leaves_is_no_error(model: Path) -> None:
+    call = [sys.executable, "-m", "greenroom", "run", str(model), "hello", "--raw", *SMALL]
+    call += ["--max-tokens", "0", "--context", "100000"]
+    with subprocess.Popen(call, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        process.stdout.read(1)
+        process.stdout.close()
+        assert process.wait(timeout=30) == 1
+        assert process.stderr is not None
+        assert b"Traceback" not in process.stderr.read()

@@ -1,0 +1,125 @@
+"""What users may rely on: the public names, and how they are called."""
+
+import inspect
+import subprocess
+import sys
+
+import pytest
+
+import greenroom
+
+NAMES = {
+    "BudgetError",
+    "ChatTemplateError",
+    "Completion",
+    "ContextLengthError",
+    "EngineClosedError",
+    "EngineConfig",
+    "GGUFFile",
+    "GreenroomError",
+    "LLM",
+    "ModelFileError",
+    "NativeError",
+    "RequestError",
+    "SamplingParams",
+    "TokenOutput",
+    "Tokenizer",
+    "TokenizerError",
+    "UnsupportedModelError",
+    "__version__",
+}
+
+PARAMETERS = {
+    "LLM": ["path", "progress", "settings"],
+    "LLM.generate": ["self", "prompts", "params"],
+    "LLM.stream": ["self", "prompt", "params"],
+    "LLM.chat": ["self", "messages", "params", "template"],
+    "LLM.logits": ["self", "tokens"],
+    "LLM.embed": ["self", "tokens"],
+    "LLM.close": ["self"],
+    "SamplingParams": [
+        "max_tokens",
+        "temperature",
+        "top_k",
+        "top_p",
+        "min_p",
+        "presence_penalty",
+        "frequency_penalty",
+        "repetition_penalty",
+        "logit_bias",
+        "seed",
+        "stop",
+        "stop_token_ids",
+        "ignore_eos",
+        "logprobs",
+        "prompt_logprobs",
+    ],
+    "EngineConfig": [
+        "context_length",
+        "max_sequences",
+        "prefill_chunk",
+        "block_size",
+        "cache_tokens",
+        "prefix_cache",
+        "kv_type",
+        "threads",
+        "backend",
+        "mmap",
+    ],
+    "Completion": [
+        "text",
+        "token_ids",
+        "finish_reason",
+        "prompt_tokens",
+        "cached_tokens",
+        "outputs",
+    ],
+    "TokenOutput": [
+        "token_id",
+        "text",
+        "logprob",
+        "top_logprobs",
+        "finish_reason",
+        "time",
+        "prompt_logprobs",
+        "cached_tokens",
+    ],
+    "GGUFFile": ["path"],
+    "Tokenizer.from_gguf": ["source"],
+    "Tokenizer.encode": ["self", "text", "add_special", "parse_special"],
+    "Tokenizer.decode": ["self", "ids", "skip_special"],
+}
+
+
+def test_the_names_are_these() -> None:
+    assert set(greenroom.__all__) == NAMES
+    assert set(dir(greenroom)) >= NAMES
+
+
+@pytest.mark.parametrize("name", sorted(NAMES))
+def test_every_name_can_be_had(name: str) -> None:
+    assert getattr(greenroom, name) is not None
+
+
+@pytest.mark.parametrize("name", PARAMETERS)
+def test_parameters_keep_their_names_and_order(name: str) -> None:
+    value: object = greenroom
+    for part in name.split("."):
+        value = getattr(value, part)
+    assert list(inspect.signature(value).parameters) == PARAMETERS[name]
+
+
+@pytest.mark.parametrize("name", [n for n in NAMES if n.endswith("Error")])
+def test_all_errors_have_one_root(name: str) -> None:
+    assert issubclass(getattr(greenroom, name), greenroom.GreenroomError)
+
+
+def test_importing_is_cheap() -> None:
+    code = "import sys, greenroom; print('torch' in sys.modules, 'numpy' in sys.modules)"
+    seen = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert seen.stdout.split() == ["False", "False"]
+
+
+def test_an_unknown_name_is_an_attribute_error() -> None:
+    with pytest.raises(AttributeError, match="nonsense"):
+        _ = greenroom.nonsense
