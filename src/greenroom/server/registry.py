@@ -65,7 +65,7 @@ class Registry:
             return engine
 
         registry = cls([ModelSource(name, None)], load, settings)
-        registry._add(name, engine)
+        registry.adopt(name, engine)
         return registry
 
     def resolve(self, name: str | None) -> ModelSource:
@@ -114,9 +114,10 @@ class Registry:
         started = time.perf_counter()
         engine = await loop.run_in_executor(self.workers, self._load, source)
         log.info("loaded %s in %.1f s", source.name, time.perf_counter() - started)
-        return self._add(source.name, engine)
+        return self.adopt(source.name, engine)
 
-    def _add(self, name: str, engine: Any) -> Served:
+    def adopt(self, name: str, engine: Any) -> Served:
+        """Takes in an engine that is loaded already, under a source's name."""
         served = Served(name, engine, self.workers, self.settings.queue)
         self.loaded[name] = served
         return served
