@@ -117,7 +117,7 @@ def test_models_answer_within_5_ms(running):
 def parse(arguments: list[str]) -> dict[str, Any]:
     """The parameters that the serve command would use."""
     app = typer.Typer()
-    app.command()(serve.command)
+    app.command()(serve.serve)
     command = typer.main.get_command(app)
     with command.make_context("serve", arguments) as context:
         return dict(context.params)
@@ -145,7 +145,7 @@ def test_wrong_config_files(tmp_path, text):
 
 def test_every_option_has_a_variable():
     app = typer.Typer()
-    app.command()(serve.command)
+    app.command()(serve.serve)
     for parameter in typer.main.get_command(app).params:
         name = parameter.name or "help"
         if parameter.param_type_name == "option" and "help" not in name and "compl" not in name:
@@ -163,7 +163,7 @@ def test_options_become_settings():
 def test_missing_model_is_one_line(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     with pytest.raises(ModelFileError, match="greenroom list"):
-        serve.serve(parse(["nothing.gguf"]))
+        serve.start(parse(["nothing.gguf"]))
 
 
 def test_wrong_addresses_are_told(tmp_path):

@@ -19,6 +19,12 @@ from greenroom.errors import GreenroomError
 COMMANDS: dict[str, tuple[str, str]] = {
     "run": ("greenroom.commands.run", "Generate text from a prompt, and say how fast."),
     "chat": ("greenroom.commands.chat", "Talk with a model."),
+    "serve": ("greenroom.commands.serve", "Serve models over HTTP, and a page to chat."),
+    "list": ("greenroom.commands.list", "List the models on this machine."),
+    "pull": ("greenroom.commands.pull", "Download a model."),
+    "show": ("greenroom.commands.show", "Show what a model is."),
+    "rm": ("greenroom.commands.rm", "Delete a model."),
+    "ps": ("greenroom.commands.ps", "Show what a server has loaded."),
     "synth": ("greenroom.commands.synth", "Write a model file of published shapes, to measure."),
 }
 

@@ -1,5 +1,6 @@
 """`greenroom list`: the models on this machine."""
 
+import builtins
 import json
 from pathlib import Path
 from typing import Annotated
@@ -7,13 +8,13 @@ from typing import Annotated
 from typer import Option
 
 Folders = Annotated[
-    list[Path] | None,
+    builtins.list[Path] | None,
     Option("--models-dir", help="A further folder to look into.", envvar="GREENROOM_MODELS_DIR"),
 ]
 Json = Annotated[bool, Option("--json", help="Print JSON.")]
 
 
-def command(models_dir: Folders = None, as_json: Json = False) -> None:
+def list(models_dir: Folders = None, as_json: Json = False) -> None:
     """List the GGUF models in Hugging Face's cache, Ollama's and LM Studio's stores."""
     from rich.console import Console
     from rich.table import Table

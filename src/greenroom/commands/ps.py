@@ -14,9 +14,7 @@ Key = Annotated[str | None, Option(help="Its API key.", envvar="GREENROOM_API_KE
 Json = Annotated[bool, Option("--json", help="Print JSON.")]
 
 
-def command(
-    url: Url = "http://127.0.0.1:11435", api_key: Key = None, as_json: Json = False
-) -> None:
+def ps(url: Url = "http://127.0.0.1:11435", api_key: Key = None, as_json: Json = False) -> None:
     """Show which models a server has loaded, and what memory they take."""
     found = _ask(url, api_key)["models"]
     if as_json:

@@ -8,7 +8,7 @@ from typer import Argument
 Reference = Annotated[str, Argument(help="owner/repo or owner/repo:quant, as in ...:Q4_K_M.")]
 
 
-def command(reference: Reference) -> None:
+def pull(reference: Reference) -> None:
     """Download a GGUF model; an interrupted download goes on where it stopped."""
     from greenroom.server.hub import pull
 

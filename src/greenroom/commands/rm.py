@@ -9,7 +9,7 @@ Name = Annotated[str, Argument(help="A name from 'greenroom list'.")]
 Yes = Annotated[bool, Option("--yes", "-y", help="Do not ask.")]
 
 
-def command(name: Name, yes: Yes = False) -> None:
+def rm(name: Name, yes: Yes = False) -> None:
     """Delete a model's files from the store it is in."""
     from greenroom.server.hub import remove
     from greenroom.server.stores import find

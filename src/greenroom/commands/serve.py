@@ -83,7 +83,7 @@ LogLevel = Annotated[str, _option("LOG_LEVEL", "debug, info, warning or error.")
 AccessLog = Annotated[bool, _option("ACCESS_LOG", "Log a line per request.")]
 
 
-def command(
+def serve(
     ctx: typer.Context,
     models: Models = None,
     config: Config = None,
@@ -117,10 +117,10 @@ def command(
 
     Options may also come from GREENROOM_* variables or a TOML file.
     """
-    serve(ctx.params)
+    start(ctx.params)
 
 
-def serve(values: dict[str, Any]) -> None:
+def start(values: dict[str, Any]) -> None:
     """Serves until it is told to stop; `values` are the command's parameters by name."""
     from greenroom.server.app import create_app
     from greenroom.server.launch import run

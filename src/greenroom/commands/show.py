@@ -11,7 +11,7 @@ Json = Annotated[bool, Option("--json", help="Print JSON, with all scalar metada
 Template = Annotated[bool, Option("--template", help="Print the chat template only.")]
 
 
-def command(name: Name, as_json: Json = False, template: Template = False) -> None:
+def show(name: Name, as_json: Json = False, template: Template = False) -> None:
     """Show a model's architecture, size, quantisation and context."""
     from greenroom.errors import ModelFileError
     from greenroom.server.describe import read_description
