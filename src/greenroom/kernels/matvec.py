@@ -1,0 +1,111 @@
+"""Quantised matrix times a few vectors on the GPU: weights are read once, in their blocks.
+
+A program owns 16 rows and walks the columns; no tensor cores, since a step of one to four tokens
+is bound by the bytes of the weights. Weights lie as docs/slab-layout.md says.
+"""
+
+from functools import cache
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from greenroom.kernels.packed import FORMATS, IQ4_VALUES, code, factors, number
+
+BLOCKS = 32  # blocks of 32 columns read at a time
+
+
+@triton.jit
+def _matvec(
+    packed,
+    x,
+    bias,
+    out,
+    iq4,
+    rows,
+    blocks,
+    group_bytes,
+    payload_bytes,
+    tokens,
+    BLOCK_WORDS: tl.constexpr,
+    LOW: tl.constexpr,
+    HIGH: tl.constexpr,
+    ZERO: tl.constexpr,
+    TABLE: tl.constexpr,
+    SCALES: tl.constexpr,
+    PARTS: tl.constexpr,
+    BIAS: tl.constexpr,
+    TOKENS: tl.constexpr,
+    BLOCKS: tl.constexpr,
+):
+    group = packed + tl.program_id(0).to(tl.int64) * group_bytes
+    token = tl.program_id(1) * TOKENS + tl.arange(0, TOKENS)
+    row = tl.arange(0, 16)
+    lane = token[:, None] * blocks * 32
+    acc = tl.zeros((TOKENS, 16), tl.float32)
+    for start in range(0, blocks, BLOCKS):
+        block = start + tl.arange(0, BLOCKS)
+        inside = block < blocks
+        at = tl.where(inside, block, 0)
+        words = group.to(tl.pointer_type(tl.int32)) + at[:, None] * BLOCK_WORDS + row[None, :]
+        live = (token < tokens)[:, None] & inside[None, :]
+        for part in tl.static_range(PARTS):
+            scale, low = factors(group + payload_bytes, at[:, None], row[None, :], part, SCALES)
+            dot = tl.zeros((TOKENS, BLOCKS, 16), tl.float32)
+            total = tl.zeros((TOKENS, BLOCKS), tl.float32)
+            for quad in tl.static_range(8 // PARTS):
+                for byte in tl.static_range(4):
+                    J: tl.constexpr = part * (8 // PARTS) + quad
+                    value = number(code(words, J, byte, LOW, HIGH), iq4, ZERO, TABLE)
+                    column = lane + at[None, :] * 32 + 4 * J + byte
+                    activation = tl.load(x + column, mask=live, other=0.0)
+                    dot += value[None, :, :] * activation[:, :, None]
+                    total += activation
+            acc += tl.sum(dot * scale[None, :, :] - total[:, :, None] * low, 1)
+    index = tl.program_id(0) * 16 + row
+    if BIAS:
+        acc += tl.load(bias + index, mask=index < rows, other=0.0)[None, :]
+    tl.store(
+        out + token[:, None] * rows + index[None, :],
+        acc,
+        mask=(token < tokens)[:, None] & (index < rows)[None, :],
+    )
+
+
+@cache
+def iq4_table(device: torch.device) -> Tensor:
+    """IQ4's sixteen values as float32 on the device."""
+    return torch.tensor(IQ4_VALUES, dtype=torch.float32, device=device)
+
+
+def matvec(
+    packed: Tensor, kind: int, rows: int, cols: int, x: Tensor, bias: Tensor | None = None
+) -> Tensor:
+    """x times the transpose of a packed matrix.
+
+    Args:
+        packed: (bytes,) uint8, a (rows, cols) matrix of quantised type `kind` (ggml number).
+        x: (tokens, cols) float32, contiguous.
+        bias: (rows,) float32.
+
+    Returns:
+        (tokens, rows) float32.
+    """
+    form = FORMATS[kind]
+    tokens = x.shape[0]
+    out = torch.empty(tokens, rows, device=x.device, dtype=torch.float32)
+    per_program = min(4, triton.next_power_of_2(tokens))
+    _matvec[(-(-rows // 16), -(-tokens // per_program))](
+        packed, x, x if bias is None else bias, out, iq4_table(x.device), rows, cols // 32,
+        form.group_bytes(cols), form.payload_bytes(cols), tokens, BLOCK_WORDS=form.block_words,
+        LOW=form.low_bits, HIGH=form.high_bits, ZERO=form.zero, TABLE=form.table,
+        SCALES=form.scales, PARTS=form.parts, BIAS=bias is not None, TOKENS=per_program,
+        BLOCKS=BLOCKS,
+    )  # fmt: skip
+    return out
+
+
+def matvec_twin(weights: Tensor, x: Tensor, bias: Tensor | None = None) -> Tensor:
+    """`matvec` on dequantised weights (rows, cols) float32; the truth it is held against."""
+    return torch.nn.functional.linear(x, weights, bias)
