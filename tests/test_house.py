@@ -33,6 +33,7 @@ MAY_IMPORT["__init__"] = BELOW_TOP
 
 MAX_FILE_LINES = 400
 MAX_FUNCTION_LINES = 40
+MAX_KERNEL_LINES = 120  # a Triton kernel is one function, its arguments one a line
 
 
 def room_of(path: Path) -> str:
@@ -76,7 +77,9 @@ def test_functions_stay_small(path: Path) -> None:
         if not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
             continue
         lines = (node.end_lineno or node.lineno) - node.lineno + 1
-        assert lines <= MAX_FUNCTION_LINES, f"{node.name} has {lines} lines"
+        kernel = any("jit" in ast.unparse(decorator) for decorator in node.decorator_list)
+        limit = MAX_KERNEL_LINES if kernel else MAX_FUNCTION_LINES
+        assert lines <= limit, f"{node.name} has {lines} lines"
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=lambda p: str(p.relative_to(PACKAGE)))

@@ -71,9 +71,11 @@ class Student(nn.Module):
     def gates(self, layer: StudentLayer, x: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
         """x (batch, tokens, d) -> gate (batch, tokens, routed) and scores minus threshold."""
         score = F.linear(x.float(), layer.router)  # (batch, tokens, routed)
-        ordered = score.detach().sort(dim=-1, descending=True).values
+        # The straight-through gradient is biased: it may teach the router, never what lies below.
+        choice = F.linear(x.detach().float(), layer.router)
+        ordered = choice.detach().sort(dim=-1, descending=True).values
         index = (k - 1)[:, None, None].expand(*score.shape[:-1], 1)
-        distance = score - ordered.gather(-1, index)
+        distance = choice - ordered.gather(-1, index)
         hard = (distance >= 0).float()
         soft = torch.sigmoid(distance / TEMPERATURE)
         chosen = hard + soft - soft.detach()

@@ -29,7 +29,7 @@ from torch import Tensor
 START = time.monotonic()
 SOURCES = ("austen", "factbook", "pgdoc", "sotu")
 FRACTIONS = (0.5, 0.625, 0.75, 0.875)
-FRACTION_WEIGHTS = (0.15, 0.2, 0.5, 0.15)
+FRACTION_WEIGHTS = (0.1, 0.15, 0.6, 0.15)
 
 
 def clock() -> float:
@@ -129,7 +129,7 @@ def optimizer_of(student: Student, args: argparse.Namespace) -> torch.optim.Opti
     groups = [
         {"params": rest, "lr": args.lr},
         {"params": routers, "lr": args.lr * 0.3},
-        {"params": scalars, "lr": args.lr * 3},
+        {"params": scalars, "lr": args.lr},
     ]
     for group in groups:
         group["peak"] = group["lr"]
@@ -243,7 +243,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--layout", type=int, nargs=3, default=(6, 18, 64))
     parser.add_argument("--attn-rank", type=int, default=8)
     parser.add_argument("--ffn-rank", type=int, default=16)
-    parser.add_argument("--lr", type=float, default=1.5e-3)
+    parser.add_argument("--lr", type=float, default=6e-4)
     parser.add_argument("--rows", type=int, default=24)
     parser.add_argument("--length", type=int, default=1024)
     parser.add_argument("--seed", type=int, default=0)
@@ -252,9 +252,9 @@ def arguments() -> argparse.Namespace:
     args = parser.parse_args()
     args.device = "cuda" if torch.cuda.is_available() else "cpu"
     args.fit_rows, args.partition_stride, args.eval_tokens = 8, 4, 1 << 30
-    args.write_batch, args.write_length, args.write_seconds = 1024, 512, 45.0
+    args.write_batch, args.write_length, args.write_seconds = 1024, 512, 25.0
     args.written_share, args.log_every = 0.4, 50
-    args.measure_every, args.save_every, args.measure_tokens = 60.0, 90.0, 32 * args.length
+    args.measure_every, args.save_every, args.measure_tokens = 50.0, 90.0, 32 * args.length
     args.train_until = args.seconds - args.finish_seconds
     if args.small:
         args.rows, args.length, args.fit_rows, args.partition_stride = 4, 128, 4, 1
