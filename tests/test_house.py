@@ -30,6 +30,7 @@ for room in TOP:
     MAY_IMPORT[room] = BELOW_TOP
 MAY_IMPORT["commands"] = BELOW_TOP | TOP | {"data"}
 MAY_IMPORT["__init__"] = BELOW_TOP
+MAY_IMPORT["__main__"] = {"commands"}
 
 MAX_FILE_LINES = 400
 MAX_FUNCTION_LINES = 40
@@ -57,6 +58,13 @@ def imported_rooms(tree: ast.AST) -> set[str]:
     return found
 
 
+def docstring_lines(node: ast.FunctionDef | ast.AsyncFunctionDef) -> int:
+    if ast.get_docstring(node) is None:
+        return 0
+    first = node.body[0]
+    return (first.end_lineno or first.lineno) - first.lineno + 1
+
+
 @pytest.mark.parametrize("path", SOURCES, ids=lambda p: str(p.relative_to(PACKAGE)))
 def test_imports_run_one_way(path: Path) -> None:
     room = room_of(path)
@@ -76,7 +84,7 @@ def test_functions_stay_small(path: Path) -> None:
     for node in ast.walk(ast.parse(path.read_text())):
         if not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
             continue
-        lines = (node.end_lineno or node.lineno) - node.lineno + 1
+        lines = (node.end_lineno or node.lineno) - node.lineno + 1 - docstring_lines(node)
         kernel = any("jit" in ast.unparse(decorator) for decorator in node.decorator_list)
         limit = MAX_KERNEL_LINES if kernel else MAX_FUNCTION_LINES
         assert lines <= limit, f"{node.name} has {lines} lines"
