@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from inspect import signature
 from typing import Any
 
 from . import families
@@ -24,6 +25,16 @@ class Case:
         elif seed == 3:
             sizes = {"hidden": 64, "heads": 4, "kv_heads": 4, "width": 96, "layers": 3}
         return self.build(seed, **(self.arguments | sizes))
+
+    def make_wide(self, gain: float, **more: Any) -> Tiny:
+        """Dimensions in whole blocks of 32, for quantised files."""
+        sizes: dict[str, Any] = {"hidden": 128, "heads": 4, "kv_heads": 2, "width": 96}
+        accepted = signature(self.build).parameters
+        for name, size in {"moe_width": 64, "head_dim": 32}.items():
+            sizes |= {name: size} if name in accepted else {}
+        if "shared" in self.arguments or self.build is families.qwen2moe:
+            sizes["shared"] = 96
+        return self.build(7, **(self.arguments | sizes | {"gain": gain} | more))
 
 
 def ollama(seed: int, **sizes: Any) -> Tiny:

@@ -4,7 +4,6 @@ Each builder returns a `Tiny`: the reference in float32 and what a converter wou
 row permutations and de-interleaving follow llama.cpp's converters.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -66,9 +65,8 @@ def add_value(writer: gguf.GGUFWriter, key: str, value: Any) -> None:
 
 def add_tensor(writer: gguf.GGUFWriter, name: str, array: np.ndarray, type: str) -> None:
     """Adds a tensor as `type`, or as float32 where converters keep that."""
-    small = array.ndim == 1 or name.endswith(".bias") or "ffn_gate_inp" in name
     kind = gguf.GGMLQuantizationType[type]
-    if small or kind == gguf.GGMLQuantizationType.F32:
+    if kept_float32(name, array) or kind == gguf.GGMLQuantizationType.F32:
         writer.add_tensor(name, np.ascontiguousarray(array, np.float32))
         return
     raw = gguf.quants.quantize(np.ascontiguousarray(array, np.float32), kind)
@@ -82,15 +80,18 @@ def randomise(model: torch.nn.Module, seed: int) -> None:
     def normal(shape: torch.Size, std: float) -> torch.Tensor:
         return torch.randn(shape, generator=generator) * std
 
+    gain = 10 * model.config.initializer_range
+    tied = model.config.tie_word_embeddings  # then the embedding also makes the logits
+
     for name, p in model.named_parameters():
         if "norm" in name and name.endswith("weight"):
             p.data = 1 + normal(p.shape, 0.2)
         elif name.endswith("bias") or "sinks" in name or p.dim() == 1:
             p.data = normal(p.shape, 0.3)
         elif "embed" in name:
-            p.data = normal(p.shape, 1.0)
+            p.data = normal(p.shape, 0.15 if tied else 1.0)
         else:
-            p.data = normal(p.shape, 1.2 * min(p.shape[-2:]) ** -0.5)
+            p.data = normal(p.shape, gain * min(p.shape[-2:]) ** -0.5)
     model.eval()
 
 
@@ -98,6 +99,26 @@ def permute(weight: np.ndarray, heads: int) -> np.ndarray:
     """Rows of each head from halves to adjacent pairs (llama's q and k)."""
     pairs = weight.reshape(heads, 2, -1, *weight.shape[1:])
     return np.ascontiguousarray(pairs.swapaxes(1, 2)).reshape(weight.shape)
+
+
+def rounded(tensors: Arrays, type: str) -> Arrays:
+    """The tensors with the values a file of this type holds."""
+    kind = gguf.GGMLQuantizationType[type]
+    return {
+        name: array if kept_float32(name, array) else through(array, kind)
+        for name, array in tensors.items()
+    }
+
+
+def through(array: np.ndarray, kind: gguf.GGMLQuantizationType) -> np.ndarray:
+    """Quantised and dequantised."""
+    raw = gguf.quants.quantize(np.ascontiguousarray(array, np.float32), kind)
+    return np.asarray(gguf.quants.dequantize(raw, kind), np.float32).reshape(array.shape)
+
+
+def kept_float32(name: str, array: np.ndarray) -> bool:
+    """Whether converters never quantise the tensor."""
+    return array.ndim == 1 or name.endswith(".bias") or "ffn_gate_inp" in name
 
 
 class Source:
@@ -178,9 +199,6 @@ def base_metadata(architecture: str, config: Any, **more: Any) -> dict[str, Any]
     return {f"{architecture}.{k}": v for k, v in (keys | more).items()}
 
 
-Builder = Callable[..., Tiny]
-
-
 def shapes(
     hidden: int = 48,
     heads: int = 6,
@@ -188,6 +206,7 @@ def shapes(
     layers: int = 2,
     width: int = 40,
     theta: float = 10000.0,
+    gain: float = 1.2,
     **rope: Any,
 ) -> dict[str, Any]:
     """Arguments every HF configuration takes."""
@@ -202,6 +221,7 @@ def shapes(
         "max_position_embeddings": 512,
         "rope_parameters": parameters,
         "tie_word_embeddings": False,
+        "initializer_range": gain / 10,  # for `randomise`; transformers allows no more than 1
         "attn_implementation": "eager",
         "bos_token_id": 1,
         "eos_token_id": 2,

@@ -219,7 +219,7 @@ def read_attention(keys: Keys, hidden: int) -> AttentionConfig:
     if heads % kv_heads:
         raise ModelFileError(
             f"{keys.name('attention.head_count')} = {heads} is not a multiple of "
-            f"head_count_kv = {kv_heads}"
+            f"{keys.name('attention.head_count_kv')} = {kv_heads}"
         )
     default = hidden // heads if hidden % heads == 0 else None
     key_length = keys.count("attention.key_length", default=default)

@@ -6,7 +6,7 @@ bear the names of the GGUF tensors. Knows nothing of scheduling or of where expe
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -108,6 +108,22 @@ class Block:
     def feed(self, x: Tensor, delta: Tensor) -> Tensor:
         """The feed-forward part; arguments and result as those of `attend`."""
         return self._scaled(self.ffn(self.ffn_norm(x, delta)))
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of everything but the routed experts."""
+        owned: list[Any] = [
+            self.attn_norm,
+            self.attn_qkv,
+            self.attn_output,
+            self.ffn_norm,
+            self.ffn,
+        ]
+        if self.qk_norm is not None:
+            owned += [self.attn_q_norm, self.attn_k_norm]
+        if self.spec.sinks is not None:
+            owned.append(self.spec.sinks)
+        return sum(part.nbytes for part in owned)
 
     def _scaled(self, delta: Tensor) -> Tensor:
         return delta if self.residual == 1.0 else delta * self.residual
@@ -225,6 +241,5 @@ class Model:
         for blk in self.blk:
             if isinstance(blk.ffn, Moe):
                 parts["experts"] += blk.ffn.experts.nbytes
-            owned = (blk.attn_norm, blk.attn_qkv, blk.attn_output, blk.ffn_norm, blk.ffn)
-            parts["dense"] += sum(part.nbytes for part in owned)
+            parts["dense"] += blk.nbytes
         return parts | {"embedding": self.token_embd.nbytes, "output": self.output.nbytes}
