@@ -20,6 +20,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "run": ("greenroom.commands.run", "Generate text from a prompt, and say how fast."),
     "chat": ("greenroom.commands.chat", "Talk with a model."),
     "serve": ("greenroom.commands.serve", "Serve models over HTTP, and a page to chat."),
+    # Its module hides the builtin in this file once it is imported.
     "list": ("greenroom.commands.list", "List the models on this machine."),
     "pull": ("greenroom.commands.pull", "Download a model."),
     "show": ("greenroom.commands.show", "Show what a model is."),
@@ -38,7 +39,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Returns:
         The exit status: 0, 1 after an error, 2 for a wrong call, 130 after Ctrl-C.
     """
-    verb, *rest = (sys.argv[1:] if arguments is None else list(arguments)) or ["--help"]
+    verb, *rest = (sys.argv[1:] if arguments is None else [*arguments]) or ["--help"]
     if verb in ("-h", "--help"):
         print(_help())
         return 0
