@@ -1,6 +1,8 @@
 // The kernel templates behind kernels.h; included by the files that instantiate them.
 #pragma once
 
+#include <algorithm>
+
 #include "formats/all.h"
 #include "matmul/kernels.h"
 
@@ -8,7 +10,7 @@ namespace greenroom {
 
 // Bytes ahead of the running block that are asked for: the hardware prefetcher alone leaves a
 // fifth of the bandwidth unused (docs/slab-layout.md).
-constexpr std::int64_t prefetch_ahead = 2048;
+constexpr std::int64_t prefetch_ahead = 8192;
 
 template <int Bytes>
 inline void prefetch_lines(const std::uint8_t* p) {
@@ -45,11 +47,18 @@ void tile_quantised(const std::uint8_t* group, std::int64_t blocks, const Activa
     constexpr int block_bytes = F::Payload::lines * formats::line_bytes;
     constexpr int per_raw = F::raw_cols / formats::block_cols;
     const std::uint8_t* records = group + blocks * block_bytes;
+    const std::int64_t record_bytes = blocks / per_raw * F::record_bytes;
+    // Reading the payload ahead never reaches this group's records in time: they are asked for
+    // here, and one group ahead below.
+    const std::int64_t to_next = (blocks * block_bytes + record_bytes + 63) / 64 * 64;
+    for (std::int64_t i = 0; i < std::min<std::int64_t>(record_bytes, 1024); i += 64)
+        simd::prefetch(records + i);
     const XBlock* x = a.quantised_tile(first);
     Floats acc[Tokens];
     for (auto& v : acc) v = zero();
     for (std::int64_t i = 0; i < blocks; i += per_raw) {
-        simd::prefetch(records + 1024);
+        for (int line = 0; line < F::record_bytes; line += 64)
+            simd::prefetch(records + to_next + line);
         for (int b = 0; b < per_raw; ++b, group += block_bytes, x += Tokens) {
             prefetch_lines<block_bytes>(group);
             Codes codes[8];
