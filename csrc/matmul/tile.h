@@ -2,6 +2,7 @@
 #pragma once
 
 #include <algorithm>
+#include <utility>
 
 #include "formats/all.h"
 #include "matmul/kernels.h"
@@ -17,27 +18,33 @@ inline void prefetch_lines(const std::uint8_t* p) {
     for (int i = 0; i < Bytes; i += 64) simd::prefetch(p + prefetch_ahead + i);
 }
 
-// acc[t] += 32 columns of one group times token t of the tile.
-template <class F, int Tokens>
-inline void add_block(const simd::Codes* codes, const simd::Floats* scale, const simd::Floats* min,
-                      const XBlock* x, simd::Floats* acc) {
+// body(integral_constant<0>) .. body(integral_constant<N - 1>): with indices the compiler knows
+// from the start, arrays of accumulators become registers.
+template <int N, class Body>
+[[gnu::always_inline]] inline void unrolled(Body body) {
+    [&]<int... I>(std::integer_sequence<int, I...>) __attribute__((always_inline)) {
+        (body(std::integral_constant<int, I>{}), ...);
+    }(std::make_integer_sequence<int, N>{});
+}
+
+// acc += 32 columns of one group times one token.
+template <class F>
+[[gnu::always_inline]] inline void add_block(const simd::Codes* codes, const simd::Floats* scale,
+                                             const simd::Floats* min, const XBlock& x,
+                                             simd::Floats& acc) {
     using namespace simd;
     constexpr int quads = 8 / F::parts;
-#pragma GCC unroll 16
-    for (int t = 0; t < Tokens; ++t) {
-        const Floats token_scale = splat(x[t].scale);
-#pragma GCC unroll 2
-        for (int p = 0; p < F::parts; ++p) {
-            const std::int32_t* neg = F::parts == 1 ? &x[t].neg_sum : &x[t].neg_part_sum[p];
-            const Ints sums =
-                dot<F::max_code, F::zero, quads>(codes + p * quads, x[t].q + p * 4 * quads, neg);
-            acc[t] = fma(to_floats(sums), scale[p] * token_scale, acc[t]);
-            if constexpr (F::has_min) {
-                const float sum = F::parts == 1 ? x[t].sum : x[t].part_sum[p];
-                acc[t] = fnma(min[p], splat(sum), acc[t]);
-            }
+    const Floats token_scale = splat(x.scale);
+    unrolled<F::parts>([&](auto p) __attribute__((always_inline)) {
+        const std::int32_t* neg = F::parts == 1 ? &x.neg_sum : &x.neg_part_sum[p];
+        const Ints sums =
+            dot<F::max_code, F::zero, quads>(codes + p * quads, x.q + p * 4 * quads, neg);
+        acc = fma(to_floats(sums), scale[p] * token_scale, acc);
+        if constexpr (F::has_min) {
+            const float sum = F::parts == 1 ? x.sum : x.part_sum[p];
+            acc = fnma(min[p], splat(sum), acc);
         }
-    }
+    });
 }
 
 template <class F, int Tokens>
@@ -55,7 +62,7 @@ void tile_quantised(const std::uint8_t* group, std::int64_t blocks, const Activa
         simd::prefetch(records + i);
     const XBlock* x = a.quantised_tile(first);
     Floats acc[Tokens];
-    for (auto& v : acc) v = zero();
+    unrolled<Tokens>([&](auto t) { acc[t] = zero(); });
     for (std::int64_t i = 0; i < blocks; i += per_raw) {
         for (int line = 0; line < F::record_bytes; line += 64)
             simd::prefetch(records + to_next + line);
@@ -65,11 +72,13 @@ void tile_quantised(const std::uint8_t* group, std::int64_t blocks, const Activa
             Floats scale[2], min[2];
             formats::decode<F>(group, codes);
             F::factors(records, b, scale, min);
-            add_block<F, Tokens>(codes, scale, min, x, acc);
+            unrolled<Tokens>([&](auto t) __attribute__((always_inline)) {
+                add_block<F>(codes, scale, min, x[t], acc[t]);
+            });
         }
         records += F::record_bytes;
     }
-    for (int t = 0; t < Tokens; ++t) store(out + t * ld, acc[t]);
+    unrolled<Tokens>([&](auto t) { store(out + t * ld, acc[t]); });
 }
 
 // Two sums per token, of even and of odd columns, hide the latency of the additions.
@@ -80,20 +89,18 @@ void tile_floats(const std::uint8_t* group, std::int64_t blocks, const Activatio
     constexpr int per_line = F::cols_per_line, step = 2 / per_line;
     const float* x = a.float_tile(first);
     Floats even[Tokens], odd[Tokens];
-    for (auto& v : even) v = zero();
-    for (auto& v : odd) v = zero();
+    unrolled<Tokens>([&](auto t) { even[t] = odd[t] = zero(); });
     for (std::int64_t pair = 0; pair < blocks * 16; ++pair, x += 2 * Tokens) {
         Floats w[2];
         prefetch_lines<step * 64>(group);
-        for (int i = 0; i < step; ++i) F::split(group + 64 * i, w + i);
+        unrolled<step>([&](auto i) { F::split(group + 64 * i, w + i); });
         group += step * 64;
-#pragma GCC unroll 16
-        for (int t = 0; t < Tokens; ++t) {
+        unrolled<Tokens>([&](auto t) __attribute__((always_inline)) {
             even[t] = fma(w[0], splat(x[t]), even[t]);
             odd[t] = fma(w[1], splat(x[Tokens + t]), odd[t]);
-        }
+        });
     }
-    for (int t = 0; t < Tokens; ++t) store(out + t * ld, even[t] + odd[t]);
+    unrolled<Tokens>([&](auto t) { store(out + t * ld, even[t] + odd[t]); });
 }
 
 }  // namespace greenroom

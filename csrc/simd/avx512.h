@@ -98,7 +98,7 @@ template <int MaxCode, int Zero, int N>
 Ints dot(const Codes* codes, const std::int8_t* x, const std::int32_t* neg_sum) {
     __m512i acc = _mm512_setzero_si512();
     if constexpr (Zero >= 0) acc = _mm512_slli_epi32(_mm512_set1_epi32(*neg_sum), Zero);
-    for (int i = 0; i < N; ++i)
+    _Pragma("GCC unroll 8") for (int i = 0; i < N; ++i)
         acc = _mm512_dpbusd_epi32(acc, codes[i].v, _mm512_set1_epi32(word(x + 4 * i)));
     return {acc};
 }
