@@ -27,23 +27,25 @@ template <int N, class Body>
     }(std::make_integer_sequence<int, N>{});
 }
 
-// acc += 32 columns of one group times one token.
-template <class F>
+// acc[t] += 32 columns of one group times token t, for a few tokens.
+template <class F, int Tokens>
 [[gnu::always_inline]] inline void add_block(const simd::Codes* codes, const simd::Floats* scale,
-                                             const simd::Floats* min, const XBlock& x,
-                                             simd::Floats& acc) {
+                                             const simd::Floats* min, const XBlock* x,
+                                             simd::Floats* acc) {
     using namespace simd;
     constexpr int quads = 8 / F::parts;
-    const Floats token_scale = splat(x.scale);
     unrolled<F::parts>([&](auto p) __attribute__((always_inline)) {
-        const std::int32_t* neg = F::parts == 1 ? &x.neg_sum : &x.neg_part_sum[p];
-        const Ints sums =
-            dot<F::max_code, F::zero, quads>(codes + p * quads, x.q + p * 4 * quads, neg);
-        acc = fma(to_floats(sums), scale[p] * token_scale, acc);
-        if constexpr (F::has_min) {
-            const float sum = F::parts == 1 ? x.sum : x.part_sum[p];
-            acc = fnma(min[p], splat(sum), acc);
-        }
+        const std::int32_t* neg = F::parts == 1 ? &x->neg_sum : &x->neg_part_sum[p];
+        Ints sums[Tokens];
+        dots<F::max_code, F::zero, quads, Tokens>(codes + p * quads, x->q + p * 4 * quads, neg,
+                                                  sums);
+        unrolled<Tokens>([&](auto t) __attribute__((always_inline)) {
+            acc[t] = fma(to_floats(sums[t]), scale[p] * splat(x[t].scale), acc[t]);
+            if constexpr (F::has_min) {
+                const float sum = F::parts == 1 ? x[t].sum : x[t].part_sum[p];
+                acc[t] = fnma(min[p], splat(sum), acc[t]);
+            }
+        });
     });
 }
 
@@ -53,6 +55,7 @@ void tile_quantised(const std::uint8_t* group, std::int64_t blocks, const Activa
     using namespace simd;
     constexpr int block_bytes = F::Payload::lines * formats::line_bytes;
     constexpr int per_raw = F::raw_cols / formats::block_cols;
+    constexpr int together = std::min(Tokens, simd::interleave);
     const std::uint8_t* records = group + blocks * block_bytes;
     const std::int64_t record_bytes = blocks / per_raw * F::record_bytes;
     // Reading the payload ahead never reaches this group's records in time: they are asked for
@@ -72,8 +75,9 @@ void tile_quantised(const std::uint8_t* group, std::int64_t blocks, const Activa
             Floats scale[2], min[2];
             formats::decode<F>(group, codes);
             F::factors(records, b, scale, min);
-            unrolled<Tokens>([&](auto t) __attribute__((always_inline)) {
-                add_block<F>(codes, scale, min, x[t], acc[t]);
+            unrolled<Tokens / together>([&](auto i) __attribute__((always_inline)) {
+                constexpr int t = i * together;
+                add_block<F, together>(codes, scale, min, x + t, acc + t);
             });
         }
         records += F::record_bytes;

@@ -217,6 +217,14 @@ Ints dot(const Codes* codes, const std::int8_t* x, const std::int32_t* neg_sum) 
 }
 #endif
 
+constexpr int interleave = 1;
+
+template <int MaxCode, int Zero, int N, int Tokens>
+inline void dots(const Codes* codes, const std::int8_t* x, const std::int32_t* neg_sum, Ints* out) {
+    static_assert(Tokens == 1);
+    out[0] = dot<MaxCode, Zero, N>(codes, x, neg_sum);
+}
+
 // Only for measuring what the dot product's instructions can do: acc + 4 products per lane, and
 // a barrier that keeps a value from being folded away.
 inline Ints accumulate(Ints acc, Codes codes, Codes x) {

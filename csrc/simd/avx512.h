@@ -94,13 +94,26 @@ inline int word(const std::int8_t* p) {
     return w;
 }
 
-template <int MaxCode, int Zero, int N>
-Ints dot(const Codes* codes, const std::int8_t* x, const std::int32_t* neg_sum) {
-    __m512i acc = _mm512_setzero_si512();
-    if constexpr (Zero >= 0) acc = _mm512_slli_epi32(_mm512_set1_epi32(*neg_sum), Zero);
-    _Pragma("GCC unroll 8") for (int i = 0; i < N; ++i)
-        acc = _mm512_dpbusd_epi32(acc, codes[i].v, _mm512_set1_epi32(word(x + 4 * i)));
-    return {acc};
+constexpr int interleave = 4;
+
+// The tokens' chains of dependent instructions are woven into each other: in the scheduler there
+// is not room for enough of them one after the other.
+template <int MaxCode, int Zero, int N, int Tokens>
+[[gnu::always_inline]] inline void dots(const Codes* codes, const std::int8_t* x,
+                                        const std::int32_t* neg_sum, Ints* out) {
+#pragma GCC unroll 4
+    for (int t = 0; t < Tokens; ++t) {
+        out[t].v = _mm512_setzero_si512();
+        if constexpr (Zero >= 0)
+            out[t].v = _mm512_slli_epi32(_mm512_set1_epi32(neg_sum[16 * t]), Zero);
+    }
+#pragma GCC unroll 8
+    for (int i = 0; i < N; ++i) {
+#pragma GCC unroll 4
+        for (int t = 0; t < Tokens; ++t)
+            out[t].v = _mm512_dpbusd_epi32(out[t].v, codes[i].v,
+                                           _mm512_set1_epi32(word(x + 64 * t + 4 * i)));
+    }
 }
 
 // Only for measuring what the dot product's instructions can do: acc + 4 products per lane, and

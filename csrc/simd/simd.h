@@ -5,9 +5,10 @@
 // Each tier's header defines these types and the same functions; a narrower machine keeps a
 // vector in two registers or in an array. Knows nothing of block formats.
 //
-// dot<MaxCode, Zero, N>(codes, x, neg_sum) is the heart: for each of the 16 rows it returns
-// sum over 4N columns of (code - 2^Zero) * x, exactly, where codes are at most MaxCode and
-// *neg_sum is minus the sum of those x. Zero < 0 means that no zero point is subtracted.
+// dots<MaxCode, Zero, N, Tokens>(codes, x, neg_sum, out) is the heart: for each token and each of
+// the 16 rows it forms the sum over 4N columns of (code - 2^Zero) * x, exactly, where codes are at
+// most MaxCode and *neg_sum is minus the sum of those x. Zero < 0 means that no zero point is
+// subtracted. Tokens lie 64 bytes apart (XBlock) and are at most simd::interleave.
 #pragma once
 
 #if defined(GREENROOM_TIER_avx512) || defined(GREENROOM_TIER_amx)
