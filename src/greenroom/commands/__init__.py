@@ -26,7 +26,9 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "show": ("greenroom.commands.show", "Show what a model is."),
     "rm": ("greenroom.commands.rm", "Delete a model."),
     "ps": ("greenroom.commands.ps", "Show what a server has loaded."),
+    "demo": ("greenroom.commands.demo", "Build a small real model and let it answer."),
     "synth": ("greenroom.commands.synth", "Write a model file of published shapes, to measure."),
+    "upcycle": ("greenroom.commands.upcycle", "Turn a dense model into one with experts."),
 }
 
 

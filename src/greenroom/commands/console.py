@@ -135,6 +135,8 @@ def show_figures(figures: dict[str, Any], memory: dict[str, int]) -> None:
         "memory (RAM)": ", ".join(f"{name} {size(count)}" for name, count in memory.items()),
     }
     for name, text in rows.items():
+        if not text:
+            continue
         table.add_row(name.replace("_", " "), text.replace("_", " "), style="dim")
     errors.print(table)
 
