@@ -62,7 +62,7 @@ def create_app(
         title="Greenroom",
         description="Mixture-of-Experts models far larger than the GPU.",
         lifespan=_lifespan(registry, settings),
-        docs_url="/docs",
+        docs_url=None,
         redoc_url=None,
     )
     for module in ROUTERS:

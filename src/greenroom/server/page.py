@@ -14,7 +14,8 @@ STATIC = Path(__file__).with_name("static")
 FILES = {
     "": ("index.html", "text/html; charset=utf-8"),
     "app.js": ("app.js", "text/javascript; charset=utf-8"),
-    "markdown.js": ("markdown.js", "text/javascript; charset=utf-8"),
+    "docs.html": ("docs.html", "text/html; charset=utf-8"),
+    "docs.js": ("docs.js", "text/javascript; charset=utf-8"),
     "placement.js": ("placement.js", "text/javascript; charset=utf-8"),
     "style.css": ("style.css", "text/css; charset=utf-8"),
     "icon.svg": ("icon.svg", "image/svg+xml"),
@@ -40,12 +41,18 @@ async def index(request: Request) -> Response:
     return _file("")
 
 
+async def docs(request: Request) -> Response:
+    """The API, described by its own OpenAPI document."""
+    return _file("docs.html")
+
+
 async def static(request: Request) -> Response:
     """One of its files."""
     return _file(request.path_params["name"])
 
 
 def mount_page(app: FastAPI) -> None:
-    """Adds `/` and `/static/...`."""
+    """Adds `/`, `/docs` and `/static/...`."""
     app.add_route("/", index, methods=["GET", "HEAD"], include_in_schema=False)
+    app.add_route("/docs", docs, methods=["GET", "HEAD"], include_in_schema=False)
     app.add_route("/static/{name}", static, methods=["GET"], include_in_schema=False)

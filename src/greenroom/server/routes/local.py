@@ -112,7 +112,7 @@ async def props(request: Request) -> Response:
         loaded[name] = {
             "context_length": served.context_length,
             "max_sequences": served.engine.config.max_sequences,
-            "chat": served.engine.chat is not None,
+            "chat": getattr(served.engine.chat, "source", "none") != "none",
             "stats": served.engine.stats(),
         }
     limits = {name: getattr(caps, name) for name in caps.__slots__}
