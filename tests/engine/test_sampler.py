@@ -96,6 +96,20 @@ def test_top_is_a_sorted_prefix(logits: np.ndarray[Any, Any], k: int) -> None:
     assert top(logits, k).tolist() == np.argsort(-logits, kind="stable")[:k].tolist()
 
 
+@pytest.mark.parametrize("top_p", [0.01, 0.3, 0.9, 0.999])
+@pytest.mark.parametrize("scale", [0.0, 0.1, 3.0, 20.0])
+def test_the_nucleus_is_the_one_sorting_finds(top_p: float, scale: float) -> None:
+    logits = row(seed=4, scale=scale)
+    expected = np.flatnonzero(plain_filter(logits, 1.0, 0, top_p, 0.0))
+    drawn = {
+        draw(logits, uniform, temperature=1.0, top_k=0, top_p=top_p, min_p=0.0)
+        for uniform in np.linspace(0, 1 - 1e-9, 2_000)
+    }
+    assert drawn <= set(expected.tolist())
+    missed = [token for token in expected if token not in drawn]
+    assert softmax(logits)[missed].max(initial=0) <= top_p / 2_000 * 1.01  # rarer than draws
+
+
 @pytest.mark.parametrize("k", [1, 5, 50, 700, VOCABULARY])
 def test_forbidden_tokens_are_never_candidates(k: int) -> None:
     logits = np.full(VOCABULARY, -np.inf, np.float32)

@@ -12,6 +12,7 @@ Row = NDArray[np.float32]  # (vocabulary,) logits; -inf where a token is not all
 Ids = NDArray[np.int64]
 
 _GROUP = 256  # tokens per group when looking for a lower bound of the k-th largest
+_LIKELY = 64  # candidates that usually hold the nucleus, and few enough to sort
 _SPAN = 512  # tokens per partial sum when drawing from the whole vocabulary
 
 
@@ -72,16 +73,36 @@ def draw(
 
 
 def _top_p(row: Row, scale: np.float32, largest: np.float32, top_p: float) -> tuple[Ids, Row]:
-    all_weights = np.exp((row - largest) * scale)
-    goal = top_p * float(all_weights.sum(dtype=np.float64))
-    k = 64
-    while True:
-        ids = top(row, k)
-        weights = all_weights[ids]
-        if k >= row.size or float(weights.sum(dtype=np.float64)) >= goal:
-            keep = _nucleus(weights, goal)
-            return ids[:keep], weights[:keep]
-        k *= 8
+    weights = np.exp((row - largest) * scale)
+    total = float(weights.sum(dtype=np.float64))
+    ids = top(row, _LIKELY)
+    if float(weights[ids].sum(dtype=np.float64)) >= top_p * total:
+        ids = ids[: _nucleus(weights[ids], top_p * total)]
+    else:
+        ids = _wide_nucleus(weights, top_p * total, (1.0 - top_p) * total / row.size)
+    return ids, weights[ids]
+
+
+def _wide_nucleus(weights: Row, goal: float, negligible: float) -> Ids:
+    """The fewest largest weights that reach the goal, found by splitting at the mean, over
+    and over: only the last few are sorted. Weights below `negligible` cannot be among them,
+    since all such together are less than what the goal leaves out.
+    """
+    ids = np.flatnonzero(weights >= negligible)
+    values, taken = weights[ids], [ids[:0]]
+    while ids.size > _LIKELY:
+        large = values > values.mean(dtype=np.float64)
+        if not large.any():
+            break
+        mass = float(values[large].sum(dtype=np.float64))
+        if mass < goal:
+            goal -= mass
+            taken.append(ids[large])
+            large = ~large
+        ids, values = ids[large], values[large]
+    order = np.argsort(-values, kind="stable")
+    rest = ids[order[: _nucleus(values[order], goal)]]
+    return np.concatenate([*taken, rest])
 
 
 def _nucleus(weights: Row, goal: float) -> int:

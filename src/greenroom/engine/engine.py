@@ -309,7 +309,7 @@ class Engine:
         self._scheduler.commit(chunk)
         tokens = len(job.sequence)
         try:
-            reason = job.consume(rows)
+            results = job.consume(rows)
         except Exception as error:
             if not isinstance(error, GreenroomError):
                 log.exception("a request failed")
@@ -317,8 +317,13 @@ class Engine:
             return
         self._counts["computed_tokens"] += chunk.end - chunk.start
         self._counts["generated_tokens"] += len(job.sequence) - tokens
-        if reason is not None:
-            self._drop(job, reason)
+        if job.finish_reason is not None:
+            self._drop(job, job.finish_reason)  # whoever sees the last result sees it free
+        try:
+            for result in results:
+                job.sink(result)
+        except Exception:  # nobody listens any more, e.g. the event loop is closed
+            self._drop(job, "cancelled")
 
     def _add(self, job: Job) -> None:
         self._jobs[job.sequence] = job

@@ -20,15 +20,17 @@ Sink = Callable[[Any], None]  # takes the request's results, or the exception th
 
 
 class Job(ABC):
-    """A request in the engine: its sequence, and where its results go."""
+    """A request in the engine: its sequence, where its results go, and why it ended."""
 
     def __init__(self, sequence: Sequence, sink: Sink) -> None:
         self.sequence = sequence
         self.sink = sink
+        self.finish_reason: str | None = None
 
     @abstractmethod
-    def consume(self, rows: Rows) -> str | None:
-        """Takes the wanted rows of one chunk; returns the finish reason if it was the last.
+    def consume(self, rows: Rows) -> list[Any]:
+        """Takes the wanted rows of one chunk; returns results for the sink and sets
+        finish_reason with the last.
 
         Args:
             rows: (rows, vocabulary) float32 logits or (rows, hidden) float32 states.
@@ -69,28 +71,26 @@ class Generation(Job):
         if params.prompt_logprobs is not None:
             self.prompt_logprobs = [None]
 
-    def consume(self, rows: Rows) -> str | None:
+    def consume(self, rows: Rows) -> list[TokenOutput]:
         if self.sequence.want == "all":
             rows = self._score_prompt(rows)
         if not len(rows):
-            return None
+            return []
         sampled = self.sampler.sample(rows[-1])
         now = time.perf_counter()
         self.sequence.tokens.append(sampled.token_id)
-        text, reason = self._advance(sampled.token_id)
-        self.sink(
-            TokenOutput(
-                sampled.token_id,
-                text,
-                sampled.logprob,
-                sampled.top,
-                reason,
-                now,
-                self._first_logprobs(),
-                self.sequence.reused,
-            )
+        text, self.finish_reason = self._advance(sampled.token_id)
+        output = TokenOutput(
+            sampled.token_id,
+            text,
+            sampled.logprob,
+            sampled.top,
+            self.finish_reason,
+            now,
+            self._first_logprobs(),
+            self.sequence.reused,
         )
-        return reason
+        return [output]
 
     def _advance(self, token: int) -> tuple[str, str | None]:
         """Text that became certain with a token, and the finish reason if it is the last."""
@@ -129,13 +129,12 @@ class Scoring(Job):
     in order and None after the last.
     """
 
-    def consume(self, rows: Rows) -> str | None:
+    def consume(self, rows: Rows) -> list[Rows | None]:
         self.sequence.delivered += len(rows)
-        self.sink(rows)
         if self.sequence.delivered < len(self.sequence):
-            return None
-        self.sink(None)
-        return "stop"
+            return [rows]
+        self.finish_reason = "stop"
+        return [rows, None]
 
 
 class Embedding(Job):
@@ -152,15 +151,14 @@ class Embedding(Job):
         self.pooling = pooling
         self.total: NDArray[np.float64] | None = None
 
-    def consume(self, rows: Rows) -> str | None:
+    def consume(self, rows: Rows) -> list[Rows]:
         self.sequence.delivered += len(rows)
         if self.pooling == "mean" and len(rows):
             part = rows.sum(axis=0, dtype=np.float64)
             self.total = part if self.total is None else self.total + part
         if self.sequence.delivered < len(self.sequence):
-            return None
+            return []
+        self.finish_reason = "stop"
         if self.total is None:
-            self.sink(rows[-1].copy())
-        else:
-            self.sink((self.total / len(self.sequence)).astype(np.float32))
-        return "stop"
+            return [rows[-1].copy()]
+        return [(self.total / len(self.sequence)).astype(np.float32)]
