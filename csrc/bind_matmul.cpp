@@ -9,6 +9,7 @@
 
 #include "arrays.h"
 #include "bindings.h"
+#include "matmul/amx.h"
 #include "matmul/linear.h"
 
 namespace nb = nanobind;
@@ -90,6 +91,11 @@ void bind_matmul(nb::module_& m) {
           nb::arg("packed").noconvert(), nb::arg("x").noconvert(), nb::arg("out").noconvert(),
           nb::arg("bias").noconvert() = nb::none(), nb::arg("scale") = 1.0f,
           "out (tokens, rows) = scale * x (tokens, cols) W^T + bias (rows); float32.");
+#if defined(GREENROOM_TIER_avx512)
+    m.def(
+        "_emulate_amx", [](bool on) { amx::enabled = on; }, nb::arg("on"),
+        "For tests: large batches take the AMX path, with its tiles in plain C++.");
+#endif
     m.def("linears", &run_linears, nb::arg("pool"), nb::arg("matrices").noconvert(),
           nb::arg("x").noconvert(),
           "Several linear layers on the same x in one parallel region; matrices: list of "

@@ -14,9 +14,9 @@ namespace greenroom {
 using TileKernel = void (*)(const std::uint8_t* group, std::int64_t blocks, const Activations& x,
                             std::int64_t first, float* out, std::int64_t ld);
 
-// 32 columns x 16 rows as bfloat16 pairs, 16 lines: the B tile of TDPBF16PS.
-using ExpandKernel = void (*)(const std::uint8_t* group, std::int64_t blocks, std::int64_t block,
-                              std::uint16_t* out);
+// One group as bfloat16 tiles of 1 KiB per 32 columns, each 16 lines of 16 column pairs: the
+// second operand of TDPBF16PS.
+using ExpandKernel = void (*)(const std::uint8_t* group, std::int64_t blocks, std::uint8_t* out);
 
 struct Kernels {
     TileKernel one = nullptr, four = nullptr, wide = nullptr;
