@@ -27,6 +27,10 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "rm": ("greenroom.commands.rm", "Delete a model."),
     "ps": ("greenroom.commands.ps", "Show what a server has loaded."),
     "demo": ("greenroom.commands.demo", "Build a small real model and let it answer."),
+    "bench-kernels": (
+        "greenroom.commands.bench_kernels",
+        "Measure the CPU kernels against the machine's limits.",
+    ),
     "synth": ("greenroom.commands.synth", "Write a model file of published shapes, to measure."),
     "upcycle": ("greenroom.commands.upcycle", "Turn a dense model into one with experts."),
 }
