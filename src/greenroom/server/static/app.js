@@ -65,6 +65,7 @@ async function takesChat(model) {
 }
 
 async function request() {
+  await ready;
   const model = $("model").value;
   const body = { model, stream: true, stream_options: { include_usage: true }, ...settings() };
   if (!(await takesChat(model))) {
@@ -207,6 +208,6 @@ $("new").addEventListener("click", () => {
   $("prompt").focus();
 });
 
-loadModels().catch((error) => say(error.message));
+const ready = loadModels().catch((error) => say(error.message));
 watchPlacement(() => $("model").value);
 $("prompt").focus();
