@@ -1,6 +1,7 @@
 # make demo   install into .venv and generate text from the embedded model
 # make test   the same, plus test dependencies, then the tests
 # make lint   formatters, linters and type checks
+# make clients  official clients of other APIs, each in its own environment, against a live server
 # make bench  the kernel benchmark: ceilings first, then every format
 
 PYTHON ?= python3
@@ -12,7 +13,7 @@ TESTED := $(VENV)/.test-dependencies
 LINTED := $(VENV)/.lint-dependencies
 SOURCES := pyproject.toml CMakeLists.txt $(shell find src csrc -type f -not -name '*.so' -not -path '*/__pycache__/*')
 
-.PHONY: demo test lint format bench native clean
+.PHONY: demo test lint format bench native clients clean
 
 demo: $(INSTALLED)
 	$(BIN)/greenroom demo
@@ -50,6 +51,10 @@ $(TESTED): $(INSTALLED)
 $(LINTED): $(TESTED)
 	$(BIN)/pip install -q '.[lint]'
 	@touch $@
+
+clients: $(INSTALLED)
+	$(BIN)/pip install -q '.[server]'
+	$(BIN)/python tests/needs/clients/run.py
 
 # For development: the extensions beside the Python sources (PYTHONPATH=src).
 native:
