@@ -6,6 +6,7 @@
 
 #include "arrays.h"
 #include "bindings.h"
+#include "matmul/amx_tiles.h"
 #include "simd/simd.h"
 #include "threads/pool.h"
 
@@ -86,6 +87,32 @@ float float_loop(std::int64_t rounds) {
     return total;
 }
 
+#if defined(GREENROOM_TIER_amx)
+// Four independent sums, as the kernel has them; operands stay in the tile registers.
+template <bool Int8>
+int tile_loop(std::int64_t rounds) {
+    amx::Tiles tiles;
+    alignas(64) std::uint8_t zeros[1024] = {};
+    tiles.load<4>(zeros, 64);
+    tiles.load<5>(zeros, 64);
+    tiles.zero<0>(), tiles.zero<1>(), tiles.zero<2>(), tiles.zero<3>();
+    for (std::int64_t i = 0; i < rounds; ++i) {
+        if constexpr (Int8) {
+            tiles.multiply_int8<0, 4, 5>();
+            tiles.multiply_int8<1, 4, 5>();
+            tiles.multiply_int8<2, 4, 5>();
+            tiles.multiply_int8<3, 4, 5>();
+        } else {
+            tiles.multiply<0, 4, 5>();
+            tiles.multiply<1, 4, 5>();
+            tiles.multiply<2, 4, 5>();
+            tiles.multiply<3, 4, 5>();
+        }
+    }
+    return 0;
+}
+#endif
+
 // Operations (2 per product) per second of all threads together in a loop without memory.
 template <class Loop>
 double rate(Pool& pool, std::int64_t rounds, int products, Loop loop) {
@@ -95,8 +122,7 @@ double rate(Pool& pool, std::int64_t rounds, int products, Loop loop) {
     pool.each([&](int thread) {
         sink[static_cast<std::size_t>(thread) * 8] = static_cast<double>(loop(rounds));
     });
-    return 2.0 * products * chains * static_cast<double>(rounds) * pool.size() /
-           seconds_since(start);
+    return 2.0 * products * static_cast<double>(rounds) * pool.size() / seconds_since(start);
 }
 
 }  // namespace
@@ -107,14 +133,29 @@ void bind_ceilings(nb::module_& m) {
           "is not read.");
     m.def(
         "int8_rate",
-        [](Pool& pool, std::int64_t rounds) { return rate(pool, rounds, 64, int8_loop); },
+        [](Pool& pool, std::int64_t rounds) { return rate(pool, rounds, 64 * chains, int8_loop); },
         nb::arg("pool"), nb::arg("rounds"),
         "Operations per second of this tier's int8 dot-product instructions on registers alone.");
     m.def(
         "float_rate",
-        [](Pool& pool, std::int64_t rounds) { return rate(pool, rounds, 16, float_loop); },
+        [](Pool& pool, std::int64_t rounds) { return rate(pool, rounds, 16 * chains, float_loop); },
         nb::arg("pool"), nb::arg("rounds"),
         "Operations per second of this tier's float32 multiply-add on registers alone.");
+#if defined(GREENROOM_TIER_amx)
+    constexpr int int8_products = 4 * 16 * 16 * 64, bf16_products = 4 * 16 * 16 * 32;
+    m.def(
+        "int8_tile_rate",
+        [](Pool& pool, std::int64_t rounds) {
+            return rate(pool, rounds, int8_products, tile_loop<true>);
+        },
+        nb::arg("pool"), nb::arg("rounds"), "The same for TDPBUSD on tile registers.");
+    m.def(
+        "bf16_tile_rate",
+        [](Pool& pool, std::int64_t rounds) {
+            return rate(pool, rounds, bf16_products, tile_loop<false>);
+        },
+        nb::arg("pool"), nb::arg("rounds"), "The same for TDPBF16PS on tile registers.");
+#endif
 }
 
 }  // namespace greenroom

@@ -50,12 +50,18 @@ class Plan:
 
 @dataclass(frozen=True, slots=True)
 class Ceiling:
-    """One tier's limits: GB/s read by thread count, and GOP/s on registers alone."""
+    """One tier's limits: GB/s read by thread count, and GOP/s on registers alone.
+
+    The AMX tier computes large batches in bfloat16 tiles, whose own limit is `bf16_tiles`;
+    `int8_tiles` is what int8 tiles could do (0 on other tiers).
+    """
 
     tier: str
     read: dict[int, float]
     int8: float
     float32: float
+    bf16_tiles: float = 0
+    int8_tiles: float = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,7 +72,7 @@ class Figure:
         operation: "moe" (gate, up, down of 8 experts) or "linear" (one tall matrix).
         gigabytes: weight bytes read per second, in 1e9.
         gigaops: 2 * multiply-adds per second, in 1e9.
-        of: the ceiling it is compared with: "read", "int8" or "float32".
+        of: the ceiling it is compared with: "read", "int8", "float32" or "tiles" (bfloat16).
         fraction: of that ceiling.
         spread: (slowest - fastest) / median of the runs.
     """
@@ -114,9 +120,14 @@ def ceiling(tier: str, plan: Plan, memory: Bytes) -> Ceiling:
         seconds = [lib.read_seconds(pool, memory) for _ in range(plan.repeats + 1)][1:]
         read[threads] = memory.nbytes / statistics.median(seconds) / 1e9
     rounds = 200_000 if tier == "portable" else 3_000_000
-    int8 = statistics.median(lib.int8_rate(pool, rounds) for _ in range(plan.repeats))
-    float32 = statistics.median(lib.float_rate(pool, rounds) for _ in range(plan.repeats))
-    return Ceiling(tier, read, int8 / 1e9, float32 / 1e9)
+    names = ["int8_rate", "float_rate"]
+    if tier == "amx":
+        names += ["bf16_tile_rate", "int8_tile_rate"]
+    rates = [
+        statistics.median(getattr(lib, name)(pool, rounds) for _ in range(plan.repeats)) / 1e9
+        for name in names
+    ]
+    return Ceiling(tier, read, *rates)
 
 
 class ExpertBank:
@@ -157,11 +168,16 @@ def figure(bank: ExpertBank, limits: Ceiling, what: tuple[str, int], work: tuple
     operation, tokens = what
     seconds = statistics.median(taken)
     gigabytes, gigaops = (amount / seconds / 1e9 for amount in work)
-    of = "read" if tokens <= 8 else "float32" if bank.name in FLOATING else "int8"
+    of = "float32" if bank.name in FLOATING else "int8"
+    if limits.bf16_tiles and bank.name not in {"F16", "F32"}:
+        of = "tiles"
+    if tokens <= 8:
+        of = "read"
     fraction = {
         "read": gigabytes / max(limits.read.values()),
         "int8": gigaops / limits.int8,
         "float32": gigaops / limits.float32,
+        "tiles": gigaops / (limits.bf16_tiles or 1),
     }[of]
     spread = (max(taken) - min(taken)) / seconds
     return Figure(
@@ -252,9 +268,10 @@ def run(plan: Plan, write: Callable[[str], None]) -> dict[str, Any]:
     limits = {}
     for tier in plan.tiers:
         limits[tier] = c = ceiling(tier, plan, memory)
+        tiles = f", {c.bf16_tiles:.0f} bf16 and {c.int8_tiles:.0f} int8 tiles"
         read = ", ".join(f"{n}: {rate:.1f}" for n, rate in c.read.items())
         write(f"  {tier:9} read GB/s by threads {read}; {c.int8:.0f} GOP/s int8, "
-              f"{c.float32:.0f} float32")  # fmt: skip
+              f"{c.float32:.0f} float32{tiles if c.bf16_tiles else ''}")  # fmt: skip
     write(
         f"{'format':8}{'tier':10}{'work':8}{'tokens':>6}{'GB/s':>8}{'GOP/s':>8}  of ceiling  spread"
     )
