@@ -6,6 +6,7 @@ import asyncio
 import itertools
 import threading
 import time
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -73,7 +74,8 @@ def test_a_long_prefill_never_stalls_decodes_for_more_than_a_chunk() -> None:
     model = FakeModel((None,))
     engine = fake_engine(model, prefill_chunk=16, context_length=400)
     with LLM.from_engine(engine) as served:
-        served.generate([[3] * 5, [4] * 300], GREEDY)
+        # The first is still decoding when the second, whenever it is queued, is prefilled.
+        served.generate([[3] * 5, [4] * 300], replace(GREEDY, max_tokens=90))
     for step in model.steps:
         lengths = torch.diff(step.query_starts).tolist()
         assert sum(n for n in lengths if n > 1) <= 16

@@ -96,7 +96,7 @@ def test_top_is_a_sorted_prefix(logits: np.ndarray[Any, Any], k: int) -> None:
     assert top(logits, k).tolist() == np.argsort(-logits, kind="stable")[:k].tolist()
 
 
-@pytest.mark.parametrize("top_p", [0.01, 0.3, 0.9, 0.999])
+@pytest.mark.parametrize("top_p", [0.0101, 0.3001, 0.9, 0.999])
 @pytest.mark.parametrize("scale", [0.0, 0.1, 3.0, 20.0])
 def test_the_nucleus_is_the_one_sorting_finds(top_p: float, scale: float) -> None:
     logits = row(seed=4, scale=scale)
