@@ -75,7 +75,7 @@ class Runner:
     def _run(self, chunks: Items[Chunk], hidden: bool) -> list[Rows]:
         batch, counts = self._batch(chunks)
         compute = self.model.hidden if hidden else self.model.forward
-        rows: Rows = compute(batch, self.caches).numpy()
+        rows: Rows = compute(batch, self.caches).cpu().numpy()
         if len(counts) == 1:
             return [rows]
         return np.split(rows, np.cumsum(counts)[:-1])

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
 from greenroom.experts.reference import ReferenceExperts
@@ -107,6 +108,12 @@ class Backend(Protocol):
     def experts(self, weights: ExpertWeights) -> Experts:
         """The routed experts of one layer."""
 
+    def place(self, tensor: Tensor) -> Tensor:
+        """A small tensor of any shape where this backend computes."""
+
+    def cache(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+        """Zeroed memory for keys or values where this backend computes."""
+
     def step(self, batch: Batch, rope: Rope | None) -> Step:
         """What all layers share in this step."""
 
@@ -128,7 +135,19 @@ class Backend(Protocol):
         """
 
 
-class ReferenceBackend:
+class InRam:
+    """Where a backend that computes on the CPU keeps things."""
+
+    def place(self, tensor: Tensor) -> Tensor:
+        """It is there already."""
+        return tensor
+
+    def cache(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+        """See `Backend.cache`."""
+        return torch.zeros(*shape, dtype=dtype)
+
+
+class ReferenceBackend(InRam):
     """Everything dequantised to float32 and computed by torch."""
 
     def embedding(self, weight: Weight) -> Embedding:

@@ -4,7 +4,7 @@ The block routes, calls `experts(hidden, ids, weights)` and adds what shared exp
 does not know where the experts live.
 """
 
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -61,6 +61,17 @@ class Experts(Protocol):
         Returns:
             (tokens, d) float32.
         """
+
+
+@runtime_checkable
+class ExpertsApart(Experts, Protocol):
+    """Experts computed by another processor than the one that computes the rest."""
+
+    def start(self, hidden: Tensor, ids: Tensor, weights: Tensor) -> None:
+        """Begins `__call__` with the same arguments."""
+
+    def finish(self) -> Tensor:
+        """The result of the last `start`."""
 
 
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
@@ -140,5 +151,10 @@ class Moe:
     def __call__(self, hidden: Tensor) -> Tensor:
         """Maps (tokens, d) float32 to (tokens, d) float32."""
         ids, weights = self.router(hidden)
-        out = self.experts(hidden, ids, weights)
-        return out if self.shared is None else out + self.shared(hidden)
+        if self.shared is None:
+            return self.experts(hidden, ids, weights)
+        if isinstance(self.experts, ExpertsApart):  # the shared expert runs beside them
+            self.experts.start(hidden, ids, weights)
+            shared = self.shared(hidden)
+            return shared.add_(self.experts.finish())
+        return self.experts(hidden, ids, weights) + self.shared(hidden)

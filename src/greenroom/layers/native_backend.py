@@ -13,7 +13,7 @@ from greenroom import native
 from greenroom.experts.cpu import CpuExperts
 from greenroom.experts.slabs import Packed, pack
 from greenroom.layers import native_ops
-from greenroom.layers.backend import AttentionSpec, ExpertWeights, Step
+from greenroom.layers.backend import AttentionSpec, ExpertWeights, InRam, Step
 from greenroom.layers.batch import Batch, KVCache
 from greenroom.layers.embedding import Embedding
 from greenroom.layers.rope import Rope
@@ -137,7 +137,7 @@ class NativeRouter:
         return native_ops.router(self._pool, hidden, self._weight, self._rule, self._bias)
 
 
-class NativeBackend:
+class NativeBackend(InRam):
     """Packed weights and native operations on one thread pool.
 
     Args:

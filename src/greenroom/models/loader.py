@@ -23,7 +23,10 @@ class LoadOptions:
     """How to load a model.
 
     Attributes:
-        backend: "native" (packed weights, SIMD kernels) or "reference" (float32 torch).
+        backend: "native" (packed weights, SIMD kernels), "cuda" (dense parts on a GPU, experts
+            on the native kernels) or "reference" (float32 torch).
+        device: torch device of the cuda backend; "cpu" runs it under Triton's interpreter.
+        vram: bytes the cuda backend may allocate for weights, cache and scratch; None for all.
         threads: of the native pool; None for as many as suit the machine.
         pool: a native pool to share, instead of `threads`.
         context_length: tokens of a session, None for the model's own.
@@ -33,6 +36,8 @@ class LoadOptions:
     """
 
     backend: str = "native"
+    device: str = "cuda"
+    vram: int | None = None
     threads: int | None = None
     pool: Any = None
     context_length: int | None = None
@@ -58,7 +63,7 @@ def load_model(file: GGUFFile, options: LoadOptions | None = None) -> Model:
     parts = Parts(
         tensors=tensors,
         config=config,
-        backend=make_backend(options),
+        backend=make_backend(options, config),
         centred=family.traits.centred and not options.llama_cpp_math,
     )
     context = options.context_length or config.context_length
@@ -81,17 +86,33 @@ def find_family(file: GGUFFile) -> type[Model]:
     return found
 
 
-def make_backend(options: LoadOptions) -> Backend:
+def make_backend(options: LoadOptions, config: ModelConfig) -> Backend:
     """The backend the options name."""
     if options.backend == "reference":
         return ReferenceBackend()
-    if options.backend == "native":
+    if options.backend in ("native", "cuda"):
         # Imported here: the reference needs no compiled extension.
         from greenroom.layers.native_backend import NativeBackend
         from greenroom.layers.native_ops import new_pool
 
         pool = new_pool(options.threads) if options.pool is None else options.pool
+        if options.backend == "cuda":
+            return make_cuda_backend(pool, options, config)
         return NativeBackend(pool, options.mmap)
     raise UnsupportedModelError(
-        f"backend {options.backend!r} is not implemented; implemented: native, reference"
+        f"backend {options.backend!r} is not implemented; implemented: cuda, native, reference"
     )
+
+
+def make_cuda_backend(pool: Any, options: LoadOptions, config: ModelConfig) -> Backend:
+    """Dense parts on `options.device`, booked against `options.vram`."""
+    import torch
+
+    # Imported here: nothing else needs Triton.
+    from greenroom.layers.cuda_backend import CudaBackend
+    from greenroom.layers.device_parts import Workbench
+    from greenroom.layers.ledger import Ledger
+
+    bench = Workbench(pool, Ledger(torch.device(options.device), options.vram))
+    shape = config.attention
+    return CudaBackend(pool, bench, shape.heads // shape.kv_heads, options.mmap)

@@ -72,11 +72,12 @@ class Block:
         self.ffn_norm: NormLike = parts.norm(model.ffn_norm_name(parts))
         self.ffn: Matrix = model.feed_forward(parts, layer)
         self.residual = config.scales.residual
+        sinks = model.sinks(parts)
         self.spec = AttentionSpec(
             group=config.kv_group(layer),
             scale=shape.scale or shape.key_length**-0.5,
             window=config.windows[layer],
-            sinks=model.sinks(parts),
+            sinks=None if sinks is None else self.backend.place(sinks),
         )
 
     def attend(self, x: Tensor, delta: Tensor | None, step: Step, cache: KVCache) -> Tensor:
@@ -194,8 +195,8 @@ class Model:
         caches = []
         for group in self._groups:
             size = (blocks[group], shape.kv_heads, block_size)
-            k = torch.zeros(*size, shape.key_length, dtype=dtype)
-            caches.append(KVCache(k, torch.zeros(*size, shape.value_length, dtype=dtype)))
+            k = self.backend.cache((*size, shape.key_length), dtype)
+            caches.append(KVCache(k, self.backend.cache((*size, shape.value_length), dtype)))
         return caches
 
     @torch.inference_mode()

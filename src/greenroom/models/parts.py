@@ -132,7 +132,8 @@ class Parts:
             return None
         gate = None
         if gated:
-            gate = self.values("ffn_gate_inp_shexp.weight", self.config.hidden_size)
+            values = self.values("ffn_gate_inp_shexp.weight", self.config.hidden_size)
+            gate = self.backend.place(values)
         return SharedExpert(self._mlp("_shexp", self.moe.shared_width), gate)
 
     def _mlp(self, suffix: str, width: int) -> Matrix:

@@ -1,0 +1,95 @@
+"""The cuda backend against the reference: on a GPU, or under Triton's interpreter."""
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+from greenroom.errors import BudgetError
+from greenroom.gguf import GGUFFile
+from greenroom.models import LoadOptions, load_model
+
+from .cases import CASES
+from .conftest import Loader
+from .hf_export import VOCABULARY
+from .sessions import Session, divergence, one_pass, prompt, relative_error
+
+GPU = torch.cuda.is_available()
+if not GPU:
+    os.environ["TRITON_INTERPRET"] = "1"
+DEVICE = "cuda" if GPU else "cpu"
+# A GPU rounds operands of products to 11 bits, the interpreter rounds nothing.
+CLOSE = 2e-2 if GPU else 1e-4
+
+# Sinks and windows, LayerNorm and biases, shared experts and adjacent pairs, norms of heads.
+FAMILIES = ("gpt-oss", "phimoe-window", "deepseek", "qwen3moe")
+
+
+def of_both(load: Loader, case: str, type: str = "F32") -> tuple:
+    _, wanted = load(case, type=type)
+    _, model = load(case, type=type, backend="cuda", device=DEVICE)
+    return wanted, model
+
+
+@pytest.mark.parametrize("case", FAMILIES)
+def test_chunks_and_decode_equal_the_reference(load: Loader, case: str) -> None:
+    wanted, model = of_both(load, case)
+    tokens = prompt(4, 26, VOCABULARY)
+    session, start, parts = Session(model), 0, []
+    for size in (19, 3, 1, 1, 2):
+        parts.append(session.step([(0, tokens[start : start + size])]).cpu())
+        start += size
+    assert relative_error(torch.cat(parts), one_pass(wanted, tokens)) < CLOSE
+
+
+@pytest.mark.parametrize("case", ["gpt-oss", "qwen2moe"])
+def test_batched_equals_the_reference(load: Loader, case: str) -> None:
+    wanted, model = of_both(load, case)
+    prompts = [prompt(i, length, VOCABULARY) for i, length in enumerate((9, 1, 12))]
+    alone = [one_pass(wanted, tokens) for tokens in prompts]
+    session = Session(model, sequences=3)
+    first = session.step([(0, prompts[0][:8]), (2, prompts[2][:11])]).cpu()
+    second = session.step([(2, prompts[2][11:]), (0, prompts[0][8:]), (1, prompts[1])]).cpu()
+    assert relative_error(first[:8], alone[0][:8]) < CLOSE
+    assert relative_error(first[8:], alone[2][:11]) < CLOSE
+    assert relative_error(second, torch.cat([alone[2][11:], alone[0][8:], alone[1]])) < CLOSE
+
+
+@pytest.mark.parametrize("case", ["mixtral", "olmoe", "granitemoe", "qwen3"])
+def test_other_routing_rules_equal_the_reference(load: Loader, case: str) -> None:
+    wanted, model = of_both(load, case)
+    tokens = prompt(5, 6, VOCABULARY)
+    assert relative_error(one_pass(model, tokens).cpu(), one_pass(wanted, tokens)) < CLOSE
+
+
+@pytest.mark.parametrize(("case", "type"), [("gpt-oss", "Q8_0"), ("deepseek", "BF16")])
+def test_quantised_files_stay_close_to_the_reference(case: str, type: str, tmp_path: Path) -> None:
+    """With a half-precision cache; both backends read the same weights."""
+    path = CASES[case].make_wide(0.7).write(tmp_path / "model.gguf", type)
+    options = {"threads": 2} | CASES[case].options
+    with GGUFFile(path) as file:
+        wanted = load_model(file, LoadOptions(backend="reference", **options))
+        model = load_model(file, LoadOptions(backend="cuda", device=DEVICE, **options))
+    tokens = prompt(6, 20, VOCABULARY)
+    session = Session(model, dtype=torch.float16)
+    found = torch.cat([session.step([(0, tokens[:18])]), session.step([(0, tokens[18:])])]).cpu()
+    assert divergence(found, one_pass(wanted, tokens)) < 1e-3
+
+
+def test_memory_is_booked(load: Loader) -> None:
+    _, model = load("deepseek", backend="cuda", device=DEVICE)
+    ledger = model.backend.bench.ledger
+    before = ledger.parts["cache"]
+    caches = model.new_caches([2], 4, torch.float16)
+    held = sum(cache.k.nbytes + cache.v.nbytes for cache in caches)
+    assert ledger.parts["cache"] == before + held
+    del caches
+    assert ledger.parts["cache"] == before
+    memory = model.memory()
+    assert ledger.parts["dense"] == memory["dense"] + memory["output"]
+
+
+def test_too_small_a_budget_names_the_part(load: Loader) -> None:
+    with pytest.raises(BudgetError, match=r"workspace needs 64\.0 MiB .* budget of 1\.0 MiB"):
+        load("qwen3", backend="cuda", device=DEVICE, vram=1 << 20)
