@@ -85,6 +85,7 @@ def test_history_with_tools(client, engine):
         ({"mcp_servers": []}, "mcp_servers"),
         ({"messages": [{"role": "user", "content": [{"type": "image"}]}]}, "messages[0].content"),
         ({"temperature": 2}, "temperature"),
+        ({"messages": [{"role": "user", "content": []}]}, "messages"),
     ],
 )
 def test_errors_have_anthropics_shape(client, change, field):

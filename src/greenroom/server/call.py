@@ -46,6 +46,8 @@ class Call:
     add_special: bool = True
 
     def __post_init__(self) -> None:
+        if not self.messages and not self.prompts:
+            raise RequestError("messages: there is nothing to answer", "messages")
         names = {tool["function"]["name"] for tool in self.tools}
         if self.tool_choice == "required" and not names:
             raise RequestError("tool_choice: 'required' needs tools", "tool_choice")

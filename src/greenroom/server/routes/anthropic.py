@@ -70,6 +70,8 @@ def _user(message: Message) -> list[dict[str, Any]]:
             texts.append(block.text)
         else:
             raise RequestError(f"messages: {block.type} belongs to the assistant", "messages")
+    if not found and not texts:
+        raise RequestError("messages: a user message has no content", "messages")
     return [*found, {"role": "user", "content": "".join(texts)}] if texts else found
 
 
