@@ -31,6 +31,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
         "greenroom.commands.bench_kernels",
         "Measure the CPU kernels against the machine's limits.",
     ),
+    "convert": ("greenroom.commands.convert", "Convert a checkpoint to a GGUF file."),
     "synth": ("greenroom.commands.synth", "Write a model file of published shapes, to measure."),
     "upcycle": ("greenroom.commands.upcycle", "Turn a dense model into one with experts."),
 }
