@@ -64,6 +64,7 @@ PARAMETERS = {
         "kv_type",
         "threads",
         "backend",
+        "vram",
         "mmap",
     ],
     "Completion": [

@@ -60,7 +60,7 @@ def test_a_wrong_value_is_refused_by_name(field: str, value: Any) -> None:
         ("block_size", 2.0),
         ("threads", 0),
         ("kv_type", "q4"),
-        ("backend", "cuda"),
+        ("backend", "rocm"),
     ],
 )
 def test_a_wrong_setting_is_refused_by_name(field: str, value: Any) -> None:

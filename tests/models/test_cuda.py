@@ -87,7 +87,7 @@ def test_memory_is_booked(load: Loader) -> None:
     del caches
     assert ledger.parts["cache"] == before
     memory = model.memory()
-    assert ledger.parts["dense"] == memory["dense"] + memory["output"]
+    assert ledger.parts["dense"] == memory["dense.vram"] + memory["output.vram"]
 
 
 def test_too_small_a_budget_names_the_part(load: Loader) -> None:

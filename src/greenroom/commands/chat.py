@@ -27,6 +27,7 @@ def chat(
     seed: options.Seed = None,
     threads: options.Threads = None,
     context: options.Context = None,
+    vram: options.Vram = None,
     mmap: options.Mmap = False,
     reference: options.Reference = False,
 ) -> None:
@@ -36,8 +37,7 @@ def chat(
     )
     from greenroom.commands.console import errors, loaded
 
-    backend = "reference" if reference else "native"
-    settings = {"threads": threads, "context_length": context, "mmap": mmap, "backend": backend}
+    settings = options.engine(threads, context, vram, mmap, reference)
     with loaded(model, max_sequences=1, **settings) as llm:
         if llm.engine.chat.source == "none":
             raise ChatTemplateError(

@@ -132,7 +132,7 @@ def show_figures(figures: dict[str, Any], memory: dict[str, int]) -> None:
         f"{_number(figures['generation_tokens_per_s'])} tokens/s, "
         f"ended by {figures['finish_reason']}",
         "first token": f"{_number(figures['time_to_first_token_s'], 3)} s",
-        "memory (RAM)": ", ".join(f"{name} {size(count)}" for name, count in memory.items()),
+        "memory": ", ".join(f"{name} {size(count)}" for name, count in memory.items()),
     }
     for name, text in rows.items():
         if not text:

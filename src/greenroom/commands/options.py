@@ -1,7 +1,7 @@
 """Options that several commands share, and what they turn into. Imports nothing heavy."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 from typer import Argument, Option
 
@@ -21,8 +21,24 @@ RepetitionPenalty = Annotated[float, Option(help="Above 1: repeat less.")]
 Seed = Annotated[int | None, Option(help="The same seed gives the same text.")]
 Threads = Annotated[int | None, Option(help="Computing threads.  [default: physical cores]")]
 Context = Annotated[int | None, Option(help="Context in tokens.  [default: what fits]")]
+Vram = Annotated[
+    str | None, Option(help="GPU memory to use: 6GiB, max, or 0: the CPU only.  [default: max]")
+]
 Mmap = Annotated[bool, Option("--mmap", help="Compute from the mapped file where possible.")]
 Reference = Annotated[bool, Option("--reference", help="Plain float32 torch: slow, exact.")]
+
+
+def engine(
+    threads: int | None, context: int | None, vram: str | None, mmap: bool, reference: bool
+) -> dict[str, Any]:
+    """Fields of EngineConfig of the options above."""
+    return {
+        "threads": threads,
+        "context_length": context,
+        "vram": vram,
+        "mmap": mmap,
+        "backend": "reference" if reference else "auto",
+    }
 
 
 def sampling(

@@ -36,6 +36,7 @@ def run(
     stop: Stop = None,
     threads: options.Threads = None,
     context: options.Context = None,
+    vram: options.Vram = None,
     mmap: options.Mmap = False,
     reference: options.Reference = False,
     as_json: Json = False,
@@ -51,8 +52,7 @@ def run(
     text = _prompt(prompt)
     from greenroom.commands.console import loaded
 
-    backend = "reference" if reference else "native"
-    settings = {"threads": threads, "context_length": context, "mmap": mmap, "backend": backend}
+    settings = options.engine(threads, context, vram, mmap, reference)
     with loaded(model, max_sequences=1, **settings) as llm:
         tokens, parser = _tokens(llm, text, system, raw)
         if max_tokens is None:

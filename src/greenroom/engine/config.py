@@ -11,10 +11,12 @@ import psutil
 
 from greenroom import native
 from greenroom.errors import BudgetError, RequestError
+from greenroom.placement.budget import parse_size
 
 _KV_SHARE = 0.25  # of the RAM that is free beside the model
 _LEAST_CONTEXT = 2048  # tokens; a shorter one is never chosen for lack of RAM
 _KV_TYPES = ("f16", "f32")
+_BACKENDS = ("auto", "cuda", "native", "reference")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -32,7 +34,10 @@ class EngineConfig:
         prefix_cache: reuse keys and values of earlier requests with the same beginning.
         kv_type: "f16" or "f32" keys and values.
         threads: threads that compute; None takes one per physical core this process may use.
-        backend: "native" kernels, or "reference" for plain float32 torch.
+        backend: "auto" takes the GPU if there is one and the CPU otherwise; "cuda", "native"
+            kernels on the CPU, or "reference" for plain float32 torch.
+        vram: budget of the GPU's memory beyond the driver's own, in bytes or like "6GiB"; "max"
+            or None for all that is free, 0 to leave the GPU alone.
         mmap: compute from the mapped file where the layout allows, instead of copying it.
 
     Raises:
@@ -47,7 +52,8 @@ class EngineConfig:
     prefix_cache: bool = True
     kv_type: Literal["f16", "f32"] = "f16"
     threads: int | None = None
-    backend: Literal["native", "reference"] = "native"
+    backend: Literal["auto", "cuda", "native", "reference"] = "auto"
+    vram: str | int | None = None
     mmap: bool = False
 
     def __post_init__(self) -> None:
@@ -61,9 +67,11 @@ class EngineConfig:
                 raise RequestError(f"{name} must be a whole number from 1 on, not {value!r}", name)
         if self.kv_type not in _KV_TYPES:
             raise RequestError(f"kv_type must be f16 or f32, not {self.kv_type!r}", "kv_type")
-        if self.backend not in ("native", "reference"):
-            message = f"backend must be native or reference, not {self.backend!r}"
+        if self.backend not in _BACKENDS:
+            message = f"backend must be one of {', '.join(_BACKENDS)}, not {self.backend!r}"
             raise RequestError(message, "backend")
+        if self.vram is not None:
+            parse_size(self.vram, "vram")
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,8 +90,11 @@ class ResolvedConfig:
 
 
 def with_threads(config: EngineConfig) -> EngineConfig:
-    """The same with the number of threads decided."""
-    return config if config.threads else replace(config, threads=default_threads())
+    """The same with the number of threads decided; one core is left to feed a GPU."""
+    if config.threads:
+        return config
+    threads = default_threads()
+    return replace(config, threads=max(1, threads - 1) if config.backend == "cuda" else threads)
 
 
 def resolve(
@@ -91,6 +102,7 @@ def resolve(
     model_context: int,
     windows: Items[int | None],
     block_bytes: Items[int],
+    vram: int | None = None,
 ) -> ResolvedConfig:
     """Decides what was left open, once the model is in memory.
 
@@ -99,18 +111,20 @@ def resolve(
         model_context: tokens the model was made for.
         windows: of each KV group, None for all positions.
         block_bytes: bytes of one block of each group, all its layers together.
+        vram: bytes a cache in VRAM may take; None for a cache in RAM.
 
     Raises:
-        BudgetError: the context asked for does not fit into RAM.
+        BudgetError: the context asked for does not fit.
     """
     size = config.block_size
     groups = list(zip(windows, block_bytes, strict=True))
     full = sum(bytes_ for window, bytes_ in groups if window is None)
     fixed = sum(_window_blocks(config, window) * bytes_ for window, bytes_ in groups if window)
-    room = max(0, int(available_memory() * _KV_SHARE) - fixed)
+    have = available_memory() if vram is None else vram
+    room = max(0, int(have * _KV_SHARE) - fixed)
     context, tokens = _lengths(config, model_context, room // full * size if full else None)
     blocks = -(-tokens // size)
-    _check_room(tokens, fixed + blocks * full)
+    _check_room(tokens, fixed + blocks * full, have, "RAM" if vram is None else "VRAM")
     cache_blocks = tuple(
         blocks if window is None else min(blocks, _window_blocks(config, window))
         for window in windows
@@ -147,12 +161,11 @@ def _lengths(config: EngineConfig, model_context: int, fitting: int | None) -> t
     return context, tokens
 
 
-def _check_room(tokens: int, need: int) -> None:
-    have = available_memory()
+def _check_room(tokens: int, need: int, have: int, memory: str) -> None:
     if need > have:
         raise BudgetError(
             f"a KV cache of {tokens} tokens needs {need / 2**30:.1f} GiB, but only "
-            f"{have / 2**30:.1f} GiB of RAM are free; lower context_length or cache_tokens"
+            f"{have / 2**30:.1f} GiB of {memory} are free; lower context_length or cache_tokens"
         )
 
 

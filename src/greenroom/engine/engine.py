@@ -72,6 +72,8 @@ class Engine:
         )
         self._scheduler = Scheduler(self._blocks, config.prefill_chunk)
         self._runner = Runner(model, caches, self._blocks)
+        on_gpu = any(cache.k.is_cuda for cache in caches)
+        self._cache_part = "kv_cache.vram" if on_gpu else "kv_cache"
         self._cache_bytes = sum(cache.k.nbytes + cache.v.nbytes for cache in caches)
         self._jobs: dict[Sequence, Job] = {}
         self._counts: Counter[str] = Counter()
@@ -156,7 +158,7 @@ class Engine:
             ],
             "block_size": self.config.block_size,
             "counts": dict(self._counts),
-            "memory": {**self.model.memory(), "kv_cache": self._cache_bytes},
+            "memory": {**self.model.memory(), self._cache_part: self._cache_bytes},
         }
 
     def close(self) -> None:

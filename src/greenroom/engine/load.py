@@ -2,9 +2,11 @@
 of the engine that knows files; imported when something is loaded, not before.
 """
 
+import logging
 import os
 from collections.abc import Callable
-from typing import Any
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
@@ -12,7 +14,13 @@ from greenroom.engine.config import EngineConfig, resolve, with_threads
 from greenroom.engine.engine import Engine
 from greenroom.engine.runner import ModelLike
 from greenroom.gguf import GGUFFile
+from greenroom.placement.budget import parse_size
 from greenroom.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from greenroom.placement.planner import Placement
+
+log = logging.getLogger(__name__)
 
 Progress = Callable[[int, int], None]  # bytes done, bytes in all
 
@@ -38,25 +46,53 @@ def load_engine(
     from greenroom.models import LoadOptions, load_model
     from greenroom.tokenizer import ChatFormat
 
-    config = with_threads(config or EngineConfig())
+    config = config or EngineConfig()
     with GGUFFile(path) as file:
+        placement = _place(file, config)
+        log.info("%s", placement.reason)
+        config = with_threads(replace(config, backend=cast(Any, placement.backend)))
         tokenizer = Tokenizer.from_gguf(file)
         chat = ChatFormat.from_gguf(file, tokenizer)
         options = LoadOptions(
             backend=config.backend,
             threads=config.threads,
             context_length=config.context_length,
+            vram=placement.vram,
             mmap=config.mmap,
             progress=progress,
         )
         model = load_model(file, options)
-    return assemble(model, tokenizer, config, chat)
+    return assemble(model, tokenizer, config, chat, placement.cache_room)
+
+
+def _place(file: GGUFFile, config: EngineConfig) -> "Placement":
+    """Which backend, and what goes to VRAM."""
+    from greenroom.models.loader import find_family, read_config
+    from greenroom.placement.hardware import Hardware, probe
+    from greenroom.placement.planner import Wish, place
+
+    find_family(file)  # an unknown architecture is a better complaint than a missing key
+    vram = None if config.vram is None else parse_size(config.vram, "vram")
+    wish = Wish(
+        backend=config.backend,
+        vram=vram,
+        named=config.vram is not None,
+        tokens=config.prefill_chunk,
+        sequences=config.max_sequences,
+    )
+    wanted = config.backend in ("auto", "cuda") and vram != 0
+    hardware = probe() if wanted else Hardware(None, "not asked for")
+    return place(file.tensors, read_config(file), wish, hardware)
 
 
 def assemble(
-    model: ModelLike, tokenizer: Any, config: EngineConfig | None = None, chat: Any = None
+    model: ModelLike,
+    tokenizer: Any,
+    config: EngineConfig | None = None,
+    chat: Any = None,
+    vram: int | None = None,
 ) -> Engine:
-    """An engine on a model that is already loaded."""
+    """An engine on a model that is already loaded; `vram`: room for a cache there, in bytes."""
     config = config or EngineConfig()
     dtype = _TYPES[config.kv_type]
     windows = [spec.window for spec in model.kv_groups]
@@ -65,6 +101,7 @@ def assemble(
         model.config.context_length,
         windows,
         _block_bytes(model, config.block_size, dtype),
+        vram,
     )
     caches = model.new_caches(resolved.cache_blocks, resolved.block_size, dtype)
     return Engine(model, caches, resolved, tokenizer, chat)

@@ -85,7 +85,13 @@ class ExpertWeights:
 
 
 class Backend(Protocol):
-    """Prepares the parts of a model and runs attention."""
+    """Prepares the parts of a model and runs attention.
+
+    Attributes:
+        tier: marks, in accounts of memory, where dense parts are: "" in RAM, or ".vram".
+    """
+
+    tier: str
 
     def embedding(self, weight: Weight) -> Embedding:
         """A table (vocabulary, width)."""
@@ -137,6 +143,8 @@ class Backend(Protocol):
 
 class InRam:
     """Where a backend that computes on the CPU keeps things."""
+
+    tier = ""
 
     def place(self, tensor: Tensor) -> Tensor:
         """It is there already."""

@@ -71,6 +71,8 @@ class CudaBackend:
         mmap: leave embedding rows and experts in the mapped file until they are used.
     """
 
+    tier = ".vram"
+
     def __init__(
         self,
         pool: Any,

@@ -21,12 +21,11 @@ from greenroom.kernels.norm import norm
 from greenroom.kernels.packed import FORMATS, GROUP_ROWS
 from greenroom.kernels.rowmajor import rowmajor
 from greenroom.layers.embedding import Embedding
-from greenroom.layers.ledger import Ledger
+from greenroom.layers.ledger import SCRATCH_BYTES, Ledger
 from greenroom.layers.moe import swiglu
 from greenroom.layers.weight import Weight
 
 FEW = 16  # tokens up to which reading packed blocks beats expanding them
-SCRATCH_BYTES = 64 << 20  # of expanded rows, shared by all matrices
 
 _FLOATS = {
     GGMLType.F32: torch.float32,

@@ -12,6 +12,8 @@ from torch import Tensor
 
 from greenroom.errors import BudgetError
 
+SCRATCH_BYTES = 64 << 20  # of expanded rows, shared by all matrices
+
 
 class Ledger:
     """Books tensors on one device.

@@ -55,10 +55,7 @@ def load_model(file: GGUFFile, options: LoadOptions | None = None) -> Model:
     """
     options = options or LoadOptions()
     family = find_family(file)
-    try:
-        config = ModelConfig.from_metadata(file.metadata, file.tensors)
-    except (ModelFileError, UnsupportedModelError) as error:
-        raise type(error)(f"{file.path.name}: {error}") from None
+    config = read_config(file)
     tensors = Tensors(file, options.progress)
     parts = Parts(
         tensors=tensors,
@@ -70,6 +67,14 @@ def load_model(file: GGUFFile, options: LoadOptions | None = None) -> Model:
     model = family(config, parts, context, options.llama_cpp_math)
     tensors.finish()
     return model
+
+
+def read_config(file: GGUFFile) -> ModelConfig:
+    """The configuration of an open file; errors name the file."""
+    try:
+        return ModelConfig.from_metadata(file.metadata, file.tensors)
+    except (ModelFileError, UnsupportedModelError) as error:
+        raise type(error)(f"{file.path.name}: {error}") from None
 
 
 def find_family(file: GGUFFile) -> type[Model]:

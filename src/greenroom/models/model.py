@@ -237,10 +237,12 @@ class Model:
         return self.output_norm(x, delta)
 
     def memory(self) -> dict[str, int]:
-        """Bytes by part: experts, dense, embedding, output."""
-        parts = {"experts": 0, "dense": self.output_norm.nbytes}
+        """Bytes by part: experts, dense, embedding, output; ".vram" marks what is there."""
+        tier = self.backend.tier
+        parts = {"experts": 0, f"dense{tier}": self.output_norm.nbytes}
         for blk in self.blk:
             if isinstance(blk.ffn, Moe):
                 parts["experts"] += blk.ffn.experts.nbytes
-            parts["dense"] += blk.nbytes
-        return parts | {"embedding": self.token_embd.nbytes, "output": self.output.nbytes}
+            parts[f"dense{tier}"] += blk.nbytes
+        ends = {"embedding": self.token_embd.nbytes, f"output{tier}": self.output.nbytes}
+        return parts | ends

@@ -1,0 +1,116 @@
+"""Sizes as people write them, the choice of a backend, and budgets against what gets allocated."""
+
+import os
+
+import pytest
+import torch
+
+from greenroom import native
+from greenroom.convert.synth import Synthesis, write_synthetic
+from greenroom.convert.synth_shapes import shape_of
+from greenroom.errors import BudgetError, RequestError
+from greenroom.gguf import GGUFFile
+from greenroom.models import LoadOptions, load_model
+from greenroom.models.loader import read_config
+from greenroom.placement.budget import parse_size
+from greenroom.placement.hardware import Gpu, Hardware
+from greenroom.placement.planner import Placement, Wish, dense_bytes, place
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+GIB = 1 << 30
+NO_GPU = Hardware(None, "PyTorch finds no CUDA GPU")
+BIG = Hardware(Gpu("a GPU", 70 * GIB, 80 * GIB))
+
+
+@pytest.mark.parametrize(
+    ("text", "size"),
+    [
+        ("6GiB", 6 * GIB),
+        ("1.5 G", 3 * GIB // 2),
+        ("2MB", 2_000_000),
+        ("0", 0),
+        (7, 7),
+        ("max", None),
+    ],
+)
+def test_sizes(text, size) -> None:
+    assert parse_size(text, "vram") == size
+
+
+def test_max_is_no_number() -> None:
+    assert parse_size("Max", "vram") is None
+
+
+@pytest.mark.parametrize("text", ["", "-1", "six", "6 apples", -3, True, "1e9"])
+def test_a_wrong_size_is_refused_by_name(text) -> None:
+    with pytest.raises(RequestError, match="vram must be a size") as caught:
+        parse_size(text, "vram")
+    assert caught.value.field == "vram"
+
+
+@pytest.fixture(scope="module", params=["gpt-oss-20b-tiny", "deepseek-moe-16b-tiny"])
+def file(request, tmp_path_factory):
+    path = tmp_path_factory.mktemp("synth") / "model.gguf"
+    write_synthetic(Synthesis(shape_of(request.param, 2)), path)
+    with GGUFFile(path) as opened:
+        yield opened
+
+
+def placed(file, hardware=BIG, backend="auto", vram=None, named=None) -> Placement:
+    named = vram is not None if named is None else named
+    wish = Wish(backend=backend, vram=vram, named=named, tokens=64, sequences=2)
+    return place(file.tensors, read_config(file), wish, hardware)
+
+
+def test_auto_takes_the_gpu_if_there_is_one(file) -> None:
+    found = placed(file)
+    assert found.backend == "cuda"
+    assert "a GPU" in found.reason
+    assert found.cache_room is not None
+    assert 60 * GIB < found.cache_room < found.vram < 70 * GIB
+
+
+def test_the_cpu_is_taken_with_its_reason(file) -> None:
+    assert placed(file, NO_GPU) == Placement(
+        "native", "computing on the CPU: PyTorch finds no CUDA GPU"
+    )
+    assert placed(file, vram=0).backend == "native"
+    assert placed(file, backend="reference").cache_room is None
+    full = Hardware(Gpu("a full GPU", 300 << 20, 80 * GIB))
+    assert placed(file, full).backend == "native"
+    assert "a full GPU" in placed(file, full).reason
+
+
+@pytest.mark.parametrize(
+    ("hardware", "backend", "vram", "complaint"),
+    [
+        (NO_GPU, "auto", GIB, "no GPU can be used: PyTorch finds"),
+        (NO_GPU, "cuda", None, "no GPU can be used: PyTorch finds"),
+        (BIG, "native", GIB, "native backend uses no VRAM"),
+        (BIG, "cuda", 0, "needs VRAM"),
+    ],
+)
+def test_what_cannot_be_is_refused(file, hardware, backend, vram, complaint) -> None:
+    with pytest.raises(RequestError, match=complaint):
+        placed(file, hardware, backend, vram)
+
+
+def test_a_budget_too_small_says_what_is_needed_and_that_is_enough(file) -> None:
+    with pytest.raises(BudgetError, match="too small") as caught:
+        placed(file, vram=1 << 20)
+    needed = int(str(caught.value).split(" need ")[1].split()[0])
+    assert placed(file, vram=needed << 20).cache_room >= 0
+    with pytest.raises(BudgetError):
+        placed(file, vram=(needed - 1) << 20)
+    with pytest.raises(BudgetError, match="only 71680 MiB of a GPU are free"):
+        placed(file, vram=71 * GIB)
+
+
+def test_planned_bytes_are_those_that_get_booked(file) -> None:
+    options = LoadOptions(backend="cuda", device=DEVICE, pool=native.lib().Pool(1))
+    ledger = load_model(file, options).backend.bench.ledger
+    assert ledger.parts["dense"] == dense_bytes(file.tensors)
+    assert ledger.parts["workspace"] == placed(file).parts["scratch"]
