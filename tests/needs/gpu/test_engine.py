@@ -1,0 +1,76 @@
+"""On a CUDA device: logits against the float32 CPU engine, the budget against what is reserved."""
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from greenroom import LLM, SamplingParams
+from greenroom.convert.synth import Synthesis, write_synthetic
+from greenroom.convert.synth_shapes import shape_of
+from greenroom.errors import BudgetError
+
+pytestmark = pytest.mark.gpu
+
+os.environ.pop("TRITON_INTERPRET", None)
+SHAPES = ("gpt-oss-20b-tiny", "phi-3.5-moe-tiny", "deepseek-moe-16b-tiny", "qwen3-30b-a3b-tiny")
+TOKENS = np.random.default_rng(0).integers(0, 300, 200).tolist()
+
+
+@pytest.fixture(scope="module", params=SHAPES)
+def path(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    file = tmp_path_factory.mktemp("synth") / "model.gguf"
+    write_synthetic(Synthesis(shape_of(request.param, 2)), file)
+    return file
+
+
+def log_softmax(logits: np.ndarray) -> torch.Tensor:
+    return torch.log_softmax(torch.from_numpy(logits).double(), -1)
+
+
+@pytest.mark.parametrize("chunk", [512, 48])
+def test_logits_equal_those_of_the_cpu_in_float32(path: Path, chunk: int) -> None:
+    found = {}
+    for backend in ("reference", "cuda"):
+        options = {"context_length": 256, "prefill_chunk": chunk, "max_sequences": 1}
+        with LLM(path, backend=backend, **options) as llm:
+            assert llm.engine.config.backend == backend
+            found[backend] = log_softmax(llm.logits(TOKENS))
+    p, q = found["reference"], found["cuda"]
+    divergence = (p.exp() * (p - q)).sum(-1)
+    same = (p.argmax(-1) == q.argmax(-1)).double().mean()
+    print(f"mean KL {divergence.mean():.1e}, largest {divergence.max():.1e}, same {same:.4f}")
+    assert divergence.mean() < 1e-3
+    assert same >= 0.99
+
+
+@pytest.fixture
+def fresh_memory() -> Iterator[None]:
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    yield
+    torch.cuda.empty_cache()
+
+
+def test_memory_reserved_stays_under_the_budget(path: Path, fresh_memory: None) -> None:
+    options = {"context_length": 512, "max_sequences": 1, "prefill_chunk": 128}
+    with pytest.raises(BudgetError, match="too small") as caught:
+        LLM(path, vram="1MiB", **options)
+    budget = int(str(caught.value).split(" need ")[1].split()[0]) + 64
+    before = torch.cuda.memory_reserved()
+    with LLM(path, vram=f"{budget}MiB", **options) as llm:
+        llm.generate([TOKENS], SamplingParams(max_tokens=20, temperature=0, ignore_eos=True))
+        assert llm.engine.stats()["memory"]["kv_cache.vram"] > 0
+    assert torch.cuda.max_memory_reserved() - before < budget << 20
+
+
+def test_the_same_text_every_time_and_in_a_batch(path: Path) -> None:
+    params = SamplingParams(max_tokens=12, temperature=0, ignore_eos=True)
+    with LLM(path, backend="cuda", context_length=256, prefix_cache=False) as llm:
+        prompts = [TOKENS[:7], TOKENS[:60], TOKENS[20:21]]
+        first, again = (llm.generate(prompts, params) for _ in range(2))
+        assert [c.token_ids for c in first] == [c.token_ids for c in again]
+        assert all(len(c.token_ids) == 12 for c in first)
