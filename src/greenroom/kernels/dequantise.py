@@ -43,11 +43,10 @@ def _dequantise(
     line = out + index[None, :].to(tl.int64) * blocks * 32 + at[:, None] * 32
     for part in tl.static_range(PARTS):
         scale, low = factors(group + payload_bytes, at[:, None], row[None, :], part, SCALES)
-        for quad in tl.static_range(8 // PARTS):
+        for quad in tl.static_range(part * (8 // PARTS), (part + 1) * (8 // PARTS)):
             for byte in tl.static_range(4):
-                J: tl.constexpr = part * (8 // PARTS) + quad
-                value = number(code(words, J, byte, LOW, HIGH), iq4, ZERO, TABLE)
-                tl.store(line + 4 * J + byte, value * scale - low, mask=live)
+                value = number(code(words, quad, byte, LOW, HIGH), iq4, ZERO, TABLE)
+                tl.store(line + 4 * quad + byte, value * scale - low, mask=live)
 
 
 def dequantise(packed: Tensor, kind: int, out: Tensor) -> Tensor:

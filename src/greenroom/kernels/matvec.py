@@ -54,11 +54,10 @@ def _matvec(
             scale, low = factors(group + payload_bytes, at[:, None], row[None, :], part, SCALES)
             dot = tl.zeros((TOKENS, BLOCKS, 16), tl.float32)
             total = tl.zeros((TOKENS, BLOCKS), tl.float32)
-            for quad in tl.static_range(8 // PARTS):
+            for quad in tl.static_range(part * (8 // PARTS), (part + 1) * (8 // PARTS)):
                 for byte in tl.static_range(4):
-                    J: tl.constexpr = part * (8 // PARTS) + quad
-                    value = number(code(words, J, byte, LOW, HIGH), iq4, ZERO, TABLE)
-                    column = lane + at[None, :] * 32 + 4 * J + byte
+                    value = number(code(words, quad, byte, LOW, HIGH), iq4, ZERO, TABLE)
+                    column = lane + at[None, :] * 32 + 4 * quad + byte
                     activation = tl.load(x + column, mask=live, other=0.0)
                     dot += value[None, :, :] * activation[:, :, None]
                     total += activation

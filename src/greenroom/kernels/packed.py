@@ -89,10 +89,12 @@ def number(code, iq4, ZERO: tl.constexpr, TABLE: tl.constexpr):
     """A code's value before the scale; iq4: pointer to IQ4_VALUES as float32."""
     if TABLE == 1:  # E2M1: its bits moved to where a half has them, times 2^14 for the bias
         bits = ((code & 7) << 9) | ((code & 8) << 12)
-        return bits.to(tl.uint16).to(tl.float16, bitcast=True).to(tl.float32) * 16384.0
-    if TABLE == 2:
-        return tl.load(iq4 + code)
-    return (code - ZERO).to(tl.float32)
+        value = bits.to(tl.uint16).to(tl.float16, bitcast=True).to(tl.float32) * 16384.0
+    elif TABLE == 2:
+        value = tl.load(iq4 + code)
+    else:
+        value = (code - ZERO).to(tl.float32)
+    return value
 
 
 @triton.jit
@@ -104,32 +106,36 @@ def _half(pointer):
 def factors(records, block, row, PART: tl.constexpr, KIND: tl.constexpr):
     """Scale and min of the 16 rows of 32 columns' part; records: uint8 pointer to a group's
     scale plane, block: index of the 32 columns, row: 0..15, broadcast against each other."""
+    # One way out: a compiled function must return the same types wherever it ends.
+    low = 0.0
     if KIND == 0:  # F16
-        return _half(records + block * 32 + 2 * row), 0.0
-    if KIND == 1:  # F16_MIN
+        scale = _half(records + block * 32 + 2 * row)
+    elif KIND == 1:  # F16_MIN
         at = records + block * 64 + 2 * row
-        return _half(at), -_half(at + 32)
-    if KIND == 2:  # E8M0
+        scale = _half(at)
+        low = -_half(at + 32)
+    elif KIND == 2:  # E8M0
         exponent = tl.load(records + block * 16 + row).to(tl.int32)
-        return (exponent << 23).to(tl.float32, bitcast=True), 0.0
-    if KIND == 3:  # UE4M3: exponent bias 7 to 127
+        scale = (exponent << 23).to(tl.float32, bitcast=True)
+    elif KIND == 3:  # UE4M3: exponent bias 7 to 127
         byte = tl.load(records + block * 32 + 16 * PART + row).to(tl.int32)
-        return (byte << 20).to(tl.float32, bitcast=True) * 1.329227995784916e36, 0.0
-    superblock, b = block // 8, block % 8
-    if KIND == 4:  # K_MIN
-        at = records + superblock * 320
-        scale = tl.load(at + 64 + 16 * b + row).to(tl.float32)
-        low = tl.load(at + 192 + 16 * b + row).to(tl.float32)
-        return _half(at + 2 * row) * scale, _half(at + 32 + 2 * row) * low
-    if KIND == 5:  # K2_MIN
-        at = records + superblock * 320
-        byte = tl.load(at + 64 + 16 * (2 * b + PART) + row).to(tl.int32)
-        scale, low = (byte & 15).to(tl.float32), (byte >> 4).to(tl.float32)
-        return _half(at + 2 * row) * scale, _half(at + 32 + 2 * row) * low
-    if KIND == 6:  # K_SIGNED16
-        at = records + superblock * 288
-        byte = tl.load(at + 32 + 16 * (2 * b + PART) + row)
+        scale = (byte << 20).to(tl.float32, bitcast=True) * 1.329227995784916e36
+    elif KIND == 4:  # K_MIN
+        at = records + block // 8 * 320
+        inner = 16 * (block % 8) + row
+        scale = _half(at + 2 * row) * tl.load(at + 64 + inner).to(tl.float32)
+        low = _half(at + 32 + 2 * row) * tl.load(at + 192 + inner).to(tl.float32)
+    elif KIND == 5:  # K2_MIN
+        at = records + block // 8 * 320
+        byte = tl.load(at + 64 + 16 * (2 * (block % 8) + PART) + row).to(tl.int32)
+        scale = _half(at + 2 * row) * (byte & 15).to(tl.float32)
+        low = _half(at + 32 + 2 * row) * (byte >> 4).to(tl.float32)
+    elif KIND == 6:  # K_SIGNED16
+        at = records + block // 8 * 288
+        byte = tl.load(at + 32 + 16 * (2 * (block % 8) + PART) + row)
+        scale = _half(at + 2 * row) * byte.to(tl.int8, bitcast=True).to(tl.float32)
     else:  # K_SIGNED32
-        at = records + superblock * 160
-        byte = tl.load(at + 32 + 16 * b + row)
-    return _half(at + 2 * row) * byte.to(tl.int8, bitcast=True).to(tl.float32), 0.0
+        at = records + block // 8 * 160
+        byte = tl.load(at + 32 + 16 * (block % 8) + row)
+        scale = _half(at + 2 * row) * byte.to(tl.int8, bitcast=True).to(tl.float32)
+    return scale, low

@@ -1,0 +1,82 @@
+"""Compiles the Triton kernels for a GPU that need not be there, as their wrappers launch them.
+
+    python compile_all.py [CAPABILITY [quick]]
+
+Run without TRITON_INTERPRET. Prints one line a kernel: its name and bytes of shared memory;
+fails at the first that does not compile. "quick" takes each way to store scales once.
+"""
+
+import sys
+
+import torch
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource, compile
+from triton.runtime.jit import JITFunction
+
+from greenroom.kernels.attention import PREFILL_ROWS, ROWS, attend
+from greenroom.kernels.dequantise import dequantise
+from greenroom.kernels.handover import publish
+from greenroom.kernels.matvec import matvec
+from greenroom.kernels.norm import norm
+from greenroom.kernels.packed import FORMATS
+from greenroom.kernels.rope import rotate, write_kv
+from greenroom.kernels.rowmajor import rowmajor
+
+TARGET = GPUTarget("cuda", int(sys.argv[1]) if len(sys.argv) > 1 else 90, 32)
+TYPES = {
+    torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.uint8: "*u8",
+    torch.int32: "*i32", torch.int64: "*i64",
+}  # fmt: skip
+
+
+def type_of(value: object) -> str:
+    if isinstance(value, torch.Tensor):
+        return TYPES[value.dtype]
+    return "fp32" if isinstance(value, float) else "i32"
+
+
+def compile_instead(self: JITFunction, *args: object, grid: object, **named: object) -> None:
+    """Takes the place of a launch."""
+    names = [p.name for p in self.params]
+    fixed = {p.name for p in self.params if p.is_constexpr}
+    values = dict(zip(names, args, strict=False)) | {k: v for k, v in named.items() if k in names}
+    signature = {n: "constexpr" if n in fixed else type_of(values[n]) for n in names}
+    constants = {(names.index(n),): values[n] for n in fixed}
+    aligned = {
+        (i,): [["tt.divisibility", 16]]
+        for i, n in enumerate(names)
+        if isinstance(values[n], torch.Tensor)
+    }
+    done = compile(ASTSource(self, signature, constants, aligned), target=TARGET)
+    print(self.fn.__name__, done.metadata.shared)
+
+
+JITFunction.run = compile_instead
+
+ints = torch.zeros(8, dtype=torch.int32)
+x = torch.zeros(2, 256)
+quick = "quick" in sys.argv
+# Q3_K (11) stores its scales as Q6_K does.
+by_scales = {form.scales: kind for kind, form in FORMATS.items() if kind != 11}
+for kind in by_scales.values() if quick else FORMATS:
+    if not quick or kind == 14:
+        matvec(torch.zeros(64, dtype=torch.uint8), kind, 32, 256, x, x)
+    dequantise(torch.zeros(64, dtype=torch.uint8), kind, torch.empty(32, 256))
+for rows, splits, dtype, size in [
+    (ROWS, 4, torch.float16, 64),
+    (PREFILL_ROWS, 1, torch.float16, 128),
+    (PREFILL_ROWS, 1, torch.float32, 128),
+][: 1 if quick else 3]:
+    cache = torch.zeros(1, 2, 32, size, dtype=dtype)
+    for window, sinks in [(128, x), (None, None)]:
+        attend(
+            torch.zeros(2, 8, size), cache, cache, ints.view(2, 4), ints, ints, ints, ints,
+            scale=0.1, rows=rows, splits=splits, window=window, sinks=sinks,
+        )  # fmt: skip
+    write_kv(cache[:, :, 0].float(), cache[:, :, 0].float(), ints.long(), cache, cache)
+for neox in (False, True):
+    rotate(torch.zeros(2, 8, 64), ints.long(), torch.zeros(32), 1.0, neox)
+for bias in (None, x):
+    norm(x, x, 1e-5, bias, x)
+    rowmajor(torch.zeros(2, 256, dtype=torch.bfloat16), x, bias)
+publish(x, ints.view(2, 4), torch.zeros(2, 4), (x, ints, x))

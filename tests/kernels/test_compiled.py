@@ -1,0 +1,25 @@
+"""The kernels compile for a GPU: the interpreter accepts more than the compiler does."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from greenroom.kernels.packed import FORMATS
+
+SCRIPT = Path(__file__).with_name("compile_all.py")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="Triton compiles on Linux only")
+def test_every_kernel_compiles() -> None:
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    done = subprocess.run(
+        [sys.executable, SCRIPT, "90", "quick"], capture_output=True, text=True, env=environment
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    lines = [line.split()[0] for line in done.stdout.splitlines()]
+    kernels = {"_matvec", "_attend", "_merge", "_write", "_rotate", "_norm", "_rowmajor"}
+    assert set(lines) == kernels | {"_dequantise", "_publish"}
+    assert lines.count("_dequantise") == len({form.scales for form in FORMATS.values()})
