@@ -58,16 +58,15 @@ int int8_loop(std::int64_t rounds) {
     using namespace simd;
     Codes codes = splat_byte(3), x = splat_byte(5);
     Ints acc[chains];
-    for (auto& a : acc) a = round(zero());
+    unrolled<chains>([&](auto j) { acc[j] = round(zero()); });
     for (std::int64_t i = 0; i < rounds; ++i) {
-#pragma GCC unroll 12
-        for (int j = 0; j < chains; ++j) {
+        unrolled<chains>([&](auto j) __attribute__((always_inline)) {
             opaque(codes);
             acc[j] = accumulate(acc[j], codes, x);
-        }
+        });
     }
     int total = 0;
-    for (auto& a : acc) total ^= sum(a);
+    unrolled<chains>([&](auto j) { total ^= sum(acc[j]); });
     return total;
 }
 
@@ -76,14 +75,14 @@ float float_loop(std::int64_t rounds) {
     Codes barrier = splat_byte(0);
     Floats acc[chains];
     const Floats x = load_u8(reinterpret_cast<const std::uint8_t*>("0123456789abcdef"));
-    for (auto& a : acc) a = zero();
+    unrolled<chains>([&](auto j) { acc[j] = zero(); });
     for (std::int64_t i = 0; i < rounds; ++i) {
         opaque(barrier);
-#pragma GCC unroll 12
-        for (int j = 0; j < chains; ++j) acc[j] = fma(x, x, acc[j]);
+        unrolled<chains>([&](auto j)
+                             __attribute__((always_inline)) { acc[j] = fma(x, x, acc[j]); });
     }
     float total = 0;
-    for (auto& a : acc) total += sum(a);
+    unrolled<chains>([&](auto j) { total += sum(acc[j]); });
     return total;
 }
 

@@ -2,7 +2,6 @@
 #pragma once
 
 #include <algorithm>
-#include <utility>
 
 #include "formats/all.h"
 #include "matmul/kernels.h"
@@ -16,15 +15,6 @@ constexpr std::int64_t prefetch_ahead = 8192;
 template <int Bytes>
 inline void prefetch_lines(const std::uint8_t* p) {
     for (int i = 0; i < Bytes; i += 64) simd::prefetch(p + prefetch_ahead + i);
-}
-
-// body(integral_constant<0>) .. body(integral_constant<N - 1>): with indices the compiler knows
-// from the start, arrays of accumulators become registers.
-template <int N, class Body>
-[[gnu::always_inline]] inline void unrolled(Body body) {
-    [&]<int... I>(std::integer_sequence<int, I...>) __attribute__((always_inline)) {
-        (body(std::integral_constant<int, I>{}), ...);
-    }(std::make_integer_sequence<int, N>{});
 }
 
 // acc[t] += 32 columns of one group times token t, for a few tokens.

@@ -11,6 +11,8 @@
 // subtracted. Tokens lie 64 bytes apart (XBlock) and are at most simd::interleave.
 #pragma once
 
+#include <utility>
+
 #if defined(GREENROOM_TIER_avx512) || defined(GREENROOM_TIER_amx)
 #include "simd/avx512.h"
 #elif defined(GREENROOM_TIER_avx2) || defined(GREENROOM_TIER_avxvnni)
@@ -18,3 +20,16 @@
 #else
 #include "simd/portable.h"
 #endif
+
+namespace greenroom {
+
+// body(integral_constant<0>) .. body(integral_constant<N - 1>): with indices the compiler knows
+// from the start, arrays of accumulators become registers.
+template <int N, class Body>
+[[gnu::always_inline]] inline void unrolled(Body body) {
+    [&]<int... I>(std::integer_sequence<int, I...>) __attribute__((always_inline)) {
+        (body(std::integral_constant<int, I>{}), ...);
+    }(std::make_integer_sequence<int, N>{});
+}
+
+}  // namespace greenroom
