@@ -19,7 +19,9 @@ from greenroom.placement.budget import mib
 from greenroom.placement.hardware import Hardware
 
 MARGIN = 512 << 20  # of "max", left to other programs and the allocator's rounding
-ROUNDING = 32 << 20  # the allocator hands out pieces of 2 MiB and more
+# The allocator hands out pieces of 2 to 20 MiB, and the vendor's products take 32 MiB for
+# themselves on Hopper.
+ROUNDING = 96 << 20
 
 _EXPERTS = re.compile(r"_exps\.|\.ffn_(gate|up|down)\.\d+\.")
 _FLOAT32 = re.compile(r"ffn_gate_inp(_shexp)?\.weight$")  # routers are kept in float32
