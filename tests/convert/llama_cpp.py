@@ -10,7 +10,11 @@ from typing import Any
 
 
 def complete(model: str, requests: list[dict[str, Any]], seconds: int = 120) -> list[Any]:
-    """Answers of `model` to OpenAI completion requests (`chat` in one makes it a chat)."""
+    """Answers of `model` to OpenAI requests: completions, or chats where they have messages.
+
+    A request {"tokens": ids, "first": i, "top": n} is answered by the n likeliest next tokens
+    behind ids[: i + 1], behind ids[: i + 2] and so on: pairs (ids, logarithms of probability).
+    """
     done = subprocess.run(
         [sys.executable, __file__],
         input=json.dumps({"model": model, "requests": requests}),
@@ -34,13 +38,22 @@ def main() -> None:
     params.cpuparams.n_threads = params.cpuparams_batch.n_threads = 2
     params.warmup = params.fit_params = False
     server = xllamacpp.Server(params)
-    answers = [
-        server.handle_chat_completions(request)
-        if "messages" in request
-        else server.handle_completions(request)
-        for request in job["requests"]
-    ]
+    answers = [_answer(server, request) for request in job["requests"]]
     print("\n" + json.dumps(answers), flush=True)
+
+
+def _answer(server: Any, request: dict[str, Any]) -> Any:
+    if "messages" in request:
+        return server.handle_chat_completions(request)
+    if "prompt" in request:
+        return server.handle_completions(request)
+    tokens, found = request["tokens"], []
+    for end in range(request["first"] + 1, len(tokens) + 1):
+        asked = {"prompt": tokens[:end], "n_predict": 1, "n_probs": request["top"]}
+        answer = server.handle_completions({**asked, "temperature": 0, "cache_prompt": True})
+        top = answer["choices"][0]["logprobs"]["content"][0]["top_logprobs"]
+        found.append(([entry["id"] for entry in top], [entry["logprob"] for entry in top]))
+    return found
 
 
 if __name__ == "__main__":

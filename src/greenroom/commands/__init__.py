@@ -32,6 +32,8 @@ COMMANDS: dict[str, tuple[str, str]] = {
         "Measure the CPU kernels against the machine's limits.",
     ),
     "convert": ("greenroom.commands.convert", "Convert a checkpoint to a GGUF file."),
+    "inspect": ("greenroom.commands.inspect", "Say what a model file holds and needs."),
+    "tokenize": ("greenroom.commands.tokenize", "Print token ids and pieces of a text."),
     "synth": ("greenroom.commands.synth", "Write a model file of published shapes, to measure."),
     "upcycle": ("greenroom.commands.upcycle", "Turn a dense model into one with experts."),
 }

@@ -1,0 +1,245 @@
+"""`greenroom inspect`: what a model file holds, what a token touches, where it would be placed.
+
+Reads the header only, so a file of any size is described at once.
+"""
+
+import json
+import re
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+from typer import Argument, Option
+
+if TYPE_CHECKING:
+    from greenroom.gguf import GGUFFile, TensorInfo
+    from greenroom.models import ModelConfig
+
+Model = Annotated[Path, Argument(help="A GGUF file, or the first of a split set.")]
+Json = Annotated[bool, Option("--json", help="Print one JSON document instead of tables.")]
+
+_EXPERT = re.compile(r"blk\.(\d+)\.ffn_(gate_up|gate|up|down)(?:_exps|\.(\d+))\.(?:weight|bias)")
+_RESERVE = 1 << 30  # bytes of RAM left to everything else
+
+
+def inspect(model: Model, as_json: Json = False) -> None:
+    """Describe a model file: experts, types, bytes per token, placement on this machine."""
+    from greenroom.gguf import GGUFFile
+
+    with GGUFFile(model) as file:
+        facts = describe(file)
+    if as_json:
+        print(json.dumps(facts, indent=1))
+    else:
+        _show(facts)
+
+
+def describe(file: "GGUFFile") -> dict[str, Any]:
+    """Everything the command prints, with bytes as integers, ready for JSON."""
+    from greenroom.errors import GreenroomError
+    from greenroom.models import ModelConfig
+    from greenroom.models.loader import find_family
+
+    metadata = file.metadata
+    facts: dict[str, Any] = {
+        "files": [str(path) for path in file.paths],
+        "architecture": metadata.get("general.architecture"),
+        "name": metadata.get("general.name"),
+        "parameters": sum(_elements(tensor) for tensor in file.tensors.values()),
+        "types": _types(file.tensors.values()),
+        "runs": True,
+        "problem": None,
+    }
+    experts = [t for t in file.tensors.values() if _EXPERT.fullmatch(t.name)]
+    facts["bytes"] = {
+        "experts": sum(tensor.nbytes for tensor in experts),
+        "rest": file.nbytes - sum(tensor.nbytes for tensor in experts),
+        "all": file.nbytes,
+    }
+    try:
+        find_family(file)
+        config = ModelConfig.from_metadata(metadata, file.tensors)
+    except GreenroomError as error:
+        return facts | {"runs": False, "problem": str(error)}
+    facts |= _sizes(config)
+    facts["experts"] = _experts(experts, config)
+    facts["bytes_per_token"] = _touched(file, facts["bytes"], config)
+    facts["kv_cache"] = _kv_cache(config)
+    facts["placement"] = _placement(facts)
+    return facts
+
+
+def _elements(tensor: "TensorInfo") -> int:
+    count = 1
+    for dimension in tensor.ne:
+        count *= dimension
+    return count
+
+
+def _types(tensors: "Iterable[TensorInfo]") -> dict[str, dict[str, int]]:
+    """Tensors and bytes of each type, the type with most bytes first."""
+    found: dict[str, dict[str, int]] = {}
+    for tensor in tensors:
+        entry = found.setdefault(tensor.type.name, {"tensors": 0, "bytes": 0})
+        entry["tensors"] += 1
+        entry["bytes"] += tensor.nbytes
+    return dict(sorted(found.items(), key=lambda item: -item[1]["bytes"]))
+
+
+def _sizes(config: "ModelConfig") -> dict[str, Any]:
+    attention = config.attention
+    return {
+        "layers": config.layers,
+        "hidden_size": config.hidden_size,
+        "vocabulary": config.vocabulary_size,
+        "context_length": config.context_length,
+        "attention": {
+            "heads": attention.heads,
+            "kv_heads": attention.kv_heads,
+            "head_size": attention.key_length,
+            "windows": sorted({window for window in config.windows if window is not None}),
+            "windowed_layers": sum(window is not None for window in config.windows),
+        },
+    }
+
+
+def _experts(tensors: "list[TensorInfo]", config: "ModelConfig") -> dict[str, Any] | None:
+    """The expert structure that was found; None for a dense model."""
+    if config.moe is None or not tensors:
+        return None
+    moe = config.moe
+    matches = [match for t in tensors if (match := _EXPERT.fullmatch(t.name))]
+    bytes_of: dict[int, int] = {}
+    for tensor, match in zip(tensors, matches, strict=True):
+        layer = int(match[1])
+        bytes_of[layer] = bytes_of.get(layer, 0) + tensor.nbytes
+    split = any(match[3] for match in matches)
+    fused = any(match[2] == "gate_up" for match in matches)
+    return {
+        "layers": len(bytes_of),
+        "count": moe.experts,
+        "used": moe.used,
+        "width": moe.width,
+        "shared_width": moe.shared_width,
+        "stored": "one tensor per expert"
+        if split
+        else "stacked" + (", gate and up fused" if fused else ""),
+        "bytes_per_expert": sorted({count // moe.experts for count in bytes_of.values()}),
+    }
+
+
+def _touched(file: "GGUFFile", stored: dict[str, int], config: "ModelConfig") -> dict[str, int]:
+    """Weight bytes that computing one token reads: its experts, and the rest without the
+    embedding table, of which it takes one row (unless that table is the head as well)."""
+    moe = config.moe
+    routed = stored["experts"] * moe.used // moe.experts if moe is not None else 0
+    table = file.tensors["token_embd.weight"]
+    unread = table.nbytes - table.row_bytes if "output.weight" in file.tensors else 0
+    return {"experts": routed, "rest": stored["rest"] - unread}
+
+
+def _kv_cache(config: "ModelConfig") -> dict[str, int]:
+    """Bytes of keys and values in float16: per token, and for a full context."""
+    attention = config.attention
+    per_layer = 2 * attention.kv_heads * (attention.key_length + attention.value_length)
+    held = [
+        min(window or config.context_length, config.context_length) for window in config.windows
+    ]
+    return {
+        "bytes_per_token": per_layer * config.layers,
+        "bytes_full_context": per_layer * sum(held),
+    }
+
+
+def _placement(facts: dict[str, Any]) -> dict[str, Any]:
+    """Where the engine would put each part here, and whether there is room."""
+    import psutil
+
+    needed = (
+        facts["bytes"]["all"]
+        + min(4096, facts["context_length"]) * (facts["kv_cache"]["bytes_per_token"])
+    )
+    available = psutil.virtual_memory().available
+    return {
+        "experts": "RAM" if facts["experts"] else None,
+        "rest": "RAM",
+        "kv_cache": "RAM",
+        "ram_needed": needed,
+        "ram_available": available,
+        "fits": needed + _RESERVE <= available,
+    }
+
+
+def _show(facts: dict[str, Any]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console(highlight=False)
+    table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
+    for name, text in _rows(facts):
+        table.add_row(name, text)
+    console.print(table)
+
+
+def _rows(facts: dict[str, Any]) -> Iterable[tuple[str, str]]:
+    """Names and texts of the table's rows."""
+    from greenroom.commands.console import size
+
+    stored = facts["bytes"]
+    yield "model", f"{facts['name'] or Path(facts['files'][0]).name} ({facts['architecture']})"
+    yield "parameters", f"{facts['parameters'] / 1e9:.2f} billion"
+    yield "file", f"{size(stored['all'])} in {len(facts['files'])} file(s)"
+    for name, entry in facts["types"].items():
+        yield f"  {name}", f"{entry['tensors']} tensors, {size(entry['bytes'])}"
+    if not facts["runs"]:
+        yield "cannot run", facts["problem"]
+        return
+    attention = facts["attention"]
+    yield "layers", f"{facts['layers']} of hidden size {facts['hidden_size']}"
+    windowed = attention["windowed_layers"]
+    seen = f", {windowed} layers see {attention['windows'][0]} tokens" if windowed else ""
+    yield (
+        "attention",
+        f"{attention['heads']} heads of {attention['head_size']}, {attention['kv_heads']} for "
+        f"keys and values{seen}",
+    )
+    yield "vocabulary", f"{facts['vocabulary']} tokens"
+    yield "context", f"{facts['context_length']} tokens"
+    yield from _expert_rows(facts["experts"])
+    yield "bytes of experts", size(stored["experts"])
+    yield "bytes of the rest", size(stored["rest"])
+    touched = facts["bytes_per_token"]
+    yield (
+        "read per token",
+        f"{size(sum(touched.values()))}: experts {size(touched['experts'])}, "
+        f"rest {size(touched['rest'])}",
+    )
+    cache = facts["kv_cache"]
+    yield (
+        "KV cache (f16)",
+        f"{size(cache['bytes_per_token'])} per token, "
+        f"{size(cache['bytes_full_context'])} for the full context",
+    )
+    place = facts["placement"]
+    verdict = "fits" if place["fits"] else "does not fit; --mmap reads from the file instead"
+    yield (
+        "placement here",
+        f"everything in RAM: {size(place['ram_needed'])} with 4096 tokens of context, "
+        f"{size(place['ram_available'])} available: {verdict}",
+    )
+
+
+def _expert_rows(experts: dict[str, Any] | None) -> Iterable[tuple[str, str]]:
+    from greenroom.commands.console import size
+
+    if experts is None:
+        yield "experts", "none: a dense model"
+        return
+    yield (
+        "experts",
+        f"{experts['count']} in each of {experts['layers']} layers, {experts['used']} per token; "
+        f"width {experts['width']}, {experts['stored']}",
+    )
+    if experts["shared_width"]:
+        yield "shared expert", f"width {experts['shared_width']}, for every token"
+    yield "one expert", " or ".join(size(count) for count in experts["bytes_per_expert"])
