@@ -52,7 +52,7 @@ class Deltas:
             UnsupportedModelError: no number of routed experts gives that.
         """
         used = round(percent / 100 * (self.shared + self.routed)) - self.shared
-        if not 1 <= used <= self.routed:
+        if not 1 <= used <= self.routed or percent > 100:
             low = 100 * (self.shared + 1) / (self.shared + self.routed)
             raise UnsupportedModelError(
                 f"--active {percent:g}: these experts allow {low:.0f} to 100 percent of the FFN"
