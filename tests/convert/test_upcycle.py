@@ -119,13 +119,25 @@ def test_the_demo_model_is_nearly_as_good_as_the_dense_one(
     assert perplexity(sparse, samples) / perplexity(dense, samples) < 1.2
 
 
-@pytest.mark.parametrize("name", ["exact", "sparse"])
-def test_llama_cpp_answers_with_upcycled_models(name: str, request: pytest.FixtureRequest) -> None:
-    question = [{"role": "user", "content": "What is the capital of France?"}]
-    path = request.getfixturevalue(name)
-    asked = {"messages": question, "max_tokens": 40, "temperature": 0}
-    (answer,) = complete(str(path), [asked])
-    assert "Paris" in answer["choices"][0]["message"]["content"]
+QUESTION = [{"role": "user", "content": "What is the capital of France?"}]
+
+
+def answer(path: Path, tokens: int) -> str:
+    """llama.cpp's likeliest answer to the question."""
+    asked = {"messages": QUESTION, "max_tokens": tokens, "temperature": 0}
+    return str(complete(str(path), [asked])[0]["choices"][0]["message"]["content"])
+
+
+def test_llama_cpp_answers_with_the_exact_model_as_with_the_dense_one(
+    dense: Path, exact: Path
+) -> None:
+    text = answer(exact, 8)
+    assert len(text) > 8
+    assert text == answer(dense, 8)
+
+
+def test_llama_cpp_answers_with_the_sparse_model(sparse: Path) -> None:
+    assert "Paris" in answer(sparse, 40)
 
 
 def test_llama_cpp_chooses_the_same_tokens(
