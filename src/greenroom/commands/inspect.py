@@ -40,33 +40,38 @@ def describe(file: "GGUFFile") -> dict[str, Any]:
     from greenroom.models import ModelConfig
     from greenroom.models.loader import find_family
 
+    facts = _stored(file)
+    try:
+        find_family(file)
+        config = ModelConfig.from_metadata(file.metadata, file.tensors)
+    except GreenroomError as error:
+        return facts | {"runs": False, "problem": str(error)}
+    facts |= _sizes(config)
+    facts["experts"] = _experts(_expert_tensors(file), config)
+    facts["bytes_per_token"] = _touched(file, facts["bytes"], config)
+    facts["kv_cache"] = _kv_cache(config)
+    facts["placement"] = _placement(facts)
+    return facts
+
+
+def _expert_tensors(file: "GGUFFile") -> "list[TensorInfo]":
+    return [tensor for tensor in file.tensors.values() if _EXPERT.fullmatch(tensor.name)]
+
+
+def _stored(file: "GGUFFile") -> dict[str, Any]:
+    """What can be said of any file, whether the model can run or not."""
     metadata = file.metadata
-    facts: dict[str, Any] = {
+    experts = sum(tensor.nbytes for tensor in _expert_tensors(file))
+    return {
         "files": [str(path) for path in file.paths],
         "architecture": metadata.get("general.architecture"),
         "name": metadata.get("general.name"),
         "parameters": sum(_elements(tensor) for tensor in file.tensors.values()),
         "types": _types(file.tensors.values()),
+        "bytes": {"experts": experts, "rest": file.nbytes - experts, "all": file.nbytes},
         "runs": True,
         "problem": None,
     }
-    experts = [t for t in file.tensors.values() if _EXPERT.fullmatch(t.name)]
-    facts["bytes"] = {
-        "experts": sum(tensor.nbytes for tensor in experts),
-        "rest": file.nbytes - sum(tensor.nbytes for tensor in experts),
-        "all": file.nbytes,
-    }
-    try:
-        find_family(file)
-        config = ModelConfig.from_metadata(metadata, file.tensors)
-    except GreenroomError as error:
-        return facts | {"runs": False, "problem": str(error)}
-    facts |= _sizes(config)
-    facts["experts"] = _experts(experts, config)
-    facts["bytes_per_token"] = _touched(file, facts["bytes"], config)
-    facts["kv_cache"] = _kv_cache(config)
-    facts["placement"] = _placement(facts)
-    return facts
 
 
 def _elements(tensor: "TensorInfo") -> int:
