@@ -21,5 +21,6 @@ GREENROOM_MODULE(GREENROOM_TIER, m) {
     greenroom::bind_ops(m);
     greenroom::bind_matmul(m);
     greenroom::bind_moe(m);
+    greenroom::bind_quantise(m);
     greenroom::bind_ceilings(m);
 }

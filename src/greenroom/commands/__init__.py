@@ -34,6 +34,8 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "convert": ("greenroom.commands.convert", "Convert a checkpoint to a GGUF file."),
     "inspect": ("greenroom.commands.inspect", "Say what a model file holds and needs."),
     "tokenize": ("greenroom.commands.tokenize", "Print token ids and pieces of a text."),
+    "quantize": ("greenroom.commands.quantize", "Write a model in other block formats."),
+    "publish": ("greenroom.commands.publish", "Upload a folder of models to the hub."),
     "synth": ("greenroom.commands.synth", "Write a model file of published shapes, to measure."),
     "upcycle": ("greenroom.commands.upcycle", "Turn a dense model into one with experts."),
 }
