@@ -211,6 +211,13 @@ def _rows(facts: dict[str, Any]) -> Iterable[tuple[str, str]]:
     yield "vocabulary", f"{facts['vocabulary']} tokens"
     yield "context", f"{facts['context_length']} tokens"
     yield from _expert_rows(facts["experts"])
+    yield from _byte_rows(facts)
+
+
+def _byte_rows(facts: dict[str, Any]) -> Iterable[tuple[str, str]]:
+    from greenroom.commands.console import size
+
+    stored = facts["bytes"]
     yield "bytes of experts", size(stored["experts"])
     yield "bytes of the rest", size(stored["rest"])
     touched = facts["bytes_per_token"]
