@@ -91,10 +91,10 @@ void bind_matmul(nb::module_& m) {
           nb::arg("packed").noconvert(), nb::arg("x").noconvert(), nb::arg("out").noconvert(),
           nb::arg("bias").noconvert() = nb::none(), nb::arg("scale") = 1.0f,
           "out (tokens, rows) = scale * x (tokens, cols) W^T + bias (rows); float32.");
-#if defined(GREENROOM_TIER_avx512)
+#if defined(GREENROOM_TIER_avx512) || defined(GREENROOM_TIER_amx)
     m.def(
-        "_emulate_amx", [](bool on) { amx::enabled = on; }, nb::arg("on"),
-        "For tests: large batches take the AMX path, with its tiles in plain C++.");
+        "_use_tiles", [](bool on) { amx::enabled = on; }, nb::arg("on"),
+        "For tests: whether large batches take the AMX path; avx512 has its tiles in plain C++.");
 #endif
     m.def("linears", &run_linears, nb::arg("pool"), nb::arg("matrices").noconvert(),
           nb::arg("x").noconvert(),

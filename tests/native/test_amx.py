@@ -1,4 +1,4 @@
-"""The AMX path with its tile instructions emulated in the avx512 tier."""
+"""The AMX path: its real instructions where they run, emulated ones in the avx512 tier."""
 
 import numpy as np
 import pytest
@@ -13,14 +13,12 @@ TILED = [t for t in NATIVE if t not in (GGMLType.F32, GGMLType.F16)]
 BF16_STEP = 2.0**-8  # of a product of two values, each rounded by half a step of 2^-8
 
 
-@pytest.fixture
-def lib():
-    if "avx512" not in native.usable_tiers():
-        pytest.skip("the emulation is part of the avx512 tier, which cannot run here")
-    module = native.module("avx512")
-    module._emulate_amx(True)
+@pytest.fixture(params=[t for t in ("avx512", "amx") if t in native.usable_tiers()])
+def lib(request):
+    module = native.module(request.param)
+    module._use_tiles(True)
     yield module
-    module._emulate_amx(False)
+    module._use_tiles(request.param == "amx")
 
 
 @pytest.fixture
@@ -53,9 +51,9 @@ def test_moe(lib, pool, type: GGMLType) -> None:
     for tokens in (30, 60):  # experts below and above the fewest tokens for tiles
         batch = routes(tokens, 4, 2, layer.d)
         found = layer.run(*batch)
-        lib._emulate_amx(False)
+        lib._use_tiles(False)
         plain = layer.run(*batch)
-        lib._emulate_amx(True)
+        lib._use_tiles(True)
         assert np.linalg.norm(found - plain) < 1e-2 * np.linalg.norm(plain)
         assert (found != plain).any()
         np.testing.assert_array_equal(layer.run(*batch, pool=lib.Pool(1)), found)

@@ -6,7 +6,7 @@ import pytest
 from greenroom import native
 from greenroom.gguf import GGMLType, dequantize
 
-from .twins import FLOATING, NATIVE, Matrix
+from .twins import FLOATING, NATIVE, Matrix, in_tiles
 
 REFUSED = "are needed|must lie|not a multiple|no native kernel"
 ROWS = (1, 15, 17, 100)
@@ -65,6 +65,8 @@ def test_linear(lib, pool, type: GGMLType) -> None:
         for rows in ROWS:
             m = Matrix(lib, pool, type, rows, cols)
             for count in TOKENS:
+                if in_tiles(lib, type, count):
+                    continue
                 x = tokens_of(count, cols)
                 expected, bound = m.product(x)
                 assert (np.abs(linear(lib, pool, m, x) - expected) <= bound).all(), (rows, count)
@@ -119,7 +121,8 @@ def test_several_matrices_share_one_region(lib, pool) -> None:
 
 
 def test_more_tokens_than_one_pass(lib, pool) -> None:
-    m = Matrix(lib, pool, GGMLType.Q4_0, 20, 64)
+    type = GGMLType.F16 if in_tiles(lib, GGMLType.Q4_0, 1100) else GGMLType.Q4_0
+    m = Matrix(lib, pool, type, 20, 64)
     x = tokens_of(1100, 64)
     expected, bound = m.product(x)
     assert (np.abs(linear(lib, pool, m, x) - expected) <= bound).all()

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from greenroom import native
 from greenroom.gguf import GGMLType
 
-from .twins import FLOATING, NATIVE, Matrix, activation, seen_by
+from .twins import FLOATING, NATIVE, Matrix, activation, in_tiles, seen_by
 
 REFUSED = "are needed|must lie|no routes|no expert|activation is"
 QUANTISED = [t for t in NATIVE if t not in FLOATING]
@@ -81,6 +81,8 @@ def close(found: np.ndarray, expected: np.ndarray, exact: bool) -> None:
 def test_moe(lib, pool, type: GGMLType, kind: str) -> None:
     layer = Layer(lib, pool, (type, type, type), kind=kind, bias=kind == "gpt-oss")
     for tokens in (1, 2, 7, 40):
+        if in_tiles(lib, type, tokens // 2):  # of each expert
+            continue
         batch = routes(tokens, 4, 2, layer.d)
         close(layer.run(*batch), layer.twin(*batch), type in FLOATING)
 

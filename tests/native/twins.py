@@ -31,6 +31,11 @@ def seen_by(type: GGMLType, x: Floats) -> Wide:
     return x.astype(np.float64) if type in FLOATING else quantised(x)
 
 
+def in_tiles(lib, type: GGMLType, tokens: int) -> bool:
+    """Whether a tier computes so many tokens in bfloat16 tiles; test_amx.py holds those."""
+    return lib.tier == "amx" and tokens >= 12 and type not in (GGMLType.F32, GGMLType.F16)
+
+
 class Matrix:
     """A random matrix: raw as in a file, packed by one tier, and as float64 values."""
 
