@@ -2,8 +2,8 @@
 
 #include <algorithm>
 #include <cmath>
-#include <fstream>
-#include <sstream>
+#include <cstdio>
+#include <cstdlib>
 #include <thread>
 
 #if defined(__linux__)
@@ -13,12 +13,30 @@
 namespace greenroom {
 namespace {
 
+// The lines of a small file; none if it cannot be read. C's own files: beside another library
+// that exports its own copy of the C++ streams, ours could call into that and crash.
+std::vector<std::string> lines_of(const std::string& path) {
+    std::vector<std::string> lines;
+    std::FILE* file = std::fopen(path.c_str(), "r");
+    if (file == nullptr) return lines;
+    std::string line;
+    for (int c; (c = std::fgetc(file)) != EOF && lines.size() < 1024;) {
+        if (c != '\n') {
+            line.push_back(static_cast<char>(c));
+            continue;
+        }
+        lines.push_back(line);
+        line.clear();
+    }
+    if (!line.empty()) lines.push_back(line);
+    std::fclose(file);
+    return lines;
+}
+
 // The first line of a file; empty if it cannot be read.
 std::string first_line(const std::string& path) {
-    std::ifstream file(path);
-    std::string line;
-    std::getline(file, line);
-    return line;
+    const auto lines = lines_of(path);
+    return lines.empty() ? std::string() : lines.front();
 }
 
 std::vector<int> allowed_list() {
@@ -62,9 +80,9 @@ double ratio(const std::string& quota, const std::string& period) {
 }
 
 double quota_in(const std::string& folder) {
-    std::istringstream v2(first_line(folder + "/cpu.max"));  // "max 100000" or "150000 100000"
-    std::string quota, period;
-    if (v2 >> quota >> period) return ratio(quota, period);
+    const std::string v2 = first_line(folder + "/cpu.max");  // "max 100000" or "150000 100000"
+    const auto space = v2.find(' ');
+    if (space != std::string::npos) return ratio(v2.substr(0, space), v2.substr(space + 1));
     return ratio(first_line(folder + "/cpu.cfs_quota_us"),
                  first_line(folder + "/cpu.cfs_period_us"));
 }
@@ -88,8 +106,7 @@ double cgroup_quota(const std::string& root) {
         if (quota > 0 && (least == 0 || quota < least)) least = quota;
     };
     const std::string tree = root + "/sys/fs/cgroup";
-    std::ifstream groups(root + "/proc/self/cgroup");
-    for (std::string line; std::getline(groups, line);) {
+    for (const std::string& line : lines_of(root + "/proc/self/cgroup")) {
         const auto first = line.find(':'), second = line.find(':', first + 1);
         if (second == std::string::npos) continue;
         std::string controllers = ",";
@@ -105,13 +122,17 @@ double cgroup_quota(const std::string& root) {
 }
 
 std::string explain(const ThreadAdvice& advice) {
-    std::ostringstream text;
-    text << advice.threads << (advice.threads == 1 ? " thread: " : " threads: ") << advice.cores
-         << " physical core" << (advice.cores == 1 ? "" : "s");
+    std::string text = std::to_string(advice.threads);
+    text += advice.threads == 1 ? " thread: " : " threads: ";
+    text += std::to_string(advice.cores) + " physical core" + (advice.cores == 1 ? "" : "s");
     if (advice.allowed != advice.cores)
-        text << " among " << advice.allowed << " allowed logical processors";
-    if (advice.quota > 0) text << ", control group quota of " << advice.quota << " processors";
-    return text.str();
+        text += " among " + std::to_string(advice.allowed) + " allowed logical processors";
+    if (advice.quota > 0) {
+        char quota[32];
+        std::snprintf(quota, sizeof quota, "%g", advice.quota);
+        text += std::string(", control group quota of ") + quota + " processors";
+    }
+    return text;
 }
 
 }  // namespace

@@ -47,14 +47,13 @@ def test_each_and_run_alternate(lib: ModuleType) -> None:
 
 
 def test_create_and_destroy(lib: ModuleType) -> None:
-    before = threading.active_count()
+    before = len(os.listdir("/proc/self/task"))
     for i in range(100):
         pool = lib.Pool(1 + i % 6)
         if i % 2:
             pool._exercise(regions=2, tasks=4)
         del pool
-    assert threading.active_count() == before
-    assert len(os.listdir("/proc/self/task")) < 64 if os.path.isdir("/proc/self/task") else True
+    assert len(os.listdir("/proc/self/task")) <= before
 
 
 def test_callers_take_turns(lib: ModuleType) -> None:
