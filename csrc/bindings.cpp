@@ -15,6 +15,7 @@ namespace nb = nanobind;
 #define GREENROOM_NAME(x) GREENROOM_STRING(x)
 
 GREENROOM_MODULE(GREENROOM_TIER, m) {
+    nb::set_leak_warnings(false);  // engines may outlive the interpreter
     m.attr("tier") = GREENROOM_NAME(GREENROOM_TIER);
     m.def("runnable_tiers", &greenroom::runnable_tiers);
     greenroom::bind_threads(m);

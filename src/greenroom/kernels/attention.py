@@ -92,7 +92,7 @@ def _attend(
             mask=seen[None, :] & (key_dim < KEY)[:, None],
             other=0.0,
         )
-        scores = tl.dot(query, keys) * scale
+        scores = tl.dot(query, keys, input_precision="ieee") * scale
         visible = seen[None, :] & (column[None, :] <= position[:, None])
         if WINDOW > 0:
             visible = visible & (position[:, None] - column[None, :] < WINDOW)
@@ -107,7 +107,8 @@ def _attend(
             mask=seen[:, None] & (value_dim < VALUE)[None, :],
             other=0.0,
         )
-        acc = acc * fade[:, None] + tl.dot(weights.to(values.dtype), values)
+        part = tl.dot(weights.to(values.dtype), values, input_precision="ieee")
+        acc = acc * fade[:, None] + part
         peak = new_peak
 
     lane = (split * tokens + token) * HEADS + head
