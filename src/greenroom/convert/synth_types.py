@@ -5,6 +5,7 @@ Knows names, shapes and the mixes people use; makes no bytes.
 
 import re
 
+from greenroom.convert.mixture import FALLBACKS, more_bits
 from greenroom.convert.synth_shapes import Part, Role, Shape
 from greenroom.errors import UnsupportedModelError
 from greenroom.gguf import GGMLType
@@ -31,15 +32,6 @@ FILE_TYPES: dict[str, int] = {
     "NVFP4": 39,
 }
 
-# What a row that is not a multiple of 256 gets in place of a type with blocks of 256.
-_FALLBACKS = {
-    GGMLType.Q2_K: GGMLType.IQ4_NL,
-    GGMLType.Q3_K: GGMLType.IQ4_NL,
-    GGMLType.IQ4_XS: GGMLType.IQ4_NL,
-    GGMLType.Q4_K: GGMLType.Q5_0,
-    GGMLType.Q5_K: GGMLType.Q5_1,
-    GGMLType.Q6_K: GGMLType.Q8_0,
-}
 _BLOCK = re.compile(r"blk\.(\d+)\.(\w+)\.weight")
 
 
@@ -63,7 +55,7 @@ def type_of(part: Part, shape: Shape, mix: str) -> GGMLType:
         wanted = GGMLType[mix]
     if part.shape[-1] % wanted.block_size == 0:
         return wanted
-    fallback = _FALLBACKS.get(wanted, GGMLType.F16)
+    fallback = FALLBACKS.get(wanted, GGMLType.F16)
     return GGMLType.Q8_0 if part.name == "output.weight" else fallback
 
 
@@ -78,11 +70,5 @@ def _medium(name: str, shape: Shape) -> GGMLType:
     if shape.experts == 8 and kind in ("attn_k", "attn_v"):
         return GGMLType.Q8_0
     if kind == "attn_v" or kind.startswith("ffn_down"):
-        return GGMLType.Q6_K if _more_bits(layer, shape.layers) else GGMLType.Q4_K
+        return GGMLType.Q6_K if more_bits(layer, shape.layers) else GGMLType.Q4_K
     return GGMLType.Q4_K
-
-
-def _more_bits(layer: int, layers: int) -> bool:
-    """llama.cpp's `use_more_bits`: the first and last eighth, and every third between."""
-    eighth = layers // 8
-    return layer < eighth or layer >= 7 * layers // 8 or (layer - eighth) % 3 == 2
