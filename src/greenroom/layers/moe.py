@@ -4,6 +4,7 @@ The block routes, calls `experts(hidden, ids, weights)` and adds what shared exp
 does not know where the experts live.
 """
 
+from collections.abc import Callable
 from typing import Protocol, runtime_checkable
 
 import torch
@@ -134,6 +135,9 @@ class Moe:
         router: hidden states to expert ids and weights.
         experts: the routed experts.
         shared: added to the routed sum, or None.
+
+    Attributes:
+        record: is told the ids (tokens, k) int32 of every call, or None.
     """
 
     def __init__(
@@ -142,6 +146,7 @@ class Moe:
         self.router = router
         self.experts = experts
         self.shared = shared
+        self.record: Callable[[Tensor], None] | None = None
 
     @property
     def nbytes(self) -> int:
@@ -151,6 +156,8 @@ class Moe:
     def __call__(self, hidden: Tensor) -> Tensor:
         """Maps (tokens, d) float32 to (tokens, d) float32."""
         ids, weights = self.router(hidden)
+        if self.record is not None:
+            self.record(ids)
         if self.shared is None:
             return self.experts(hidden, ids, weights)
         if isinstance(self.experts, ExpertsApart):  # the shared expert runs beside them

@@ -6,11 +6,13 @@ bear the names of the GGUF tensors. Knows nothing of scheduling or of where expe
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
+from greenroom.experts.trace import TraceRecorder
 from greenroom.layers.backend import AttentionSpec, Backend, NormLike, Step
 from greenroom.layers.batch import Batch, KVCache
 from greenroom.layers.moe import Matrix, Moe
@@ -156,6 +158,7 @@ class Model:
         self.output_norm = parts.norm("output_norm")
         self.output = self.head(parts)
         self._groups = [config.kv_group(i) for i in range(config.layers)]
+        self.recorder: TraceRecorder | None = None
 
     # What a family may override.
 
@@ -220,6 +223,8 @@ class Model:
     @torch.inference_mode()
     def hidden(self, batch: Batch, caches: Sequence[KVCache]) -> Tensor:
         """As `forward`, but the normalised hidden states: (outputs, d) float32."""
+        if self.recorder is not None:
+            self.recorder.begin(batch.positions, batch.output_rows)
         step = self.backend.step(batch, self.rope)
         x = self.token_embd(batch.tokens)
         if self.config.scales.embedding != 1.0:
@@ -235,6 +240,22 @@ class Model:
                 x, delta = x[batch.output_rows], delta[batch.output_rows]
             delta = blk.feed(x, delta)
         return self.output_norm(x, delta)
+
+    @property
+    def moe_layers(self) -> tuple[int, ...]:
+        """Block numbers of the layers with routed experts."""
+        return tuple(i for i, blk in enumerate(self.blk) if isinstance(blk.ffn, Moe))
+
+    def record(self, recorder: TraceRecorder | None) -> None:
+        """Has `recorder` told the routes of all steps from now on; None ends it.
+
+        A step that is replayed from a graph tells nothing: whoever captures graphs runs plain
+        steps while `self.recorder` is set.
+        """
+        self.recorder = recorder
+        for layer, blk in enumerate(self.blk):
+            if isinstance(blk.ffn, Moe):
+                blk.ffn.record = None if recorder is None else partial(recorder.add, layer)
 
     def memory(self) -> dict[str, int]:
         """Bytes by part: experts, dense, embedding, output; ".vram" marks what is there."""
