@@ -91,7 +91,7 @@ class Trace:
         """
         path = Path(path)
         part = path.with_name(path.name + ".part")
-        values = {
+        values: dict[str, Any] = {
             "version": np.int64(_VERSION),
             "model": np.frombuffer(self.model.encode(), np.uint8),
             "experts": np.int64(self.experts),
