@@ -5,11 +5,12 @@ from typing import Any, TypeVar
 
 from pydantic import ValidationError
 from pydantic.json_schema import models_json_schema
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 
 from greenroom.server.errors import validation_error
 from greenroom.server.protocol import anthropic, local, ollama, openai, responses
 from greenroom.server.protocol.base import Strict
+from greenroom.server.stream import ClientGoneError
 
 B = TypeVar("B", bound=Strict)
 REQUESTS: tuple[type[Strict], ...] = (
@@ -32,8 +33,12 @@ async def read(request: Request, model: type[B]) -> B:
 
     Raises:
         ApiError: 400 naming the field that is wrong or not supported.
+        ClientGoneError: the client left before the body was complete.
     """
-    raw = await request.body()
+    try:
+        raw = await request.body()
+    except ClientDisconnect:
+        raise ClientGoneError from None
     try:
         return model.model_validate_json(raw)
     except ValidationError as error:
