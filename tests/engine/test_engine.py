@@ -57,6 +57,26 @@ def test_prefix_reuse_changes_nothing_but_the_work() -> None:
     assert all(a.cached_tokens == 0 for a in plain)
 
 
+def test_prefixes_pushed_out_come_back_from_ram() -> None:
+    settings = {"context_length": 96, "cache_tokens": 96, "max_sequences": 1}
+    with llm(**settings, prefix_ram="1MiB") as engine:
+        first = engine.generate(PROMPTS, GREEDY)
+        pushed_out = engine.engine.stats()["prefix_store"]["kept_blocks"]
+        again = engine.generate(PROMPTS, GREEDY)
+        stats = engine.engine.stats()
+    with llm(**settings) as plain:
+        plain.generate(PROMPTS, GREEDY)
+        without = [answer.cached_tokens for answer in plain.generate(PROMPTS, GREEDY)]
+        assert "prefix_store" not in plain.engine.stats()
+    assert pushed_out > 0
+    assert [a.token_ids for a in first] == [a.token_ids for a in again]
+    assert [a.cached_tokens for a in again] == [(len(p) - 1) // 4 * 4 for p in PROMPTS]
+    assert sum(without) < sum(a.cached_tokens for a in again)
+    store = stats["prefix_store"]
+    assert store["restored_blocks"] > 0
+    assert 0 < store["bytes"] == stats["memory"]["prefixes.ram"] <= store["budget"] == 2**20
+
+
 def test_preemption_changes_nothing() -> None:
     with llm(max_sequences=6, cache_tokens=96, context_length=96) as tight:
         answers = tight.generate(PROMPTS, GREEDY)

@@ -1,6 +1,7 @@
 """The block cache: nothing leaks, nothing is freed twice, reuse finds what it should."""
 
 import random
+from typing import Any
 
 import pytest
 from hypothesis import settings
@@ -13,9 +14,33 @@ from greenroom.engine.sequence import Sequence
 SIZE, WINDOW, CHUNK, CONTEXT = 4, 7, 8, 48
 
 
-def new_cache(full: int = 20, windowed: int = 14) -> BlockCache:
+def new_cache(full: int = 20, windowed: int = 14, store: Any = None) -> BlockCache:
     groups = [GroupSize(None, full), GroupSize(WINDOW, windowed)]
-    return BlockCache(groups, block_size=SIZE, rows=3, context_length=CONTEXT)
+    return BlockCache(groups, block_size=SIZE, rows=3, context_length=CONTEXT, store=store)
+
+
+class Shelf:
+    """A store for two blocks a group that notes what was written where."""
+
+    def __init__(self) -> None:
+        self.kept: dict[tuple[int, bytes], bytes] = {}
+        self.written: dict[tuple[int, int], bytes] = {}
+
+    def __contains__(self, key: tuple[int, bytes]) -> bool:
+        return key in self.kept
+
+    def keep(self, key: tuple[int, bytes], block: int) -> None:
+        self.kept.pop(key, None)
+        self.kept[key] = key[1]
+        while len(self.kept) > 6:
+            del self.kept[next(iter(self.kept))]
+
+    def take(self, key: tuple[int, bytes]) -> bytes:
+        return self.kept[key]
+
+    def restore(self, key: tuple[int, bytes], block: int, content: bytes) -> None:
+        assert content == key[1]
+        self.written[key[0], block] = content
 
 
 def compute(cache: BlockCache, sequence: Sequence) -> None:
@@ -93,6 +118,25 @@ class Machine(RuleBasedStateMachine):
             assert all(block < 0 for block in sequence.blocks[1][:first])
 
 
+class MachineWithStore(Machine):
+    """The same with a store, which must bring back what the block then stands for."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.shelf = Shelf()
+        self.cache = new_cache(12, 10, self.shelf)
+
+    @invariant()
+    def restored_blocks_stand_for_their_content(self) -> None:
+        for (group, block), content in self.shelf.written.items():
+            assert self.cache.pools[group].digest_of[block] == content
+        self.shelf.written.clear()
+
+
+MachineWithStore.TestCase.settings = settings(
+    max_examples=60, stateful_step_count=40, deadline=None
+)
+TestBlockCacheWithStore = MachineWithStore.TestCase
 Machine.TestCase.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
 TestBlockCache = Machine.TestCase
 

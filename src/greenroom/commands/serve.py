@@ -75,6 +75,13 @@ MaxSequences = Annotated[int, _option("MAX_SEQUENCES", "Sequences computed at on
 CacheTokens = Annotated[
     int | None, _option("CACHE_TOKENS", "Tokens in the KV cache.  [default: what fits]")
 ]
+PrefixRam = Annotated[
+    str, _option("PREFIX_RAM", "RAM for prefixes that leave the KV cache, such as 4GiB.")
+]
+Vram = Annotated[
+    str | None, _option("VRAM", "GPU memory: 6GiB, max, or 0: the CPU only.  [default: max]")
+]
+Reference = Annotated[bool, _option("REFERENCE", "Plain float32 torch: slow, exact.")]
 KvType = Annotated[str, _option("KV_TYPE", "Keys and values as f16 or f32.")]
 Threads = Annotated[int | None, _option("THREADS", "Computing threads.  [default: physical cores]")]
 Mmap = Annotated[bool, _option("MMAP", "Compute from the mapped file where possible.")]
@@ -106,7 +113,10 @@ def serve(
     context: Context = None,
     max_sequences: MaxSequences = 8,
     cache_tokens: CacheTokens = None,
+    prefix_ram: PrefixRam = "0",
     kv_type: KvType = "f16",
+    vram: Vram = None,
+    reference: Reference = False,
     threads: Threads = None,
     mmap: Mmap = False,
     log_format: LogFormat = "text",
@@ -189,7 +199,10 @@ def _loader(values: dict[str, Any]) -> Any:
         context_length=values["context"],
         max_sequences=values["max_sequences"],
         cache_tokens=values["cache_tokens"],
+        prefix_ram=values["prefix_ram"],
         kv_type=values["kv_type"],
+        vram=values["vram"],
+        backend="reference" if values["reference"] else "auto",
         threads=values["threads"],
         mmap=values["mmap"],
     )

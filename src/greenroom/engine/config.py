@@ -32,6 +32,8 @@ class EngineConfig:
         cache_tokens: tokens the KV cache holds, all requests and reusable prefixes
             together; None takes what fits.
         prefix_cache: reuse keys and values of earlier requests with the same beginning.
+        prefix_ram: RAM for prefixes that had to leave the cache, in bytes or like "4GiB"; they
+            are copied back when a request begins with them again.
         kv_type: "f16" or "f32" keys and values.
         threads: threads that compute; None takes one per physical core this process may use.
         backend: "auto" takes the GPU if there is one and the CPU otherwise; "cuda", "native"
@@ -50,6 +52,7 @@ class EngineConfig:
     block_size: int = 32
     cache_tokens: int | None = None
     prefix_cache: bool = True
+    prefix_ram: str | int = 0
     kv_type: Literal["f16", "f32"] = "f16"
     threads: int | None = None
     backend: Literal["auto", "cuda", "native", "reference"] = "auto"
@@ -72,6 +75,8 @@ class EngineConfig:
             raise RequestError(message, "backend")
         if self.vram is not None:
             parse_size(self.vram, "vram")
+        if parse_size(self.prefix_ram, "prefix_ram") is None:
+            raise RequestError("prefix_ram must be a size like 4GiB or 0, not 'max'", "prefix_ram")
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,6 +89,7 @@ class ResolvedConfig:
     block_size: int
     cache_blocks: tuple[int, ...]  # per KV group
     prefix_cache: bool
+    prefix_ram: int  # bytes
     kv_type: Literal["f16", "f32"]
     backend: str
     threads: int
@@ -120,7 +126,14 @@ def resolve(
     groups = list(zip(windows, block_bytes, strict=True))
     full = sum(bytes_ for window, bytes_ in groups if window is None)
     fixed = sum(_window_blocks(config, window) * bytes_ for window, bytes_ in groups if window)
-    have = available_memory() if vram is None else vram
+    prefix_ram = parse_size(config.prefix_ram, "prefix_ram") or 0 if config.prefix_cache else 0
+    free = available_memory() - prefix_ram
+    if prefix_ram and free < 0:
+        raise BudgetError(
+            f"prefix_ram is {prefix_ram / 2**30:.1f} GiB, but only "
+            f"{(free + prefix_ram) / 2**30:.1f} GiB of RAM are free; lower it"
+        )
+    have = free if vram is None else vram
     room = max(0, int(have * _KV_SHARE) - fixed)
     context, tokens = _lengths(config, model_context, room // full * size if full else None)
     blocks = -(-tokens // size)
@@ -136,6 +149,7 @@ def resolve(
         block_size=size,
         cache_blocks=cache_blocks,
         prefix_cache=config.prefix_cache,
+        prefix_ram=prefix_ram,
         kv_type=config.kv_type,
         backend=config.backend,
         threads=config.threads or default_threads(),

@@ -22,6 +22,7 @@ from greenroom.engine.jobs import Embedding, Generation, Job, Rows, Scoring, Sin
 from greenroom.engine.kv_cache import BlockCache, GroupSize
 from greenroom.engine.output import Constraint, TextStream, TokenOutput
 from greenroom.engine.params import SamplingParams
+from greenroom.engine.prefix_store import PrefixStore
 from greenroom.engine.runner import ModelLike, Runner
 from greenroom.engine.sampler import Sampler
 from greenroom.engine.scheduler import Chunk, Scheduler
@@ -44,6 +45,7 @@ class Engine:
         config: how many sequences, how long, how many blocks.
         tokenizer: decodes tokens and names the end tokens.
         chat: the model's chat format, or None.
+        store: keeps prefixes that have to leave the caches, or None.
     """
 
     def __init__(
@@ -53,6 +55,7 @@ class Engine:
         config: ResolvedConfig,
         tokenizer: Any,
         chat: Any = None,
+        store: PrefixStore | None = None,
     ) -> None:
         self.config = config
         self.tokenizer = tokenizer
@@ -69,7 +72,9 @@ class Engine:
             rows=config.max_sequences,
             context_length=config.context_length,
             reuse=config.prefix_cache,
+            store=store,
         )
+        self._store = store
         self._scheduler = Scheduler(self._blocks, config.prefill_chunk)
         self._runner = Runner(model, caches, self._blocks)
         on_gpu = any(cache.k.is_cuda for cache in caches)
@@ -158,8 +163,18 @@ class Engine:
             ],
             "block_size": self.config.block_size,
             "counts": dict(self._counts),
-            "memory": {**self.model.memory(), self._cache_part: self._cache_bytes},
+            **self._store_stats(),
         }
+
+    def _store_stats(self) -> dict[str, Any]:
+        memory = {**self.model.memory(), self._cache_part: self._cache_bytes}
+        store = self._store
+        if store is None:
+            return {"memory": memory}
+        memory["prefixes.ram"] = store.bytes
+        figures = {"budget": store.budget, "bytes": store.bytes, "blocks": len(store)}
+        figures |= {"kept_blocks": store.kept, "restored_blocks": store.restored}
+        return {"memory": memory, "prefix_store": figures}
 
     def close(self) -> None:
         """Ends every request with EngineClosedError and waits for the thread."""

@@ -2,12 +2,16 @@
 
 One pool of blocks per KV group. Full blocks are remembered by a digest of all tokens up to
 their end, so that a later request with the same beginning shares them; the least recently
-used of those nobody holds are given away first. Knows nothing of tensors: the runner writes.
+used of those nobody holds are given away first. With a store, their content is kept there and
+comes back when it is wanted. Knows nothing of tensors: the runner and the store write.
 """
 
 from collections import OrderedDict
+from collections.abc import Callable
 from collections.abc import Sequence as Items
 from dataclasses import dataclass
+from functools import partial
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,12 +27,29 @@ class GroupSize:
     blocks: int
 
 
+class Store(Protocol):
+    """Where the content of blocks is kept that lose their place; see PrefixStore."""
+
+    def __contains__(self, key: tuple[int, bytes]) -> bool: ...
+
+    def keep(self, key: tuple[int, bytes], block: int) -> None: ...
+
+    def take(self, key: tuple[int, bytes]) -> Any: ...
+
+    def restore(self, key: tuple[int, bytes], block: int, content: Any) -> None: ...
+
+
 class BlockPool:
     """Blocks of one group: held (counted references), idle (content known, nobody holds
     it) or blank.
+
+    Args:
+        blocks: how many.
+        leaving: told the digest and the number of a block whose known content is given up.
     """
 
-    def __init__(self, blocks: int) -> None:
+    def __init__(self, blocks: int, leaving: Callable[[bytes, int], None] | None = None) -> None:
+        self.leaving = leaving
         self.references = [0] * blocks
         self.digest_of: list[bytes | None] = [None] * blocks
         self.known: dict[bytes, int] = {}  # digest -> block
@@ -52,6 +73,8 @@ class BlockPool:
             block, _ = self.idle.popitem(last=False)
             digest = self.digest_of[block]
             assert digest is not None
+            if self.leaving is not None:
+                self.leaving(digest, block)
             del self.known[digest]
             self.digest_of[block] = None
         self.references[block] = 1
@@ -90,6 +113,7 @@ class BlockCache:
         rows: sequences that may be admitted at the same time.
         context_length: most positions of one sequence.
         reuse: whether to remember blocks for later requests.
+        store: keeps the content of remembered blocks that are given to somebody else.
     """
 
     def __init__(
@@ -100,9 +124,14 @@ class BlockCache:
         rows: int,
         context_length: int,
         reuse: bool = True,
+        store: Store | None = None,
     ) -> None:
         self.windows = [group.window for group in groups]
-        self.pools = [BlockPool(group.blocks) for group in groups]
+        self.store = store
+        self.pools = [
+            BlockPool(group.blocks, None if store is None else partial(self._keep, index))
+            for index, group in enumerate(groups)
+        ]
         self.block_size = block_size
         self.reuse = reuse
         width = -(-context_length // block_size)
@@ -123,15 +152,16 @@ class BlockCache:
         if not self.free_rows:
             return False
         prefix = self._match(sequence)
-        self._share(sequence, prefix)
+        stored = self._share(sequence, prefix)
         total = -(-len(sequence) // self.block_size)
-        for window, pool in zip(self.windows, self.pools, strict=True):
+        for window, pool, away in zip(self.windows, self.pools, stored, strict=True):
             need = total - prefix
             if window is not None:
                 need = min(need, -(-(window + chunk) // self.block_size) + 1)
-            if need + spare > pool.available:
+            if need + len(away) + spare > pool.available:
                 self._drop_blocks(sequence)
                 return False
+        self._restore(sequence, stored)
         sequence.row = self.free_rows.pop()
         sequence.computed = prefix * self.block_size
         for group, blocks in enumerate(sequence.blocks):
@@ -187,7 +217,8 @@ class BlockCache:
             end = (index + 1) * size
             complete = True
             for group, pool in enumerate(self.pools):
-                runs[group] = runs[group] + 1 if digest in pool.known else 0
+                here = digest in pool.known or self._stored(group, digest)
+                runs[group] = runs[group] + 1 if here else 0
                 window = self.windows[group]
                 first = 0 if window is None else max(0, end - window + 1) // size
                 complete &= runs[group] > index - first
@@ -197,16 +228,44 @@ class BlockCache:
                 best = index + 1
         return best
 
-    def _share(self, sequence: Sequence, prefix: int) -> None:
+    def _stored(self, group: int, digest: bytes) -> bool:
+        return self.store is not None and (group, digest) in self.store
+
+    def _keep(self, group: int, digest: bytes, block: int) -> None:
+        assert self.store is not None
+        self.store.keep((group, digest), block)
+
+    def _share(self, sequence: Sequence, prefix: int) -> list[dict[int, Any]]:
+        """Holds what is known of a prefix; for each group, the content of the blocks that only
+        the store has. It is taken out now: room made for one block may push out another.
+        """
+        stored: list[dict[int, Any]] = []
         end = prefix * self.block_size
         for group, pool in enumerate(self.pools):
             window = self.windows[group]
             first = 0 if window is None else max(0, end - window + 1) // self.block_size
-            known = [pool.known[sequence.digests[index]] for index in range(first, prefix)]
-            for block in known:
-                pool.share(block)
-            sequence.blocks[group] = [-1] * first + known
+            blocks = [pool.known.get(digest, -1) for digest in sequence.digests[first:prefix]]
+            away: dict[int, Any] = {}
+            for index, block in enumerate(blocks, first):
+                if block >= 0:
+                    pool.share(block)
+                else:
+                    assert self.store is not None
+                    away[index] = self.store.take((group, sequence.digests[index]))
+            stored.append(away)
+            sequence.blocks[group] = [-1] * first + blocks
             sequence.kept_from[group] = first
+        return stored
+
+    def _restore(self, sequence: Sequence, stored: Items[dict[int, Any]]) -> None:
+        """Copies contents from the store into blocks of their own."""
+        for group, (pool, away) in enumerate(zip(self.pools, stored, strict=True)):
+            for index, content in away.items():
+                assert self.store is not None
+                digest, block = sequence.digests[index], pool.allocate()
+                self.store.restore((group, digest), block, content)
+                pool.remember(block, digest)
+                sequence.blocks[group][index] = block
 
     def _extend(self, sequence: Sequence, group: int, count: int) -> None:
         blocks = sequence.blocks[group]

@@ -12,6 +12,7 @@ import torch
 
 from greenroom.engine.config import EngineConfig, resolve, with_threads
 from greenroom.engine.engine import Engine
+from greenroom.engine.prefix_store import PrefixStore
 from greenroom.engine.runner import ModelLike
 from greenroom.gguf import GGUFFile
 from greenroom.placement.budget import parse_size
@@ -104,7 +105,22 @@ def assemble(
         vram,
     )
     caches = model.new_caches(resolved.cache_blocks, resolved.block_size, dtype)
-    return Engine(model, caches, resolved, tokenizer, chat)
+    store = None
+    if resolved.prefix_ram:
+        layers = _layers_of_groups(model, config.block_size, dtype)
+        tensors = [[t for i in of for t in (caches[i].k, caches[i].v)] for of in layers]
+        store = PrefixStore(resolved.prefix_ram, tensors)
+    return Engine(model, caches, resolved, tokenizer, chat, store)
+
+
+def _layers_of_groups(model: ModelLike, block_size: int, dtype: torch.dtype) -> list[list[int]]:
+    """For each KV group, the layers whose cache it is."""
+    groups = range(len(model.kv_groups))
+    found = []
+    for group in groups:
+        caches = model.new_caches([int(index == group) for index in groups], block_size, dtype)
+        found.append([layer for layer, cache in enumerate(caches) if cache.k.shape[0]])
+    return found
 
 
 def _block_bytes(model: ModelLike, block_size: int, dtype: torch.dtype) -> list[int]:

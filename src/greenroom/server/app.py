@@ -17,6 +17,7 @@ from greenroom.errors import GreenroomError
 from greenroom.server.body import component_schemas
 from greenroom.server.errors import ApiError, answer_error
 from greenroom.server.generation import Runner
+from greenroom.server.memory import trimmed
 from greenroom.server.metrics import Metrics
 from greenroom.server.page import mount_page
 from greenroom.server.registry import Registry
@@ -84,7 +85,8 @@ def _lifespan(registry: Callable[[], Registry], settings: ServerSettings) -> Any
         metrics = Metrics(found.stats)
         runner = Runner(found, metrics, settings.caps)
         app.state.server = State(found, runner, metrics, settings)
-        yield
+        async with trimmed():
+            yield
         await found.close()
 
     return lifespan

@@ -40,6 +40,7 @@ def placement_picture(served: Served) -> dict[str, Any]:
             for part, size in stats.get("memory", {}).items()
         ],
         "budgets": found.get("budgets", {}),
+        "prefix_store": stats.get("prefix_store"),
         "running": stats.get("running", 0),
         "waiting": stats.get("waiting", 0),
         "generated_tokens": stats.get("counts", {}).get("generated_tokens", 0),
