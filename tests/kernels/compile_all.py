@@ -13,8 +13,11 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, compile
 from triton.runtime.jit import JITFunction
 
+from greenroom.experts.slabs import SlabLayout
+from greenroom.gguf import GGMLType
 from greenroom.kernels.attention import PREFILL_ROWS, ROWS, attend
 from greenroom.kernels.dequantise import dequantise
+from greenroom.kernels.experts import hits
 from greenroom.kernels.handover import publish
 from greenroom.kernels.matvec import matvec
 from greenroom.kernels.norm import norm
@@ -80,3 +83,7 @@ for bias in (None, x):
     norm(x, x, 1e-5, bias, x)
     rowmajor(torch.zeros(2, 256, dtype=torch.bfloat16), x, bias)
 publish(x, ints.view(2, 4), torch.zeros(2, 4), (x, ints, x))
+for kinds in [(39, 39, 39), (12, 12, 14), (30, 30, 30)][: 1 if quick else 3]:
+    layout = SlabLayout.plan(tuple(GGMLType(kind) for kind in kinds), 256, 256, True)
+    memory = torch.zeros(1, 64, dtype=torch.uint8)
+    hits(memory, ints, layout, x, ints.view(2, 4), torch.zeros(2, 4), "gpt-oss")

@@ -103,7 +103,7 @@ def _half(pointer):
 
 
 @triton.jit
-def factors(records, block, row, PART: tl.constexpr, KIND: tl.constexpr):
+def factors(records, block, row, part, KIND: tl.constexpr):
     """Scale and min of the 16 rows of 32 columns' part; records: uint8 pointer to a group's
     scale plane, block: index of the 32 columns, row: 0..15, broadcast against each other."""
     # One way out: a compiled function must return the same types wherever it ends.
@@ -118,7 +118,7 @@ def factors(records, block, row, PART: tl.constexpr, KIND: tl.constexpr):
         exponent = tl.load(records + block * 16 + row).to(tl.int32)
         scale = (exponent << 23).to(tl.float32, bitcast=True)
     elif KIND == 3:  # UE4M3: exponent bias 7 to 127
-        byte = tl.load(records + block * 32 + 16 * PART + row).to(tl.int32)
+        byte = tl.load(records + block * 32 + 16 * part + row).to(tl.int32)
         scale = (byte << 20).to(tl.float32, bitcast=True) * 1.329227995784916e36
     elif KIND == 4:  # K_MIN
         at = records + block // 8 * 320
@@ -127,12 +127,12 @@ def factors(records, block, row, PART: tl.constexpr, KIND: tl.constexpr):
         low = _half(at + 32 + 2 * row) * tl.load(at + 192 + inner).to(tl.float32)
     elif KIND == 5:  # K2_MIN
         at = records + block // 8 * 320
-        byte = tl.load(at + 64 + 16 * (2 * (block % 8) + PART) + row).to(tl.int32)
+        byte = tl.load(at + 64 + 16 * (2 * (block % 8) + part) + row).to(tl.int32)
         scale = _half(at + 2 * row) * (byte & 15).to(tl.float32)
         low = _half(at + 32 + 2 * row) * (byte >> 4).to(tl.float32)
     elif KIND == 6:  # K_SIGNED16
         at = records + block // 8 * 288
-        byte = tl.load(at + 32 + 16 * (2 * (block % 8) + PART) + row)
+        byte = tl.load(at + 32 + 16 * (2 * (block % 8) + part) + row)
         scale = _half(at + 2 * row) * byte.to(tl.int8, bitcast=True).to(tl.float32)
     else:  # K_SIGNED32
         at = records + block // 8 * 160
