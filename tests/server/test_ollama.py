@@ -103,3 +103,37 @@ def test_listings(client):
 def test_empty_chat_loads(client):
     body = client.ok("/api/chat", {"model": "fake", "messages": []})
     assert (body["done"], body["done_reason"]) == (True, "load")
+
+
+def test_embed_gives_unit_vectors_of_all_texts(client):
+    body = client.ok("/api/embed", {"model": "fake", "input": ["hi", "hello"]})
+    assert [len(vector) for vector in body["embeddings"]] == [3, 3]
+    for vector in body["embeddings"]:
+        assert sum(value**2 for value in vector) == pytest.approx(1, abs=1e-6)
+    assert body["prompt_eval_count"] == 9  # each text begins with BOS
+    assert body["total_duration"] >= body["load_duration"] >= 0
+    one = client.ok("/api/embed", {"model": "fake", "input": "hi", "keep_alive": "5m"})
+    assert one["embeddings"] == body["embeddings"][:1]
+    assert client.ok("/api/embed", {"model": "fake", "input": []})["embeddings"] == []
+
+
+def test_older_embeddings_are_not_scaled(client):
+    body = client.ok("/api/embeddings", {"model": "fake", "prompt": "hi"})
+    assert body["embedding"] == [3.0, 3.0, 4.0]
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "field"),
+    [
+        ("/api/embed", {"input": "x" * 5000}, "input"),
+        ("/api/embed", {"input": "x", "truncate": True}, "truncate"),
+        ("/api/embed", {"input": "x", "dimensions": 5}, "dimensions"),
+        ("/api/embed", {"input": ["x"] * 300}, "input"),
+        ("/api/embeddings", {"prompt": "x", "options": {}}, "options"),
+        ("/api/embeddings", {"prompt": "x", "keep_alive": "soon"}, "keep_alive"),
+    ],
+)
+def test_embeddings_refuse_by_name(client, path, body, field):
+    response = client.post(path, {"model": "fake", **body})
+    assert response.status_code == 400
+    assert response.json()["error"].startswith(field)

@@ -39,6 +39,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "publish": ("greenroom.commands.publish", "Upload a folder of models to the hub."),
     "synth": ("greenroom.commands.synth", "Write a model file of published shapes, to measure."),
     "upcycle": ("greenroom.commands.upcycle", "Turn a dense model into one with experts."),
+    "completion": ("greenroom.commands.completion", "Print a script for the shell's completion."),
 }
 
 

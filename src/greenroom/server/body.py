@@ -22,6 +22,8 @@ REQUESTS: tuple[type[Strict], ...] = (
     anthropic.CountTokensRequest,
     ollama.ChatRequest,
     ollama.GenerateRequest,
+    ollama.EmbedRequest,
+    ollama.EmbeddingRequest,
     ollama.ShowRequest,
     local.TokenizeRequest,
     local.DetokenizeRequest,

@@ -92,6 +92,24 @@ class GenerateRequest(Generation):
     images: Annotated[list[Any], Field(max_length=0)] | None = None
 
 
+class EmbedRequest(Strict):
+    """`POST /api/embed`; a text that is too long is refused, never cut."""
+
+    model: Name
+    input: str | list[str]
+    truncate: Literal[False] | None = None
+    dimensions: Count | None = Field(default=None, description="the model's own width only")
+    keep_alive: float | str | None = None
+
+
+class EmbeddingRequest(Strict):
+    """`POST /api/embeddings`, the older form for one text."""
+
+    model: Name
+    prompt: str
+    keep_alive: float | str | None = None
+
+
 class ShowRequest(Strict):
     """`POST /api/show`; older clients say `name`."""
 

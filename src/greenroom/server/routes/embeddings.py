@@ -1,10 +1,13 @@
-"""OpenAI's embeddings: `POST /v1/embeddings`. A vector is the model's pooled final hidden
-state, scaled to length 1.
+"""Embeddings: OpenAI's `POST /v1/embeddings`, Ollama's `POST /api/embed` and its older
+`/api/embeddings`. A vector is the model's pooled final hidden state, scaled to length 1 but in
+the last of them.
 """
 
 import asyncio
 import base64
 import time
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -15,12 +18,26 @@ from starlette.responses import Response
 
 from greenroom.errors import RequestError
 from greenroom.server.body import read, takes
+from greenroom.server.protocol.ollama import EmbeddingRequest, EmbedRequest
 from greenroom.server.protocol.openai import EmbeddingsRequest
 from greenroom.server.responder import Json, state
+from greenroom.server.routes.ollama import seconds_of
 from greenroom.server.served import Served
 from greenroom.server.stream import unless_gone
 
-router = APIRouter(tags=["OpenAI"])
+router = APIRouter()
+Inputs = Sequence[str | list[int]]
+
+
+@dataclass(frozen=True, slots=True)
+class _Embedded:
+    """What became of the inputs of one request."""
+
+    model: str
+    vectors: list[NDArray[np.float32]]  # (hidden,) each
+    tokens: int
+    started: float  # time.perf_counter() when the request came
+    loaded: float  # the same when the model was there
 
 
 def _inputs(body: EmbeddingsRequest, limit: int) -> list[str | list[int]]:
@@ -36,49 +53,104 @@ def _inputs(body: EmbeddingsRequest, limit: int) -> list[str | list[int]]:
     return list(value)
 
 
-def _written(vector: NDArray[np.float32], encoding: str) -> Any:
-    unit = vector / max(float(np.linalg.norm(vector)), 1e-12)
-    if encoding == "base64":
-        return base64.b64encode(unit.astype("<f4").tobytes()).decode()
-    return [round(float(value), 8) for value in unit]
+def _unit(vector: NDArray[np.float32]) -> NDArray[np.float32]:
+    return vector / np.float32(max(float(np.linalg.norm(vector)), 1e-12))
 
 
-async def _embed(
-    served: Served, body: EmbeddingsRequest, inputs: list[str | list[int]]
-) -> dict[str, Any]:
+def _numbers(vector: NDArray[np.float32]) -> list[float]:
+    return [round(float(value), 8) for value in vector]
+
+
+async def _vectors(
+    served: Served, inputs: Inputs, field: str
+) -> tuple[list[NDArray[np.float32]], int]:
     prompts = []
     for text in inputs:
         tokens = await served.tokenize(text) if isinstance(text, str) else text
-        served.check_prompt(tokens, None, None, "input")
+        served.check_prompt(tokens, None, None, field)
         prompts.append(tokens)
     vectors = await asyncio.gather(*(served.engine.embed(tokens) for tokens in prompts))
-    width = len(vectors[0])
-    if body.dimensions not in (None, width):
-        message = f"dimensions: this model's vectors have {width}, not {body.dimensions}"
-        raise RequestError(message, "dimensions")
-    data = [
-        {"object": "embedding", "index": i, "embedding": _written(v, body.encoding_format)}
-        for i, v in enumerate(vectors)
-    ]
-    total = sum(map(len, prompts))
-    usage = {"prompt_tokens": total, "total_tokens": total}
-    return {"object": "list", "data": data, "model": served.name, "usage": usage}
+    return vectors, sum(map(len, prompts))
 
 
-@router.post("/v1/embeddings", **takes(EmbeddingsRequest))
-async def embeddings(request: Request) -> Response:
-    """Vectors of texts or token ids."""
-    body = await read(request, EmbeddingsRequest)
-    server = state(request)
+async def _embed(
+    request: Request,
+    model: str | None,
+    inputs: Inputs,
+    field: str = "input",
+    keep_alive: float | None = None,
+) -> _Embedded:
+    """The vectors of all inputs; stops when the client leaves."""
+    server, started = state(request), time.perf_counter()
     server.runner.refuse_when_draining()
-    inputs = _inputs(body, server.settings.caps.prompts)
-    served = await server.registry.lease(body.model)
-    places, started = 0, time.perf_counter()
+    served = await server.registry.lease(model)
+    places, loaded = 0, time.perf_counter()
     try:
         served.admit(1)
         places = 1
-        return Json(await unless_gone(request, _embed(served, body, inputs)))
+        vectors, tokens = await unless_gone(request, _vectors(served, inputs, field))
+        return _Embedded(served.name, vectors, tokens, started, loaded)
     finally:
         if places:
-            served.leave(places, time.perf_counter() - started)
-        server.registry.release(served)
+            served.leave(places, time.perf_counter() - loaded)
+        server.registry.release(served, keep_alive)
+
+
+def _check_width(asked: int | None, vectors: Sequence[NDArray[np.float32]]) -> None:
+    width = len(vectors[0])
+    if asked not in (None, width):
+        message = f"dimensions: this model's vectors have {width}, not {asked}"
+        raise RequestError(message, "dimensions")
+
+
+@router.post("/v1/embeddings", tags=["OpenAI"], **takes(EmbeddingsRequest))
+async def embeddings(request: Request) -> Response:
+    """Vectors of texts or token ids."""
+    body = await read(request, EmbeddingsRequest)
+    inputs = _inputs(body, state(request).settings.caps.prompts)
+    found = await _embed(request, body.model, inputs)
+    _check_width(body.dimensions, found.vectors)
+
+    def written(vector: NDArray[np.float32]) -> Any:
+        if body.encoding_format == "base64":
+            return base64.b64encode(vector.astype("<f4").tobytes()).decode()
+        return _numbers(vector)
+
+    data = [
+        {"object": "embedding", "index": i, "embedding": written(_unit(v))}
+        for i, v in enumerate(found.vectors)
+    ]
+    usage = {"prompt_tokens": found.tokens, "total_tokens": found.tokens}
+    return Json({"object": "list", "data": data, "model": found.model, "usage": usage})
+
+
+@router.post("/api/embed", tags=["Ollama"], **takes(EmbedRequest))
+async def ollama_embed(request: Request) -> Response:
+    """Vectors of one text or several."""
+    body = await read(request, EmbedRequest)
+    limit = state(request).settings.caps.prompts
+    inputs = [body.input] if isinstance(body.input, str) else body.input
+    if len(inputs) > limit:
+        raise RequestError(f"input: {len(inputs)} texts, at most {limit}", "input")
+    found = await _embed(request, body.model, inputs, "input", seconds_of(body.keep_alive))
+    if found.vectors:
+        _check_width(body.dimensions, found.vectors)
+    now = time.perf_counter()
+    return Json(
+        {
+            "model": found.model,
+            "embeddings": [_numbers(_unit(vector)) for vector in found.vectors],
+            "total_duration": int((now - found.started) * 1e9),
+            "load_duration": int((found.loaded - found.started) * 1e9),
+            "prompt_eval_count": found.tokens,
+        }
+    )
+
+
+@router.post("/api/embeddings", tags=["Ollama"], **takes(EmbeddingRequest))
+async def ollama_embeddings(request: Request) -> Response:
+    """The vector of one text, as it is; `/api/embed` scales it to length 1."""
+    body = await read(request, EmbeddingRequest)
+    keep_alive = seconds_of(body.keep_alive)
+    found = await _embed(request, body.model, [body.prompt], "prompt", keep_alive)
+    return Json({"embedding": _numbers(found.vectors[0])})
