@@ -71,6 +71,12 @@ def cut(tokens: Sequence[int], context: int, limit: int, first: Sequence[int] = 
     return Windows(kept, context)
 
 
+def windows_of(tokenizer: Any, text: str, context: int, limit: int) -> Windows:
+    """`cut` of a text; each window begins as the tokenizer begins a text."""
+    first = [t for t in tokenizer.encode("", add_special=True) if t == tokenizer.bos_id]
+    return cut(tokenizer.encode(text), context, limit, first)
+
+
 def log_softmax(logits: Rows) -> Floats:
     """Log-probabilities, float64, of (rows, vocabulary) logits."""
     x = logits.astype(np.float64)

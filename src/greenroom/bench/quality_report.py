@@ -15,7 +15,7 @@ import numpy as np
 
 from greenroom import __version__, native
 from greenroom.bench.kernels import processor
-from greenroom.bench.quality import Progress, Spool, Windows, cut, evaluate, read_text
+from greenroom.bench.quality import Progress, Spool, Windows, evaluate, read_text, windows_of
 from greenroom.engine.config import available_memory
 from greenroom.errors import BudgetError, RequestError
 from greenroom.gguf import GGUFFile
@@ -104,13 +104,6 @@ def _check_float32(path: Path) -> None:
         )
 
 
-def _windows(llm: "LLM", job: Evaluation, text: str) -> Windows:
-    tokenizer = llm.tokenizer
-    first = tokenizer.encode("", add_special=True)
-    first = [token for token in first if token == tokenizer.bos_id]
-    return cut(tokenizer.encode(text), job.context, job.max_tokens, first)
-
-
 def run_evaluation(
     job: Evaluation, say: Callable[[str], None], progress: Progress | None = None
 ) -> dict[str, Any]:
@@ -128,7 +121,7 @@ def run_evaluation(
         for index, run in enumerate(runs):
             say(f"{run.name}: scoring {job.text.name}")
             with _open(run, job) as llm:
-                found = _windows(llm, job, text)
+                found = windows_of(llm.tokenizer, text, job.context, job.max_tokens)
                 if windows is not None and found != windows:
                     raise RequestError(
                         f"{run.path.name} and {runs[0].path.name} cut the text into different "

@@ -68,6 +68,7 @@ class CpuExperts:
         self._pool, self._matrices, self._scales = pool, matrices, scales
         self._biases: list[Floats] = [b.float().contiguous().numpy() for b in biases or ()]
         self.experts = len(matrices[0].raw)
+        self.activation = activation
         self.layout = _plan(matrices, self._biases)
         layout = self.layout
         self._layer = native.lib().MoeLayer(self.experts, layout.d, layout.f, activation)
