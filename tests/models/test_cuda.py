@@ -93,3 +93,36 @@ def test_memory_is_booked(load: Loader) -> None:
 def test_too_small_a_budget_names_the_part(load: Loader) -> None:
     with pytest.raises(BudgetError, match=r"workspace needs 64\.0 MiB .* budget of 1\.0 MiB"):
         load("qwen3", backend="cuda", device=DEVICE, vram=1 << 20)
+
+
+@pytest.mark.parametrize(
+    ("case", "layers", "head"),
+    [("gpt-oss", 1, True), ("deepseek", 1, False), ("gpt-oss", 0, True), ("deepseek", 2, False)],
+)
+def test_layers_on_both_processors_equal_the_reference(
+    load: Loader, case: str, layers: int, head: bool
+) -> None:
+    _, wanted = load(case)
+    split = {"layers_on_gpu": layers, "head_on_gpu": head}
+    _, model = load(case, backend="cuda", device=DEVICE, **split)
+    assert model.mixed
+    tokens = prompt(4, 12, VOCABULARY)
+    session = Session(model)
+    parts = [session.step([(0, tokens[:9])]), *(session.step([(0, [t])]) for t in tokens[9:])]
+    found = torch.cat([part.cpu() for part in parts])
+    assert relative_error(found, one_pass(wanted, tokens)) < CLOSE
+    memory = model.memory()
+    assert ("output.vram" in memory) == head
+    assert ("dense.vram" in memory) == (layers > 0 or head)
+    assert "dense" in memory or layers == len(model.blk)
+
+
+def test_a_step_without_outputs_crosses_the_border(load: Loader) -> None:
+    _, model = load("gpt-oss", backend="cuda", device=DEVICE, layers_on_gpu=1)
+    session = Session(model)
+    batch = session.batch([(0, [3, 4, 5])])
+    silent = type(batch)(
+        **{name: getattr(batch, name) for name in batch.__slots__}
+        | {"output_rows": torch.empty(0, dtype=torch.int64)}
+    )
+    assert model.forward(silent, session.caches).shape == (0, VOCABULARY)

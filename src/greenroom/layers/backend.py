@@ -117,6 +117,9 @@ class Backend(Protocol):
     def place(self, tensor: Tensor) -> Tensor:
         """A small tensor of any shape where this backend computes."""
 
+    def bring(self, x: Tensor) -> Tensor:
+        """Activations of any shape from wherever they are to where this backend computes."""
+
     def cache(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
         """Zeroed memory for keys or values where this backend computes."""
 
@@ -149,6 +152,10 @@ class InRam:
     def place(self, tensor: Tensor) -> Tensor:
         """It is there already."""
         return tensor
+
+    def bring(self, x: Tensor) -> Tensor:
+        """Waits for the device it comes from."""
+        return x.cpu()
 
     def cache(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
         """See `Backend.cache`."""

@@ -125,6 +125,10 @@ class CudaBackend:
         """See `Backend.place`."""
         return self.bench.ledger.place("dense", tensor)
 
+    def bring(self, x: Tensor) -> Tensor:
+        """See `Backend.bring`."""
+        return x if x.device == self.device else to_device(x.contiguous(), self.device)
+
     def cache(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
         """See `Backend.cache`."""
         ledger = self.bench.ledger

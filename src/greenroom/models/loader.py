@@ -11,6 +11,7 @@ from typing import Any
 from greenroom.errors import ModelFileError, UnsupportedModelError
 from greenroom.gguf import GGUFFile
 from greenroom.layers.backend import Backend, ReferenceBackend
+from greenroom.layers.ledger import SCRATCH_BYTES, Ledger
 from greenroom.models.config import ModelConfig
 from greenroom.models.model import Model
 from greenroom.models.parts import Parts
@@ -27,6 +28,13 @@ class LoadOptions:
             on the native kernels) or "reference" (float32 torch).
         device: torch device of the cuda backend; "cpu" runs it under Triton's interpreter.
         vram: bytes the cuda backend may allocate for weights, cache and scratch; None for all.
+        layers_on_gpu: the last so many layers are the cuda backend's, the rest the native
+            one's; None for all.
+        head_on_gpu: whether the cuda backend computes the head.
+        scratch_bytes: of the vram, for rows expanded to float32.
+        slot_bytes: of the vram, for experts; 0 leaves all of them to the CPU.
+        staging_bytes: of the vram, for experts on their way through it in long steps; 0 leaves
+            those to the CPU.
         threads: of the native pool; None for as many as suit the machine.
         pool: a native pool to share, instead of `threads`.
         context_length: tokens of a session, None for the model's own.
@@ -38,6 +46,11 @@ class LoadOptions:
     backend: str = "native"
     device: str = "cuda"
     vram: int | None = None
+    layers_on_gpu: int | None = None
+    head_on_gpu: bool = True
+    scratch_bytes: int = SCRATCH_BYTES
+    slot_bytes: int = 0
+    staging_bytes: int = 0
     threads: int | None = None
     pool: Any = None
     context_length: int | None = None
@@ -57,11 +70,14 @@ def load_model(file: GGUFFile, options: LoadOptions | None = None) -> Model:
     family = find_family(file)
     config = read_config(file)
     tensors = Tensors(file, options.progress)
+    backends = make_backends(options, config)
     parts = Parts(
         tensors=tensors,
         config=config,
-        backend=make_backend(options, config),
+        backend=backends[0],
         centred=family.traits.centred and not options.llama_cpp_math,
+        blocks=backends[:-1],
+        ending=backends[-1],
     )
     context = options.context_length or config.context_length
     model = family(config, parts, context, options.llama_cpp_math)
@@ -91,7 +107,20 @@ def find_family(file: GGUFFile) -> type[Model]:
     return found
 
 
-def make_backend(options: LoadOptions, config: ModelConfig) -> Backend:
+def make_backends(options: LoadOptions, config: ModelConfig) -> list[Backend]:
+    """The backend of each layer, and of the head as the last; mostly one and the same."""
+    first, count = make_backend(options, config), config.layers + 1
+    layers = config.layers if options.layers_on_gpu is None else options.layers_on_gpu
+    if options.backend != "cuda" or (layers >= config.layers and options.head_on_gpu):
+        return [first] * count
+    from greenroom.layers.native_backend import NativeBackend
+
+    cpu = NativeBackend(first.pool, options.mmap)
+    backends: list[Backend] = [cpu] * (config.layers - layers) + [first] * layers
+    return [*backends, first if options.head_on_gpu else cpu]
+
+
+def make_backend(options: LoadOptions, config: ModelConfig) -> Any:
     """The backend the options name."""
     if options.backend == "reference":
         return ReferenceBackend()
@@ -116,8 +145,8 @@ def make_cuda_backend(pool: Any, options: LoadOptions, config: ModelConfig) -> B
     # Imported here: nothing else needs Triton.
     from greenroom.layers.cuda_backend import CudaBackend
     from greenroom.layers.device_parts import Workbench
-    from greenroom.layers.ledger import Ledger
 
-    bench = Workbench(pool, Ledger(torch.device(options.device), options.vram))
+    ledger = Ledger(torch.device(options.device), options.vram)
+    bench = Workbench(pool, ledger, options.scratch_bytes)
     shape = config.attention
     return CudaBackend(pool, bench, shape.heads // shape.kv_heads, options.mmap)

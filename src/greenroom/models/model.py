@@ -155,8 +155,11 @@ class Model:
         self.token_embd = parts.token_embd()
         self.rope = self.make_rope(parts)
         self.blk = [Block(parts.block(i), self, i) for i in range(config.layers)]
-        self.output_norm = parts.norm("output_norm")
-        self.output = self.head(parts)
+        self.ending: Backend = parts.ending or parts.backend
+        self.output_norm = parts.end().norm("output_norm")
+        self.output = self.head(parts.end())
+        used = (self.backend, *(blk.backend for blk in self.blk), self.ending)
+        self.backends: tuple[Backend, ...] = tuple({id(b): b for b in used}.values())
         self._groups = [config.kv_group(i) for i in range(config.layers)]
         self.recorder: TraceRecorder | None = None
 
@@ -196,10 +199,10 @@ class Model:
         """
         shape = self.config.attention
         caches = []
-        for group in self._groups:
+        for group, blk in zip(self._groups, self.blk, strict=True):
             size = (blocks[group], shape.kv_heads, block_size)
-            k = self.backend.cache((*size, shape.key_length), dtype)
-            caches.append(KVCache(k, self.backend.cache((*size, shape.value_length), dtype)))
+            k = blk.backend.cache((*size, shape.key_length), dtype)
+            caches.append(KVCache(k, blk.backend.cache((*size, shape.value_length), dtype)))
         return caches
 
     @torch.inference_mode()
@@ -225,21 +228,32 @@ class Model:
         """As `forward`, but the normalised hidden states: (outputs, d) float32."""
         if self.recorder is not None:
             self.recorder.begin(batch.positions, batch.output_rows)
-        step = self.backend.step(batch, self.rope)
+        steps = {id(backend): backend.step(batch, self.rope) for backend in self.backends}
         x = self.token_embd(batch.tokens)
         if self.config.scales.embedding != 1.0:
             x = x * self.config.scales.embedding
         delta: Tensor | None = None
-        last = self.blk[-1]
+        last, here = self.blk[-1], self.backend
         for blk, cache in zip(self.blk, caches, strict=True):
-            delta = blk.attend(x, delta, step, cache)
+            if blk.backend is not here:  # the border between the processors' layers
+                here = blk.backend
+                x, delta = here.bring(x), None if delta is None else here.bring(delta)
+            delta = blk.attend(x, delta, steps[id(here)], cache)
             if blk is last:
                 if len(batch.output_rows) == 0:  # all but the last chunk of a prompt
                     return x[:0]
                 # Behind the last attention only the rows that are asked for matter.
                 x, delta = x[batch.output_rows], delta[batch.output_rows]
             delta = blk.feed(x, delta)
+        if self.ending is not here:
+            assert delta is not None
+            x, delta = self.ending.bring(x), self.ending.bring(delta)
         return self.output_norm(x, delta)
+
+    @property
+    def mixed(self) -> bool:
+        """Whether layers are computed by different processors; then no graph can hold a step."""
+        return len(self.backends) > 1
 
     @property
     def moe_layers(self) -> tuple[int, ...]:
@@ -259,11 +273,12 @@ class Model:
 
     def memory(self) -> dict[str, int]:
         """Bytes by part: experts, dense, embedding, output; ".vram" marks what is there."""
-        tier = self.backend.tier
+        tier = self.ending.tier
         parts = {"experts": 0, f"dense{tier}": self.output_norm.nbytes}
         for blk in self.blk:
             if isinstance(blk.ffn, Moe):
                 parts["experts"] += blk.ffn.experts.nbytes
-            parts[f"dense{tier}"] += blk.nbytes
+            name = f"dense{blk.backend.tier}"
+            parts[name] = parts.get(name, 0) + blk.nbytes
         ends = {"embedding": self.token_embd.nbytes, f"output{tier}": self.output.nbytes}
         return parts | ends

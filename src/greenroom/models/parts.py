@@ -4,7 +4,7 @@ What most families share is said here once: projections with optional biases, fu
 experts merged, fused or one by one. Knows names and shapes, not the math.
 """
 
-from collections.abc import Set
+from collections.abc import Sequence, Set
 from dataclasses import dataclass, replace
 
 from torch import Tensor
@@ -28,6 +28,8 @@ class Parts:
         tensors: the file's.
         config: of the model.
         backend: prepares what is taken.
+        blocks: the backend of each layer, where layers differ; empty if they do not.
+        ending: the backend of the last norm and the head, None for `backend`.
         centred: whether norms are LayerNorms, with a bias each.
         prefix: "" or "blk.N.".
     """
@@ -37,10 +39,17 @@ class Parts:
     backend: Backend
     centred: bool
     prefix: str = ""
+    blocks: Sequence[Backend] = ()
+    ending: Backend | None = None
 
     def block(self, layer: int) -> "Parts":
         """The view of one layer."""
-        return replace(self, prefix=f"blk.{layer}.")
+        backend = self.blocks[layer] if self.blocks else self.backend
+        return replace(self, prefix=f"blk.{layer}.", backend=backend)
+
+    def end(self) -> "Parts":
+        """The view of what follows the last layer."""
+        return replace(self, backend=self.ending or self.backend)
 
     @property
     def moe(self) -> MoeConfig:
