@@ -33,6 +33,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     ),
     "eval": ("greenroom.commands.eval", "Measure how well a model predicts a text."),
     "profile": ("greenroom.commands.profile", "Record which experts a text uses."),
+    "stress": ("greenroom.commands.stress", "Treat the engine badly, with a verdict per check."),
     "convert": ("greenroom.commands.convert", "Convert a checkpoint to a GGUF file."),
     "inspect": ("greenroom.commands.inspect", "Say what a model file holds and needs."),
     "tokenize": ("greenroom.commands.tokenize", "Print token ids and pieces of a text."),
