@@ -69,6 +69,7 @@ class CpuExperts:
         self._biases: list[Floats] = [b.float().contiguous().numpy() for b in biases or ()]
         self.experts = len(matrices[0].raw)
         self.activation = activation
+        self.block: Bytes | None = None  # (experts, slab) where all slabs lie in one piece
         self.layout = _plan(matrices, self._biases)
         layout = self.layout
         self._layer = native.lib().MoeLayer(self.experts, layout.d, layout.f, activation)
@@ -81,7 +82,7 @@ class CpuExperts:
 
     def _load_all(self, progress: Progress | None) -> None:
         size = self.layout.nbytes
-        memory = allocate(size * self.experts).reshape(self.experts, size)
+        memory = self.block = allocate(size * self.experts).reshape(self.experts, size)
         for expert in range(self.experts):
             self._load(expert, memory[expert])
             if progress is not None:

@@ -83,11 +83,17 @@ class Residency:
             moves.append(Move(layer, expert, int(seat)))
         return moves
 
-    def apply(self, move: Move) -> int:
-        """Records a finished copy; returns the flat index of the expert that left, or -1."""
-        left = int(self._holder[move.slot])
+    def vacate(self, slot: int) -> int:
+        """Takes the slot from its holder; returns the holder's flat index, or -1."""
+        left = int(self._holder[slot])
         if left != EMPTY:
             self.slot_of.ravel()[left] = EMPTY
+            self._holder[slot] = EMPTY
+        return left
+
+    def apply(self, move: Move) -> int:
+        """Records a finished copy; returns the flat index of the expert that left, or -1."""
+        left = self.vacate(move.slot)
         self._holder[move.slot] = move.layer * self.heat.shape[1] + move.expert
         self.slot_of[move.layer, move.expert] = move.slot
         return left

@@ -8,10 +8,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from greenroom.kernels.lines import Walk
 from greenroom.kernels.matvec import iq4_table
-from greenroom.kernels.packed import FORMATS, code, factors, number
+from greenroom.kernels.packed import factors
 
-BLOCKS = 16  # blocks of 32 columns per program
+LINES = 32  # lines of 16 words per program
 
 
 @triton.jit
@@ -20,9 +21,10 @@ def _dequantise(
     out,
     iq4,
     rows,
-    blocks,
+    cols,
     group_bytes,
     payload_bytes,
+    lines,
     BLOCK_WORDS: tl.constexpr,
     LOW: tl.constexpr,
     HIGH: tl.constexpr,
@@ -30,39 +32,68 @@ def _dequantise(
     TABLE: tl.constexpr,
     SCALES: tl.constexpr,
     PARTS: tl.constexpr,
-    BLOCKS: tl.constexpr,
+    FLOAT: tl.constexpr,
+    CODES: tl.constexpr,
+    LINES: tl.constexpr,
 ):
     group = packed + tl.program_id(0).to(tl.int64) * group_bytes
     row = tl.arange(0, 16)
-    block = tl.program_id(1) * BLOCKS + tl.arange(0, BLOCKS)
-    inside = block < blocks
-    at = tl.where(inside, block, 0)
-    words = group.to(tl.pointer_type(tl.int32)) + at[:, None] * BLOCK_WORDS + row[None, :]
+    line = tl.program_id(1) * LINES + tl.arange(0, LINES)
+    at = tl.where(line < lines, line, 0)
+    block = at // LOW
+    inner = at % LOW
+    words = group.to(tl.pointer_type(tl.int32)) + block * BLOCK_WORDS
+    word = tl.load(words[:, None] + inner[:, None] * 16 + row[None, :])[:, :, None]
+    place = tl.arange(0, CODES)[None, None, :]  # of a column within its word's
+    if FLOAT == 3:
+        value = word.to(tl.float32, bitcast=True)
+    elif FLOAT == 2:
+        value = (((word >> (16 * place)) & 0xFFFF) << 16).to(tl.float32, bitcast=True)
+    elif FLOAT == 1:
+        bits = ((word >> (16 * place)) & 0xFFFF).to(tl.uint16)
+        value = bits.to(tl.float16, bitcast=True).to(tl.float32)
+    else:
+        first = inner * (8 // LOW)
+        code = (word >> (8 * (place % 4) + LOW * (place // 4))) & ((1 << LOW) - 1)
+        if HIGH > 0:
+            PER: tl.constexpr = 8 // HIGH
+            high = tl.load((words + (LOW + first // PER) * 16)[:, None] + row[None, :])
+            high = (high >> ((first % PER) * HIGH)[:, None])[:, :, None]
+            high = (high >> (8 * (place % 4) + HIGH * (place // 4))) & ((1 << HIGH) - 1)
+            code |= high << LOW
+        if TABLE == 1:  # E2M1: its bits moved to where a half has them, times 2^14 for the bias
+            bits = (((code & 7) << 9) | ((code & 8) << 12)).to(tl.uint16)
+            number = bits.to(tl.float16, bitcast=True).to(tl.float32) * 16384.0
+        elif TABLE == 2:
+            number = tl.load(iq4 + code)
+        else:
+            number = (code - ZERO).to(tl.float32)
+        part = first // 4 if PARTS == 2 else first * 0
+        scale, low = factors(
+            group + payload_bytes, block[:, None], row[None, :], part[:, None], SCALES
+        )
+        low = tl.zeros((LINES, 16), tl.float32) + low
+        value = number * scale[:, :, None] - low[:, :, None]
+    column = at[:, None, None] * CODES + place
     index = tl.program_id(0) * 16 + row
-    live = inside[:, None] & (index < rows)[None, :]
-    line = out + index[None, :].to(tl.int64) * blocks * 32 + at[:, None] * 32
-    for part in tl.static_range(PARTS):
-        scale, low = factors(group + payload_bytes, at[:, None], row[None, :], part, SCALES)
-        for quad in tl.static_range(part * (8 // PARTS), (part + 1) * (8 // PARTS)):
-            for byte in tl.static_range(4):
-                value = number(code(words, quad, byte, LOW, HIGH), iq4, ZERO, TABLE)
-                tl.store(line + 4 * quad + byte, value * scale - low, mask=live)
+    live = (line < lines)[:, None, None] & (index < rows)[None, :, None] & (column < cols)
+    tl.store(out + index[None, :, None].to(tl.int64) * cols + column, value, mask=live)
 
 
 def dequantise(packed: Tensor, kind: int, out: Tensor) -> Tensor:
     """Fills `out` with the numbers of a packed matrix and returns it.
 
     Args:
-        packed: (bytes,) uint8, a matrix of out's shape and quantised type `kind` (ggml number).
+        packed: (bytes,) uint8, a matrix of out's shape and type `kind` (ggml number).
         out: (rows, cols) float32, bfloat16 or float16, contiguous.
     """
-    form = FORMATS[kind]
     rows, cols = out.shape
-    blocks = cols // 32
-    _dequantise[(-(-rows // 16), -(-blocks // BLOCKS))](
-        packed, out, iq4_table(out.device), rows, blocks, form.group_bytes(cols),
-        form.payload_bytes(cols), BLOCK_WORDS=form.block_words, LOW=form.low_bits,
-        HIGH=form.high_bits, ZERO=form.zero, TABLE=form.table, SCALES=form.scales,
-        PARTS=form.parts, BLOCKS=BLOCKS,
+    walk = Walk.of(kind, cols)
+    block_words, low, high, zero, table, scales, parts, float_kind = walk.constants
+    codes = 32 // low  # columns of a word, for floats too
+    _dequantise[(-(-rows // 16), -(-walk.lines // LINES))](
+        packed, out, iq4_table(out.device), rows, cols, walk.group_bytes, walk.payload_bytes,
+        walk.lines, BLOCK_WORDS=block_words, LOW=low, HIGH=high, ZERO=zero, TABLE=table,
+        SCALES=scales, PARTS=parts, FLOAT=float_kind, CODES=codes, LINES=LINES,
     )  # fmt: skip
     return out

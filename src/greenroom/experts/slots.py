@@ -1,0 +1,216 @@
+"""Experts in VRAM: slots of one size per slab layout, and the table that says who sits where.
+
+The table on the device changes only between steps, and a slot's new holder is entered only when
+its bytes have arrived. Who deserves a slot is decided by `residency`; what is computed from slots
+is `kernels.experts`' business.
+"""
+
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from greenroom.experts.cpu import CpuExperts
+from greenroom.experts.residency import EMPTY, Move, Residency
+from greenroom.experts.slabs import SlabLayout
+from greenroom.kernels.experts import hits
+
+
+class Account(Protocol):
+    """Gives out memory of a device; `layers.ledger.Ledger` is one."""
+
+    device: torch.device
+
+    def empty(self, part: str, shape: Sequence[int], dtype: torch.dtype) -> Tensor: ...
+
+
+class LayerSlots:
+    """The slots as one layer sees them.
+
+    Attributes:
+        memory: (slots, slab bytes) uint8, shared with the layers of equal layout.
+        table: (experts,) int32 on the device, an expert's slot or -1.
+    """
+
+    def __init__(
+        self, memory: Tensor, table: Tensor, seats: NDArray[np.int32], cpu: CpuExperts
+    ) -> None:
+        self.memory = memory
+        self.table = table
+        self._seats = seats
+        self._layout = cpu.layout
+        self._activation = cpu.activation
+
+    def hits(self, hidden: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
+        """The sum over routes whose expert has a slot, see `kernels.experts.hits`."""
+        arguments = (hidden.contiguous(), ids.contiguous(), weights.contiguous())
+        return hits(self.memory, self.table, self._layout, *arguments, self._activation)
+
+    def places(self) -> dict[int, int]:
+        """Slot of each resident expert, as the host knows it."""
+        return {int(e): int(self._seats[e]) for e in np.flatnonzero(self._seats != EMPTY)}
+
+
+class _Arena:
+    """The slots of all layers with one layout.
+
+    Args:
+        account: where the memory is booked.
+        layers: indices of the layers among all.
+        banks: the slabs of each.
+        count: slots.
+    """
+
+    def __init__(
+        self, account: Account, layers: list[int], banks: list[CpuExperts], count: int
+    ) -> None:
+        self.layers, self.banks = layers, banks
+        self.memory = account.empty("slots", [count, banks[0].layout.nbytes], torch.uint8)
+        self.residency = Residency(len(layers), banks[0].experts, count)
+
+    def copy(self, move: Move) -> int:
+        """Begins the copy of one slab; returns its bytes."""
+        source = torch.from_numpy(self.banks[move.layer].slab(move.expert))
+        self.memory[move.slot].copy_(source, non_blocking=True)
+        return source.numel()
+
+
+class Slots:
+    """All slots of a model.
+
+    Args:
+        account: where memory is booked.
+        banks: the slabs of each MoE layer.
+        nbytes: memory for slots; what is left over is less than one slab per layout.
+        heat: (layers, experts), how much each expert is in demand; None if nothing is known.
+    """
+
+    def __init__(
+        self,
+        account: Account,
+        banks: Sequence[CpuExperts],
+        nbytes: int,
+        heat: NDArray[np.floating] | None = None,
+    ) -> None:
+        experts = max(bank.experts for bank in banks)
+        self.seats: NDArray[np.int32] = np.full((len(banks), experts), EMPTY, np.int32)
+        self.table = account.empty("slots", self.seats.shape, torch.int32).fill_(EMPTY)
+        self.stats: Counter[str] = Counter()
+        self._cuda = account.device.type == "cuda"
+        self._stream: Any = _stream(account.device)
+        self._moving: tuple[Any, list[tuple[_Arena, Move]]] | None = None
+        self._arenas = _arenas(account, banks, nbytes)
+        self.layers: list[LayerSlots | None] = [None] * len(banks)
+        for arena in self._arenas:
+            if heat is not None:
+                arena.residency.warm(heat[arena.layers, : arena.banks[0].experts])
+            for i, bank in zip(arena.layers, arena.banks, strict=True):
+                row, seats = self.table[i, : bank.experts], self.seats[i]
+                self.layers[i] = LayerSlots(arena.memory, row, seats[: bank.experts], bank)
+        self._seat_first(heat is not None)
+
+    def _seat_first(self, known: bool) -> None:
+        """Fills the slots: by heat where it is known, else with as many of every layer."""
+        for arena in self._arenas:
+            seats = arena.residency
+            moves = seats.plan(seats.slots) if known else []
+            taken = {(move.layer, move.expert) for move in moves}
+            layers, experts = seats.heat.shape
+            spread = ((i % layers, i // layers) for i in range(layers * experts))
+            free = (place for place in spread if place not in taken)
+            moves += [Move(*next(free), slot) for slot in range(len(moves), seats.slots)]
+            for move in moves:
+                arena.copy(move)
+                self._enter(arena, move)
+        self._publish()
+
+    def _enter(self, arena: _Arena, move: Move) -> None:
+        self._leave(arena, move.slot)
+        arena.residency.apply(move)
+        self.seats[arena.layers[move.layer], move.expert] = move.slot
+
+    def _leave(self, arena: _Arena, slot: int) -> None:
+        left = arena.residency.vacate(slot)
+        if left != EMPTY:
+            layer, expert = divmod(left, arena.residency.heat.shape[1])
+            self.seats[arena.layers[layer], expert] = EMPTY
+
+    def _publish(self) -> None:
+        """Brings the table to the device, behind the steps that still read the old one."""
+        there = torch.from_numpy(self.seats.copy())
+        if self._cuda:
+            there = there.pin_memory()
+        self.table.copy_(there, non_blocking=True)
+
+    @property
+    def resident(self) -> NDArray[np.int64]:
+        """Experts with a slot, of each layer."""
+        counts: NDArray[np.int64] = (self.seats != EMPTY).sum(1)
+        return counts
+
+    def observe(self, ids: NDArray[np.integer]) -> None:
+        """Counts one step's routes: ids (layers, ...), -1 where there is none."""
+        flat = ids.reshape(len(self.seats), -1)
+        live = flat >= 0
+        found = np.take_along_axis(self.seats, np.maximum(flat, 0), 1) != EMPTY
+        self.stats["hits"] += int((found & live).sum())
+        self.stats["misses"] += int((~found & live).sum())
+        for arena in self._arenas:
+            arena.residency.observe(flat[arena.layers])
+
+    def advance(self, limit: int) -> None:
+        """Between two steps: enters what has arrived, then begins at most `limit` promotions."""
+        if self._moving is not None:
+            event, moves = self._moving
+            if event is not None and not event.query():
+                return
+            for arena, move in moves:
+                self._enter(arena, move)
+            self.stats["promotions"] += len(moves)
+            self._moving = None
+            self._publish()
+        moves = [(arena, move) for arena in self._arenas for move in arena.residency.plan(limit)]
+        if moves:
+            self._begin(moves[:limit])
+
+    def _begin(self, moves: list[tuple[_Arena, Move]]) -> None:
+        for arena, move in moves:
+            self._leave(arena, move.slot)
+        self._publish()
+        if not self._cuda:
+            for arena, move in moves:
+                self.stats["promoted_bytes"] += arena.copy(move)
+            self._moving = None, moves
+            return
+        self._stream.wait_stream(torch.cuda.current_stream())  # the last readers of the slots
+        with torch.cuda.stream(self._stream):
+            for arena, move in moves:
+                self.stats["promoted_bytes"] += arena.copy(move)
+            event: Any = torch.cuda.Event
+            done = event()
+            done.record(self._stream)
+        self._moving = done, moves
+
+
+def _stream(device: torch.device) -> Any:
+    stream: Any = torch.cuda.Stream
+    return stream(device) if device.type == "cuda" else None
+
+
+def _arenas(account: Account, banks: Sequence[CpuExperts], nbytes: int) -> list[_Arena]:
+    """One per layout; each gets the share of the memory that its experts have of all."""
+    groups: dict[tuple[SlabLayout, int, str], list[int]] = {}
+    for i, bank in enumerate(banks):
+        groups.setdefault((bank.layout, bank.experts, bank.activation), []).append(i)
+    total = sum(bank.layout.nbytes * bank.experts for bank in banks)
+    arenas = []
+    for (layout, experts, _), layers in groups.items():
+        own = layout.nbytes * experts * len(layers)
+        count = min(int(nbytes * (own / total)) // layout.nbytes, experts * len(layers))
+        if count > 0:
+            arenas.append(_Arena(account, layers, [banks[i] for i in layers], count))
+    return arenas
