@@ -1,7 +1,8 @@
-"""Routed experts that stay in RAM while everything else runs on a GPU.
+"""Routed experts in RAM beside a GPU that runs everything else.
 
 A layer's hidden states and routes are published to pinned memory, the CPU computes its experts
-from their slabs, and the sum goes back. Knows nothing of routers or models.
+from their slabs, and the sum goes back. Experts with a slot in VRAM are left to the GPU, and a
+long step may be left to a stream of weights. Knows nothing of routers or models.
 """
 
 from typing import Any, Protocol
@@ -45,14 +46,59 @@ class Mailbox:
         return hidden, self._ids[:routes].view(tokens, k), weights, result
 
 
+class Slots(Protocol):
+    """Experts of one layer that live in VRAM.
+
+    Attributes:
+        table: (experts,) int32 on the device: an expert's slot, or -1 if it has none. Its values
+            change between steps only, its address never.
+    """
+
+    table: Tensor
+
+    def hits(self, hidden: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
+        """The sum over the routes whose expert has a slot; part of a captured step, so without
+        waiting for the device.
+
+        Args:
+            hidden: (tokens, d) float32 on the device.
+            ids: (tokens, k) int32 on the device; -1 for rows that only pad the batch.
+            weights: (tokens, k) float32 on the device.
+
+        Returns:
+            (tokens, d) float32 on the device.
+        """
+
+
+class Stream(Protocol):
+    """Computes a long step of one layer without the CPU: weights come to the device."""
+
+    def __call__(self, hidden: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
+        """As `ExpertsBeside.__call__`."""
+
+
 class Courier(Protocol):
     """Takes one layer's routed tokens to the CPU and brings the sum back."""
 
-    def send(self, experts: CpuExperts, hidden: Tensor, ids: Tensor, weights: Tensor) -> None:
-        """Starts; arguments on the device, as those of `CpuExperts.__call__`."""
+    def send(
+        self,
+        experts: CpuExperts,
+        hidden: Tensor,
+        ids: Tensor,
+        weights: Tensor,
+        table: Tensor | None,
+    ) -> Tensor:
+        """Starts; arguments on the device, as those of `CpuExperts.__call__`.
 
-    def fetch(self) -> Tensor:
-        """The sum, (tokens, d) float32 on the device."""
+        Args:
+            table: of `Slots`; routes whose expert has a slot do not go to the CPU.
+
+        Returns:
+            The ids, with -1 for rows that only pad the batch.
+        """
+
+    def fetch(self, hits: Tensor | None, shared: Tensor | None) -> Tensor:
+        """The CPU's sum plus what the device computed, (tokens, d) float32 on the device."""
 
 
 class WaitingCourier:
@@ -69,18 +115,26 @@ class WaitingCourier:
         self._event = event() if device.type == "cuda" else None
         self._work: tuple[CpuExperts, tuple[Tensor, Tensor, Tensor]] | None = None
 
-    def send(self, experts: CpuExperts, hidden: Tensor, ids: Tensor, weights: Tensor) -> None:
+    def send(
+        self,
+        experts: CpuExperts,
+        hidden: Tensor,
+        ids: Tensor,
+        weights: Tensor,
+        table: Tensor | None,
+    ) -> Tensor:
         """See `Courier.send`."""
         if self._work is not None:
             raise NativeError("experts: a layer was started before the one before it was fetched")
         tokens, width = hidden.shape
         there = self._box.views(tokens, width, ids.shape[1])[:3]
-        publish(hidden.contiguous(), ids.contiguous(), weights.contiguous(), there)
+        publish(hidden.contiguous(), ids.contiguous(), weights.contiguous(), there, table)
         if self._event is not None:
             self._event.record()
         self._work = experts, there
+        return ids
 
-    def fetch(self) -> Tensor:
+    def fetch(self, hits: Tensor | None, shared: Tensor | None) -> Tensor:
         """See `Courier.fetch`."""
         if self._work is None:
             raise NativeError("experts: a layer was fetched that was not started")
@@ -90,7 +144,11 @@ class WaitingCourier:
         tokens, width = arguments[0].shape
         result = self._box.views(tokens, width, arguments[1].shape[1])[3]
         result.copy_(experts(*arguments))
-        return result.to(self._device, non_blocking=True, copy=True)
+        total = result.to(self._device, non_blocking=True, copy=True)
+        for part in (hits, shared):
+            if part is not None:
+                total += part
+        return total
 
 
 class ExpertsBeside:
@@ -99,11 +157,25 @@ class ExpertsBeside:
     Args:
         cpu: the slabs.
         courier: shared by all layers of a model.
+        slots: this layer's experts in VRAM, or None.
+        stream: computes steps of more than `FEW` tokens, or None for the CPU.
     """
 
-    def __init__(self, cpu: CpuExperts, courier: Courier) -> None:
+    FEW = 32
+
+    def __init__(
+        self,
+        cpu: CpuExperts,
+        courier: Courier,
+        slots: Slots | None = None,
+        stream: Stream | None = None,
+    ) -> None:
         self.cpu = cpu
+        self.slots = slots
+        self.stream = stream
         self._courier = courier
+        self._hits: Tensor | None = None
+        self._streamed: Tensor | None = None
 
     @property
     def nbytes(self) -> int:
@@ -112,11 +184,21 @@ class ExpertsBeside:
 
     def start(self, hidden: Tensor, ids: Tensor, weights: Tensor) -> None:
         """Begins `__call__`; what the device is given until `finish` runs beside it."""
-        self._courier.send(self.cpu, hidden, ids, weights)
+        if self.stream is not None and hidden.shape[0] > self.FEW:
+            self._streamed = self.stream(hidden, ids, weights)
+            return
+        slots = self.slots
+        table = None if slots is None else slots.table
+        live = self._courier.send(self.cpu, hidden, ids, weights, table)
+        self._hits = None if slots is None else slots.hits(hidden, live, weights)
 
-    def finish(self) -> Tensor:
-        """The result of the last `start`: (tokens, d) float32 on the device."""
-        return self._courier.fetch()
+    def finish(self, shared: Tensor | None = None) -> Tensor:
+        """The result of the last `start` plus `shared`: (tokens, d) float32 on the device."""
+        if self._streamed is not None:
+            total, self._streamed = self._streamed, None
+            return total if shared is None else total.add_(shared)
+        hits, self._hits = self._hits, None
+        return self._courier.fetch(hits, shared)
 
     def __call__(self, hidden: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
         """Weighted sum of the chosen experts.

@@ -71,8 +71,8 @@ class ExpertsApart(Experts, Protocol):
     def start(self, hidden: Tensor, ids: Tensor, weights: Tensor) -> None:
         """Begins `__call__` with the same arguments."""
 
-    def finish(self) -> Tensor:
-        """The result of the last `start`."""
+    def finish(self, shared: Tensor | None = None) -> Tensor:
+        """The result of the last `start`, plus `shared` (tokens, d)."""
 
 
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
@@ -162,6 +162,5 @@ class Moe:
             return self.experts(hidden, ids, weights)
         if isinstance(self.experts, ExpertsApart):  # the shared expert runs beside them
             self.experts.start(hidden, ids, weights)
-            shared = self.shared(hidden)
-            return shared.add_(self.experts.finish())
+            return self.experts.finish(self.shared(hidden))
         return self.experts(hidden, ids, weights) + self.shared(hidden)
