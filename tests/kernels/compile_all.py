@@ -17,6 +17,7 @@ from greenroom.experts.slabs import SlabLayout
 from greenroom.gguf import GGMLType
 from greenroom.kernels.attention import PREFILL_ROWS, ROWS, attend
 from greenroom.kernels.dequantise import dequantise
+from greenroom.kernels.expert_rows import activated_rows, add_rows, scaled_rows
 from greenroom.kernels.experts import hits
 from greenroom.kernels.handover import publish
 from greenroom.kernels.matvec import matvec
@@ -87,3 +88,6 @@ for kinds in [(39, 39, 39), (12, 12, 14), (30, 30, 30)][: 1 if quick else 3]:
     layout = SlabLayout.plan(tuple(GGMLType(kind) for kind in kinds), 256, 256, True)
     memory = torch.zeros(1, 64, dtype=torch.uint8)
     hits(memory, ints, layout, x, ints.view(2, 4), torch.zeros(2, 4), "gpt-oss")
+    activated_rows(x, x, (x, x), x, ints.long(), "gpt-oss")
+    add_rows(x, x, ints.long(), x, x, x)
+    scaled_rows(x)

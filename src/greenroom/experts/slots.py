@@ -55,7 +55,7 @@ class LayerSlots:
         return {int(e): int(self._seats[e]) for e in np.flatnonzero(self._seats != EMPTY)}
 
 
-class _Arena:
+class Arena:
     """The slots of all layers with one layout.
 
     Args:
@@ -102,10 +102,10 @@ class Slots:
         self.stats: Counter[str] = Counter()
         self._cuda = account.device.type == "cuda"
         self._stream: Any = _stream(account.device)
-        self._moving: tuple[Any, list[tuple[_Arena, Move]]] | None = None
-        self._arenas = _arenas(account, banks, nbytes)
+        self._moving: tuple[Any, list[tuple[Arena, Move]]] | None = None
+        self.arenas = _arenas(account, banks, nbytes)
         self.layers: list[LayerSlots | None] = [None] * len(banks)
-        for arena in self._arenas:
+        for arena in self.arenas:
             if heat is not None:
                 arena.residency.warm(heat[arena.layers, : arena.banks[0].experts])
             for i, bank in zip(arena.layers, arena.banks, strict=True):
@@ -115,7 +115,7 @@ class Slots:
 
     def _seat_first(self, known: bool) -> None:
         """Fills the slots: by heat where it is known, else with as many of every layer."""
-        for arena in self._arenas:
+        for arena in self.arenas:
             seats = arena.residency
             moves = seats.plan(seats.slots) if known else []
             taken = {(move.layer, move.expert) for move in moves}
@@ -128,12 +128,12 @@ class Slots:
                 self._enter(arena, move)
         self._publish()
 
-    def _enter(self, arena: _Arena, move: Move) -> None:
+    def _enter(self, arena: Arena, move: Move) -> None:
         self._leave(arena, move.slot)
         arena.residency.apply(move)
         self.seats[arena.layers[move.layer], move.expert] = move.slot
 
-    def _leave(self, arena: _Arena, slot: int) -> None:
+    def _leave(self, arena: Arena, slot: int) -> None:
         left = arena.residency.vacate(slot)
         if left != EMPTY:
             layer, expert = divmod(left, arena.residency.heat.shape[1])
@@ -159,7 +159,7 @@ class Slots:
         found = np.take_along_axis(self.seats, np.maximum(flat, 0), 1) != EMPTY
         self.stats["hits"] += int((found & live).sum())
         self.stats["misses"] += int((~found & live).sum())
-        for arena in self._arenas:
+        for arena in self.arenas:
             arena.residency.observe(flat[arena.layers])
 
     def advance(self, limit: int) -> None:
@@ -173,11 +173,11 @@ class Slots:
             self.stats["promotions"] += len(moves)
             self._moving = None
             self._publish()
-        moves = [(arena, move) for arena in self._arenas for move in arena.residency.plan(limit)]
+        moves = [(arena, move) for arena in self.arenas for move in arena.residency.plan(limit)]
         if moves:
             self._begin(moves[:limit])
 
-    def _begin(self, moves: list[tuple[_Arena, Move]]) -> None:
+    def _begin(self, moves: list[tuple[Arena, Move]]) -> None:
         for arena, move in moves:
             self._leave(arena, move.slot)
         self._publish()
@@ -201,7 +201,7 @@ def _stream(device: torch.device) -> Any:
     return stream(device) if device.type == "cuda" else None
 
 
-def _arenas(account: Account, banks: Sequence[CpuExperts], nbytes: int) -> list[_Arena]:
+def _arenas(account: Account, banks: Sequence[CpuExperts], nbytes: int) -> list[Arena]:
     """One per layout; each gets the share of the memory that its experts have of all."""
     groups: dict[tuple[SlabLayout, int, str], list[int]] = {}
     for i, bank in enumerate(banks):
@@ -212,5 +212,5 @@ def _arenas(account: Account, banks: Sequence[CpuExperts], nbytes: int) -> list[
         own = layout.nbytes * experts * len(layers)
         count = min(int(nbytes * (own / total)) // layout.nbytes, experts * len(layers))
         if count > 0:
-            arenas.append(_Arena(account, layers, [banks[i] for i in layers], count))
+            arenas.append(Arena(account, layers, [banks[i] for i in layers], count))
     return arenas

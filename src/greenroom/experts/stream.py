@@ -58,7 +58,7 @@ class Ring:
         self.layers: list[LayerStream] = []
         event: Any = torch.cuda.Event if self.cuda else lambda: None
         stream: Any = torch.cuda.Stream
-        self._stream = stream(memory.device) if self.cuda else None
+        self._stream: Any = stream(memory.device) if self.cuda else None
         self._free = deque(_Staged(row, event(), event()) for row in memory)
         self.staged: deque[tuple[int, int, _Staged]] = deque()  # layer, expert, where
         self.copied_bytes = 0

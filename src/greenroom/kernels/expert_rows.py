@@ -8,7 +8,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from greenroom.experts.reference import ACTIVATIONS as PLAIN
 from greenroom.kernels.experts import ACTIVATIONS, activate
 
 RANGE = 8  # the largest number of a row comes to lie from 2^8 to 2^9
@@ -69,7 +68,8 @@ def _warps(block: int) -> int:
 
 
 def scaled_rows(x: Tensor) -> tuple[Tensor, Tensor]:
-    """(rows, cols) float32 as float16 and a power of two per row, (rows,) float32: x = y * power."""
+    """(rows, cols) float32 as float16 and a power of two per row, (rows,) float32; x is both's
+    product."""
     rows, cols = x.shape
     out = torch.empty(rows, cols, dtype=torch.float16, device=x.device)
     scales = torch.empty(rows, device=x.device)
@@ -131,7 +131,10 @@ def activated_rows_twin(
     gate, up = gate * scale, up * scale
     if biases is not None:
         gate, up = gate + biases[0], up + biases[1]
-    return scaled_rows_twin(PLAIN[activation](gate, up))
+    if activation == "gpt-oss":
+        gate = gate.clamp(max=7.0)
+        return scaled_rows_twin(gate * torch.sigmoid(1.702 * gate) * (up.clamp(-7.0, 7.0) + 1))
+    return scaled_rows_twin(torch.nn.functional.silu(gate) * up)
 
 
 def add_rows(

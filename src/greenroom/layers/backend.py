@@ -114,6 +114,9 @@ class Backend(Protocol):
     def experts(self, weights: ExpertWeights) -> Experts:
         """The routed experts of one layer."""
 
+    def complete(self) -> None:
+        """Called once, when all layers have been prepared."""
+
     def place(self, tensor: Tensor) -> Tensor:
         """A small tensor of any shape where this backend computes."""
 
@@ -148,6 +151,9 @@ class InRam:
     """Where a backend that computes on the CPU keeps things."""
 
     tier = ""
+
+    def complete(self) -> None:
+        """Nothing is left to do."""
 
     def place(self, tensor: Tensor) -> Tensor:
         """It is there already."""

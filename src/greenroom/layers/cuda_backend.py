@@ -15,6 +15,7 @@ from torch import Tensor
 
 from greenroom.experts.beside import Courier, ExpertsBeside, WaitingCourier
 from greenroom.experts.cpu import CpuExperts
+from greenroom.experts.tiers import Tiers
 from greenroom.kernels.attention import PREFILL_ROWS, ROWS, attend, tiles
 from greenroom.kernels.rope import rotate, write_kv
 from greenroom.layers.backend import AttentionSpec, ExpertWeights, Step
@@ -80,6 +81,7 @@ class CudaBackend:
         heads_per_kv: int,
         mmap: bool = False,
         courier: Courier | None = None,
+        tiers: Tiers | None = None,
     ) -> None:
         self.pool = pool
         self.bench = bench
@@ -87,6 +89,7 @@ class CudaBackend:
         self.mmap = mmap
         self._least_rows = max(ROWS, triton.next_power_of_2(heads_per_kv))
         self._heads_per_kv = heads_per_kv
+        self.tiers = tiers or Tiers(bench.ledger)
         self._courier: Courier = courier or WaitingCourier(self.device)
         self._frequencies: tuple[Rope, Tensor] | None = None
 
@@ -119,7 +122,13 @@ class CudaBackend:
         """See `Backend.experts`."""
         matrices = (weights.gate, weights.up, weights.down)
         cpu = CpuExperts(self.pool, matrices, weights.biases, weights.activation, lazy=self.mmap)
-        return ExpertsBeside(cpu, self._courier)
+        beside = ExpertsBeside(cpu, self._courier)
+        self.tiers.add(beside)
+        return beside
+
+    def complete(self) -> None:
+        """See `Backend.complete`."""
+        self.tiers.complete()
 
     def place(self, tensor: Tensor) -> Tensor:
         """See `Backend.place`."""

@@ -82,6 +82,8 @@ def load_model(file: GGUFFile, options: LoadOptions | None = None) -> Model:
     context = options.context_length or config.context_length
     model = family(config, parts, context, options.llama_cpp_math)
     tensors.finish()
+    for backend in {id(b): b for b in backends}.values():
+        backend.complete()
     return model
 
 
@@ -143,10 +145,12 @@ def make_cuda_backend(pool: Any, options: LoadOptions, config: ModelConfig) -> B
     import torch
 
     # Imported here: nothing else needs Triton.
+    from greenroom.experts.tiers import Tiers
     from greenroom.layers.cuda_backend import CudaBackend
     from greenroom.layers.device_parts import Workbench
 
     ledger = Ledger(torch.device(options.device), options.vram)
     bench = Workbench(pool, ledger, options.scratch_bytes)
     shape = config.attention
-    return CudaBackend(pool, bench, shape.heads // shape.kv_heads, options.mmap)
+    tiers = Tiers(bench.ledger, options.slot_bytes, options.staging_bytes)
+    return CudaBackend(pool, bench, shape.heads // shape.kv_heads, options.mmap, tiers=tiers)

@@ -1,0 +1,92 @@
+"""Where the experts of a model may be besides RAM: slots in VRAM, and staging slabs for those on
+their way through it in long steps. Put together once all layers are loaded, because only then
+their layouts are known. Knows memory; not policy.
+"""
+
+import logging
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from greenroom.experts.beside import ExpertsBeside
+from greenroom.experts.cpu import CpuExperts
+from greenroom.experts.slots import Account, LayerSlots, Slots
+from greenroom.experts.stream import LayerStream, Ring
+
+log = logging.getLogger(__name__)
+
+LEAST_STAGED = 2  # slabs: one arrives while the other is computed
+
+
+class Tiers:
+    """The expert tiers of one model on one device.
+
+    Args:
+        account: books the memory.
+        slot_bytes: for slots; 0 for none.
+        staging_bytes: for staging slabs and one expanded expert; 0 leaves long steps to the CPU.
+    """
+
+    def __init__(self, account: Account, slot_bytes: int = 0, staging_bytes: int = 0) -> None:
+        self._account = account
+        self._slot_bytes, self._staging_bytes = slot_bytes, staging_bytes
+        self._layers: list[ExpertsBeside] = []
+        self._pins: list[Future[None]] = []
+        self._worker: ThreadPoolExecutor | None = None
+        self.slots: Slots | None = None
+
+    def add(self, experts: ExpertsBeside) -> None:
+        """Takes in the next layer; its slabs are pinned in the background."""
+        self._layers.append(experts)
+        moving = self._slot_bytes or self._staging_bytes
+        if self._account.device.type == "cuda" and moving and experts.cpu.block is not None:
+            self._worker = self._worker or ThreadPoolExecutor(1, thread_name_prefix="pin")
+            self._pins.append(self._worker.submit(pin, experts.cpu))
+
+    def complete(self, heat: NDArray[np.floating] | None = None) -> None:
+        """All layers are there: allocates and fills what the sizes allow.
+
+        Args:
+            heat: (layers, experts), how much each expert was in demand, if that is known.
+        """
+        for pinned in self._pins:
+            pinned.result()
+        if self._worker is not None:
+            self._worker.shutdown()
+        banks = [layer.cpu for layer in self._layers]
+        if not banks:
+            return
+        if self._slot_bytes >= min(bank.layout.nbytes for bank in banks):
+            self.slots = Slots(self._account, banks, self._slot_bytes, heat)
+            for layer, slots in zip(self._layers, self.slots.layers, strict=True):
+                layer.slots = slots
+        self._stage(banks)
+
+    def _stage(self, banks: Sequence[CpuExperts]) -> None:
+        slab = max(bank.layout.nbytes for bank in banks)
+        numbers = 2 * max(bank.layout.d * bank.layout.f for bank in banks)
+        count = (self._staging_bytes - 2 * numbers) // slab
+        if count < LEAST_STAGED:
+            return
+        scratch = self._account.empty("staging", [numbers], torch.float16)
+        count = min(count, len(banks) * banks[0].experts)
+        ring = Ring(self._account.empty("staging", [count, slab], torch.uint8))
+        none: list[LayerSlots | None] = [None] * len(banks)
+        for layer, seats in zip(
+            self._layers, none if self.slots is None else self.slots.layers, strict=True
+        ):
+            layer.stream = LayerStream(ring, layer.cpu, scratch, seats)
+
+
+def pin(experts: CpuExperts) -> None:
+    """Registers a layer's slabs for copies at the bus's full rate; a failure costs speed only."""
+    assert experts.block is not None
+    runtime: Any = torch.cuda.cudart()  # type: ignore[no-untyped-call]
+    address = experts.block.ctypes.data
+    result = runtime.cudaHostRegister(address, experts.block.nbytes, 0)
+    if int(result) != 0:
+        log.warning("experts could not be pinned (CUDA error %d): copies will be slow", int(result))

@@ -1,0 +1,73 @@
+"""Experts in slots and streamed experts in whole models: the answers stay those of the CPU."""
+
+import os
+
+import numpy as np
+import pytest
+import torch
+
+from .conftest import Loader
+from .hf_export import VOCABULARY
+from .sessions import Session, one_pass, prompt, relative_error
+
+GPU = torch.cuda.is_available()
+if not GPU:
+    os.environ["TRITON_INTERPRET"] = "1"
+DEVICE = "cuda" if GPU else "cpu"
+CLOSE = 2e-2 if GPU else 3e-3  # streamed experts round both factors to 11 bits
+
+
+def with_tiers(load: Loader, case: str, share: float, staged: int):
+    """(reference, cuda model with a share of the experts in slots and `staged` staging slabs)."""
+    _, wanted = load(case)
+    _, plain = load(case, backend="cuda", device=DEVICE)
+    banks = [blk.ffn.experts.cpu for blk in plain.blk if hasattr(blk.ffn, "experts")]
+    slab = max(bank.layout.nbytes for bank in banks)
+    numbers = 2 * max(bank.layout.d * bank.layout.f for bank in banks)
+    everything = sum(bank.nbytes for bank in banks)
+    options = {"slot_bytes": int(everything * share)}
+    if staged:
+        options["staging_bytes"] = 2 * numbers + staged * slab
+    _, model = load(case, backend="cuda", device=DEVICE, **options)
+    return wanted, model
+
+
+@pytest.mark.parametrize(("case", "share"), [("gpt-oss", 0.5), ("deepseek", 1.0)])
+def test_slots_and_stream_equal_the_reference(load: Loader, case: str, share: float) -> None:
+    wanted, model = with_tiers(load, case, share, staged=2)
+    resident = model.backend.tiers.slots.resident
+    everywhere = (model.backend.tiers.slots.seats != -1).mean()
+    assert 0.3 * share < everywhere <= share
+    assert resident.sum() > 0
+    tokens = prompt(4, 42, VOCABULARY)
+    session, start, parts = Session(model), 0, []
+    for size in (37, 4, 1):  # streamed, then by CPU and slots
+        parts.append(session.step([(0, tokens[start : start + size])]).cpu())
+        start += size
+    assert relative_error(torch.cat(parts), one_pass(wanted, tokens)) < CLOSE
+
+
+def test_a_stream_without_slots_copies_what_is_routed(load: Loader) -> None:
+    wanted, model = with_tiers(load, "qwen3moe", 0.0, staged=3)
+    tokens = prompt(7, 34, VOCABULARY)
+    assert relative_error(one_pass(model, tokens).cpu(), one_pass(wanted, tokens)) < CLOSE
+    stream = next(b.ffn.experts.stream for b in model.blk if hasattr(b.ffn, "experts"))
+    assert stream.ring.copied_bytes > 0
+    assert not stream.ring.staged
+
+
+def test_answers_stay_the_same_after_thousands_of_promotions(load: Loader) -> None:
+    wanted, model = with_tiers(load, "gpt-oss", 0.5, staged=0)
+    slots = model.backend.tiers.slots
+    tokens = prompt(8, 5, VOCABULARY)
+    truth = one_pass(wanted, tokens)
+    rng = np.random.default_rng(0)
+    for _ in range(1200):
+        for arena in slots.arenas:
+            arena.residency.warm(1000 * rng.random(arena.residency.heat.shape))
+        slots.advance(4)
+        held = slots.seats[slots.seats >= 0]
+        assert len(np.unique(held)) == len(held)
+    assert slots.stats["promotions"] > 2000
+    assert torch.equal(slots.table.cpu(), torch.from_numpy(slots.seats))
+    assert relative_error(one_pass(model, tokens).cpu(), truth) < CLOSE
