@@ -61,6 +61,7 @@ PARAMETERS = {
         "block_size",
         "cache_tokens",
         "prefix_cache",
+        "prefix_ram",
         "kv_type",
         "threads",
         "backend",

@@ -12,9 +12,11 @@ import psutil
 from greenroom import native
 from greenroom.errors import BudgetError, RequestError
 from greenroom.placement.budget import parse_size
+from greenroom.placement.sizes import CacheShape
 
 _KV_SHARE = 0.25  # of the RAM that is free beside the model
 _LEAST_CONTEXT = 2048  # tokens; a shorter one is never chosen for lack of RAM
+_CHUNK = 512  # prompt tokens of a step on the CPU, where longer ones gain nothing
 _KV_TYPES = ("f16", "f32")
 _BACKENDS = ("auto", "cuda", "native", "reference")
 
@@ -28,6 +30,7 @@ class EngineConfig:
             model's own, or less where its cache would take more than a quarter of free RAM.
         max_sequences: requests computed at the same time; others wait.
         prefill_chunk: most prompt tokens per step; decodes wait at most for one such chunk.
+            None takes 512 on the CPU, and on a GPU up to 8192, as the budget allows.
         block_size: tokens per cache block, the unit of prefix reuse.
         cache_tokens: tokens the KV cache holds, all requests and reusable prefixes
             together; None takes what fits.
@@ -48,7 +51,7 @@ class EngineConfig:
 
     context_length: int | None = None
     max_sequences: int = 8
-    prefill_chunk: int = 512
+    prefill_chunk: int | None = None
     block_size: int = 32
     cache_tokens: int | None = None
     prefix_cache: bool = True
@@ -60,8 +63,8 @@ class EngineConfig:
     mmap: bool = False
 
     def __post_init__(self) -> None:
-        counts = ("max_sequences", "prefill_chunk", "block_size")
-        optional = ("context_length", "cache_tokens", "threads")
+        counts = ("max_sequences", "block_size")
+        optional = ("context_length", "cache_tokens", "threads", "prefill_chunk")
         for name in counts + optional:
             value = getattr(self, name)
             if value is None and name in optional:
@@ -137,15 +140,16 @@ def resolve(
     room = max(0, int(have * _KV_SHARE) - fixed)
     context, tokens = _lengths(config, model_context, room // full * size if full else None)
     blocks = -(-tokens // size)
-    _check_room(tokens, fixed + blocks * full, have, "RAM" if vram is None else "VRAM")
     cache_blocks = tuple(
         blocks if window is None else min(blocks, _window_blocks(config, window))
         for window in windows
     )
+    need = sum(count * bytes_ for count, bytes_ in zip(cache_blocks, block_bytes, strict=True))
+    _check_room(tokens, need, have, "RAM" if vram is None else "VRAM")
     return ResolvedConfig(
         context_length=context,
         max_sequences=config.max_sequences,
-        prefill_chunk=config.prefill_chunk,
+        prefill_chunk=config.prefill_chunk or _CHUNK,
         block_size=size,
         cache_blocks=cache_blocks,
         prefix_cache=config.prefix_cache,
@@ -184,9 +188,8 @@ def _check_room(tokens: int, need: int, have: int, memory: str) -> None:
 
 
 def _window_blocks(config: EngineConfig, window: int) -> int:
-    """Every sequence's window and chunk, and as much again for reusable prefixes."""
-    live = -(-(window + config.prefill_chunk) // config.block_size) + 1
-    return 2 * config.max_sequences * live
+    shape = CacheShape(config.block_size, config.max_sequences, 0)
+    return shape.window_blocks(window, config.prefill_chunk or _CHUNK)
 
 
 def default_threads() -> int:

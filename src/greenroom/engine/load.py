@@ -19,7 +19,7 @@ from greenroom.placement.budget import parse_size
 from greenroom.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
-    from greenroom.placement.planner import Placement
+    from greenroom.placement.placement import Placement
 
 log = logging.getLogger(__name__)
 
@@ -49,16 +49,21 @@ def load_engine(
 
     config = config or EngineConfig()
     with GGUFFile(path) as file:
-        placement = _place(file, config)
+        placement = plan(file, config)
         log.info("%s", placement.reason)
-        config = with_threads(replace(config, backend=cast(Any, placement.backend)))
+        config = with_threads(_decided(config, placement))
         tokenizer = Tokenizer.from_gguf(file)
         chat = ChatFormat.from_gguf(file, tokenizer)
         options = LoadOptions(
             backend=config.backend,
             threads=config.threads,
             context_length=config.context_length,
-            vram=placement.vram,
+            vram=placement.lasting,
+            layers_on_gpu=placement.layers_on_gpu,
+            head_on_gpu=placement.head_on_gpu,
+            scratch_bytes=placement.scratch,
+            slot_bytes=placement.slot_bytes,
+            staging_bytes=placement.staging,
             mmap=config.mmap,
             progress=progress,
         )
@@ -66,8 +71,23 @@ def load_engine(
     return assemble(model, tokenizer, config, chat, placement.cache_room)
 
 
-def _place(file: GGUFFile, config: EngineConfig) -> "Placement":
-    """Which backend, and what goes to VRAM."""
+def _decided(config: EngineConfig, placement: "Placement") -> EngineConfig:
+    """The settings with what the placement decided."""
+    return replace(
+        config,
+        backend=cast(Any, placement.backend),
+        prefill_chunk=config.prefill_chunk or placement.prefill_chunk,
+        context_length=config.context_length or placement.context_length,
+        cache_tokens=config.cache_tokens or placement.cache_tokens,
+    )
+
+
+def plan(file: GGUFFile, config: EngineConfig) -> "Placement":
+    """Which backend an engine would take, and what would go to VRAM; loads nothing.
+
+    Raises:
+        BudgetError, RequestError: see `placement.planner.place`.
+    """
     from greenroom.models.loader import find_family, read_config
     from greenroom.placement.hardware import Hardware, probe
     from greenroom.placement.planner import Wish, place
@@ -78,8 +98,12 @@ def _place(file: GGUFFile, config: EngineConfig) -> "Placement":
         backend=config.backend,
         vram=vram,
         named=config.vram is not None,
-        tokens=config.prefill_chunk,
         sequences=config.max_sequences,
+        chunk=config.prefill_chunk,
+        context=config.context_length,
+        cache_tokens=config.cache_tokens,
+        block_size=config.block_size,
+        value_bytes=_TYPES[config.kv_type].itemsize,
     )
     wanted = config.backend in ("auto", "cuda") and vram != 0
     hardware = probe() if wanted else Hardware(None, "not asked for")
@@ -101,7 +125,7 @@ def assemble(
         config,
         model.config.context_length,
         windows,
-        _block_bytes(model, config.block_size, dtype),
+        _block_bytes(model, config.block_size, dtype, vram is not None),
         vram,
     )
     caches = model.new_caches(resolved.cache_blocks, resolved.block_size, dtype)
@@ -123,13 +147,22 @@ def _layers_of_groups(model: ModelLike, block_size: int, dtype: torch.dtype) -> 
     return found
 
 
-def _block_bytes(model: ModelLike, block_size: int, dtype: torch.dtype) -> list[int]:
-    """Bytes of one block of each KV group, over all layers that belong to it."""
+def _block_bytes(
+    model: ModelLike, block_size: int, dtype: torch.dtype, vram: bool = False
+) -> list[int]:
+    """Bytes of one block of each KV group, over all layers that belong to it.
+
+    With `vram` only the layers whose cache lies there count, where some do and some do not.
+    """
     # Asking for one block of a single group at a time leaves no doubt which layers those are.
     groups = len(model.kv_groups)
+    blocks_of = getattr(model, "blk", None) if vram else None
     bytes_of = []
     for group in range(groups):
         blocks = [int(index == group) for index in range(groups)]
         caches = model.new_caches(blocks, block_size, dtype)
+        if blocks_of is not None:
+            pairs = zip(blocks_of, caches, strict=True)
+            caches = [cache for blk, cache in pairs if blk.backend.tier]
         bytes_of.append(sum(cache.k.nbytes + cache.v.nbytes for cache in caches))
     return bytes_of

@@ -1,34 +1,31 @@
 """Decides what of a model goes to VRAM under a budget, before anything is allocated.
 
-Dense layers, shared experts and the head first, together with scratch; what is left may hold
-the KV cache. Routed experts and the embedding table stay in RAM. Knows a file's tensors and the
-hardware; allocates nothing.
+In this order: scratch and a short step's activations, the head, whole layers with their keys and
+values (from the last one on), then longer contexts and steps, and experts with the rest. What
+does not fit stays on the CPU. Knows a file's sizes and the hardware; allocates nothing.
 """
 
-import re
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 
-from greenroom import native
 from greenroom.errors import BudgetError, RequestError
-from greenroom.experts.slabs import stored_type
-from greenroom.gguf import GGMLType, TensorInfo
-from greenroom.layers.ledger import SCRATCH_BYTES
+from greenroom.gguf import TensorInfo
 from greenroom.models.config import ModelConfig
 from greenroom.placement.budget import mib
-from greenroom.placement.hardware import Hardware
+from greenroom.placement.hardware import Gpu, Hardware
+from greenroom.placement.placement import Placement
+from greenroom.placement.sizes import ROUNDING, CacheShape, Sizes, logit_bytes, token_bytes
 
 MARGIN = 512 << 20  # of "max", left to other programs and the allocator's rounding
-# The allocator hands out pieces of 2 to 20 MiB, and the vendor's products take 32 MiB for
-# themselves on Hopper.
-ROUNDING = 96 << 20
+LEAST_SCRATCH, MOST_SCRATCH = 16 << 20, 64 << 20
+LEAST_CHUNK, MOST_CHUNK, CHUNK_STEP = 64, 8192, 64  # tokens of a step, chosen automatically
+LEAST_CONTEXT = 4096  # tokens of a session on the GPU, if nobody asked for a number
+GRAPHS = 64 << 20  # what captured steps of up to 32 tokens keep for themselves
+MOST_STAGING = 256 << 20
+STAGED_EXPERTS = 8  # two pieces of four are the fewest that hide the copy behind the product
 
-_EXPERTS = re.compile(r"_exps\.|\.ffn_(gate|up|down)\.\d+\.")
-_FLOAT32 = re.compile(r"ffn_gate_inp(_shexp)?\.weight$")  # routers are kept in float32
-_NOT_PLACED = re.compile(r"^token_embd\.|^rope_f|attn_rot_embd|rotary_emb|attn\.masked_bias")
 
-
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Wish:
     """What the user asked for.
 
@@ -36,39 +33,23 @@ class Wish:
         backend: "auto", "cuda", "native" or "reference".
         vram: bytes, None for all there is.
         named: whether the user named the budget.
-        tokens: most tokens of one step.
         sequences: most sequences of one step.
+        chunk: most tokens of one step, None for what suits.
+        context: most tokens of a sequence, None for what suits.
+        cache_tokens: tokens of the whole cache, None for what suits.
+        block_size: tokens of a cache block.
+        value_bytes: of one key or value element.
     """
 
-    backend: str
-    vram: int | None
-    named: bool
-    tokens: int
-    sequences: int
-
-
-@dataclass(frozen=True, slots=True)
-class Placement:
-    """The decision.
-
-    Attributes:
-        backend: "cuda", "native" or "reference".
-        reason: one line for the log.
-        vram: bytes to be booked at most; None without a GPU.
-        parts: bytes of VRAM by part; empty without a GPU.
-    """
-
-    backend: str
-    reason: str
+    backend: str = "auto"
     vram: int | None = None
-    parts: Mapping[str, int] | None = None
-
-    @property
-    def cache_room(self) -> int | None:
-        """Bytes of VRAM the KV cache may take; None where it lives in RAM."""
-        if self.vram is None or self.parts is None:
-            return None
-        return self.vram - sum(self.parts.values())
+    named: bool = False
+    sequences: int = 1
+    chunk: int | None = None
+    context: int | None = None
+    cache_tokens: int | None = None
+    block_size: int = 32
+    value_bytes: int = 2
 
 
 def place(
@@ -77,92 +58,236 @@ def place(
     """Chooses the backend and what goes to VRAM.
 
     Raises:
-        BudgetError: the budget the user named is too small; the message says what is needed.
+        BudgetError: more VRAM was named than is free, or the cuda backend was named and nothing
+            fits; the message says what is needed.
         RequestError: a GPU was asked for and there is none, or a budget for a backend without.
     """
+    layers = config.layers
     if wish.backend in ("native", "reference"):
         if wish.named and wish.vram != 0:
             raise RequestError(f"the {wish.backend} backend uses no VRAM; leave vram out", "vram")
-        return Placement(wish.backend, f"computing on the CPU ({wish.backend} backend, as asked)")
+        reason = f"computing on the CPU ({wish.backend} backend, as asked)"
+        return Placement(wish.backend, reason, layers=layers)
     if wish.vram == 0:
         if wish.backend == "cuda":
             raise RequestError("the cuda backend needs VRAM; leave vram out or raise it", "vram")
-        return Placement("native", "computing on the CPU: the VRAM budget is 0")
+        return Placement("native", "computing on the CPU: the VRAM budget is 0", layers=layers)
     if hardware.gpu is None:
         if wish.backend == "cuda" or wish.vram is not None:
             field = "backend" if wish.backend == "cuda" else "vram"
             raise RequestError(
                 f"no GPU can be used: {hardware.reason}; leave {field} out to use the CPU", field
             )
-        return Placement("native", f"computing on the CPU: {hardware.reason}")
-    return _on_gpu(tensors, config, wish, hardware)
+        reason = f"computing on the CPU: {hardware.reason}"
+        return Placement("native", reason, layers=layers)
+    return _on_gpu(Sizes.of(tensors, config), config, wish, hardware.gpu)
 
 
-def _on_gpu(
-    tensors: Mapping[str, TensorInfo], config: ModelConfig, wish: Wish, hardware: Hardware
-) -> Placement:
-    gpu = hardware.gpu
-    assert gpu is not None
-    usable = max(0, gpu.free - MARGIN)
-    budget = usable if wish.vram is None else wish.vram
+def _on_gpu(sizes: Sizes, config: ModelConfig, wish: Wish, gpu: Gpu) -> Placement:
+    budget = max(0, gpu.free - MARGIN) if wish.vram is None else wish.vram
     if budget > gpu.free:
         raise BudgetError(
             f"vram is {mib(budget)}, but only {gpu.free >> 20} MiB of {gpu.name} are free; lower it"
         )
-    parts = {
-        "dense": dense_bytes(tensors),
-        "scratch": SCRATCH_BYTES,
-        "activations": activation_bytes(config, wish),
-    }
-    need = sum(parts.values())
-    if need > budget:
-        small = f"dense layers and workspace need {mib(need)} of VRAM and the KV cache more"
-        if wish.named or wish.backend == "cuda":
-            raise BudgetError(
-                f"a VRAM budget of {budget >> 20} MiB is too small: {small}; raise it, or set it "
-                "to 0 to compute on the CPU"
-            )
-        return Placement("native", f"computing on the CPU: {small} than {gpu.name} has free")
-    reason = (
-        f"{gpu.name}: dense layers ({mib(parts['dense'])}) and KV cache in VRAM, budget "
-        f"{budget >> 20} MiB; experts and embedding in RAM, computed by the CPU"
-    )
-    return Placement("cuda", reason, budget, parts)
+    plan = Plan(sizes, config, wish)
+    head, count = plan.dense(budget)
+    if head or count:
+        found = plan.filled(budget) if plan.whole(head, count) else plan.part(budget, head, count)
+        return replace(found, reason=f"{gpu.name}: {found.reason}")
+    least = mib(plan.next_step(False, 0))
+    small = f"{budget >> 20} MiB of {gpu.name} hold not even one layer; {least} do"
+    if wish.backend == "cuda":
+        raise BudgetError(f"{small}; raise it, or leave the backend out to use the CPU")
+    reason = f"computing on the CPU: {small}"
+    return Placement("native", reason, layers=config.layers)
 
 
-def dense_bytes(tensors: Mapping[str, TensorInfo]) -> int:
-    """Bytes of everything but experts and embedding, as the cuda backend keeps it."""
-    total = 0
-    for name, tensor in tensors.items():
-        if not (_EXPERTS.search(name) or _NOT_PLACED.search(name)):
-            total += _placed_bytes(name, tensor)
-    if "output.weight" not in tensors:  # the head is the embedding's twin
-        total += _placed_bytes("output.weight", tensors["token_embd.weight"])
-    return total
+class Plan:
+    """Sums for one model and wish.
+
+    Args:
+        sizes: of the model's parts.
+        config: its configuration.
+        wish: what the user asked for.
+    """
+
+    def __init__(self, sizes: Sizes, config: ModelConfig, wish: Wish) -> None:
+        self.sizes, self.config, self.wish = sizes, config, wish
+        self.shape = CacheShape(wish.block_size, wish.sequences, wish.value_bytes)
+        self.least_chunk = wish.chunk or LEAST_CHUNK
+        model_context = wish.context or config.context_length
+        context = wish.context or min(config.context_length, LEAST_CONTEXT)
+        self.least_tokens = wish.cache_tokens or context
+        self.most_tokens = wish.cache_tokens or model_context * wish.sequences
+
+    # What a choice costs
+
+    def activations(self, chunk: int, streamed: bool = False) -> int:
+        """Bytes of what one step computes, at most, with the allocator's rounding."""
+        sequences = self.wish.sequences
+        tokens = max(chunk, sequences) * token_bytes(self.config, streamed)
+        return tokens + logit_bytes(self.config, sequences) + ROUNDING
+
+    def cache(self, count: int, tokens: int, chunk: int) -> int:
+        """Bytes of the keys and values of the last `count` layers."""
+        layers = range(self.config.layers - count, self.config.layers)
+        return sum(self.shape.layer(self.config, layer, tokens, chunk) for layer in layers)
+
+    def dense_parts(self, head: bool, count: int) -> dict[str, int]:
+        """Bytes by part with as little scratch, context and step as can be."""
+        layers = self.sizes.layers[self.config.layers - count :]
+        return {
+            "dense": sum(layers) + (self.sizes.head if head else 0),
+            "cache": self.cache(count, self.least_tokens, self.least_chunk),
+            "scratch": LEAST_SCRATCH,
+            "activations": self.activations(self.least_chunk),
+        }
+
+    def need(self, head: bool, count: int) -> int:
+        """All of `dense_parts` together."""
+        return sum(self.dense_parts(head, count).values())
+
+    # What fits
+
+    def whole(self, head: bool, count: int) -> bool:
+        """Whether this is the whole dense part."""
+        return head and count == self.config.layers
+
+    def dense(self, budget: int) -> tuple[bool, int]:
+        """Whether the head fits, and how many of the last layers.
+
+        The head is the largest matrix a token reads; the last layers lie next to it, so that
+        activations cross between the processors once.
+        """
+        head = self.need(True, 0) <= budget
+        count = 0
+        while count < self.config.layers and self.need(head, count + 1) <= budget:
+            count += 1
+        return head, count
+
+    def next_step(self, head: bool, count: int) -> int:
+        """Bytes with which more of the dense part would fit."""
+        steps = [] if head else [self.need(True, count)]
+        if count < self.config.layers:
+            steps.append(self.need(head, count + 1))
+        return min(steps)
+
+    def part(self, budget: int, head: bool, count: int) -> Placement:
+        """A placement of a part of the dense layers."""
+        total = self.config.layers
+        where = f"the last {count} of {total} layers" if count else "no layers"
+        reason = (
+            f"{where} and {'the head' if head else 'not the head'} in VRAM, the rest on the CPU, "
+            f"budget {budget >> 20} MiB; {mib(self.next_step(head, count))} hold more, "
+            f"{mib(self.need(True, total))} all of it"
+        )
+        return self._placement(
+            reason, budget, self.dense_parts(head, count), head, count,
+            chunk=self.least_chunk, tokens=self.least_tokens, scratch=LEAST_SCRATCH,
+        )  # fmt: skip
+
+    def filled(self, budget: int) -> Placement:
+        """A placement of all dense layers, and of what else the budget holds.
+
+        Each part is granted a share of what is left when its turn comes, also where it uses
+        less: so a larger budget never leaves fewer bytes to the experts.
+        """
+        total = self.config.layers
+        rest = budget - self.need(True, total)
+        graphs = min(GRAPHS, rest)
+        rest -= graphs
+        least = STAGED_EXPERTS * self.sizes.slab
+        staging = min(max(MOST_STAGING, least), rest // 4) if least else 0
+        rest -= staging
+        if staging < least:
+            staging = 0
+        scratch = min(MOST_SCRATCH - LEAST_SCRATCH, rest // 8)
+        rest -= scratch
+        tokens, granted = self._tokens(rest // 4)
+        rest -= granted
+        chunk, granted = self._chunk(rest // 4, tokens, staging > 0)
+        rest -= granted
+        slab = self.sizes.slab
+        slots = min(rest // slab, self.sizes.expert_count) if slab else 0
+        parts = {
+            "dense": sum(self.sizes.layers) + self.sizes.head,
+            "cache": self.cache(total, tokens, chunk),
+            "scratch": LEAST_SCRATCH + scratch,
+            "activations": self.activations(chunk, staging > 0 and chunk > self.least_chunk),
+            "graphs": graphs,
+            "staging": staging,
+            "experts": slots * slab,
+        }
+        reason = (
+            f"dense layers ({mib(parts['dense'])}), KV cache ({mib(parts['cache'])}) and "
+            f"{slots} of {self.sizes.expert_count} experts in VRAM, budget {budget >> 20} MiB; "
+            "the other experts and the embedding in RAM, computed by the CPU"
+        )
+        return self._placement(
+            reason, budget, parts, True, total, chunk=chunk, tokens=tokens,
+            scratch=LEAST_SCRATCH + scratch,
+        )  # fmt: skip
+
+    def _tokens(self, share: int) -> tuple[int, int]:
+        """Tokens of the cache within a share of bytes beyond the least, and the bytes granted."""
+        total, size = self.config.layers, self.wish.block_size
+
+        def cost(tokens: int) -> int:
+            return self.cache(total, tokens, self.least_chunk) - base
+
+        base = self.cache(total, self.least_tokens, self.least_chunk)
+        tokens = _largest(cost, share, self.least_tokens, self.most_tokens, size)
+        return tokens, min(share, cost(self.most_tokens))
+
+    def _chunk(self, share: int, tokens: int, streamed: bool) -> tuple[int, int]:
+        """Tokens of a step within a share of bytes beyond the least, and the bytes granted."""
+        if self.wish.chunk is not None:
+            return self.wish.chunk, 0
+        total = self.config.layers
+
+        def cost(chunk: int, at: int = tokens, staged: bool = streamed) -> int:
+            if chunk == LEAST_CHUNK:
+                return 0
+            cache = self.cache(total, at, chunk) - self.cache(total, at, LEAST_CHUNK)
+            return cache + self.activations(chunk, staged) - self.activations(LEAST_CHUNK)
+
+        most = cost(MOST_CHUNK, max(self.most_tokens, tokens), True)
+        return _largest(cost, share, LEAST_CHUNK, MOST_CHUNK, CHUNK_STEP), min(share, most)
+
+    def _placement(
+        self, reason: str, budget: int, parts: Mapping[str, int], head: bool, count: int,
+        *, chunk: int, tokens: int, scratch: int,
+    ) -> Placement:  # fmt: skip
+        asked = self.wish.context or self.config.context_length
+        slots = parts.get("experts", 0)
+        return Placement(
+            "cuda",
+            reason,
+            vram=budget,
+            parts=parts,
+            layers=self.config.layers,
+            layers_on_gpu=count,
+            head_on_gpu=head,
+            slots=slots // self.sizes.slab if self.sizes.slab else 0,
+            slot_bytes=slots,
+            staging=parts.get("staging", 0),
+            scratch=scratch,
+            prefill_chunk=chunk,
+            context_length=min(asked, tokens),
+            cache_tokens=tokens,
+        )
 
 
-def _placed_bytes(name: str, tensor: TensorInfo) -> int:
-    shape = tensor.shape
-    if len(shape) < 2 or _FLOAT32.search(name):
-        count = 1
-        for size in shape:
-            count *= size
-        return 4 * count
-    rows, cols = shape
-    kept = stored_type(tensor.type, cols)
-    if kept in (GGMLType.F32, GGMLType.F16, GGMLType.BF16):
-        return rows * cols * kept.block_bytes
-    return int(native.lib().packed_bytes(int(kept), rows, cols))
-
-
-def activation_bytes(config: ModelConfig, wish: Wish) -> int:
-    """Bytes of what one step computes, at most, with the allocator's rounding."""
-    shape = config.attention
-    attention = (shape.heads + 2 * shape.kv_heads) * max(shape.key_length, shape.value_length)
-    moe = config.moe
-    inner = max(config.feed_forward_length, moe.shared_width if moe else 0)
-    # Residual, its norm and a sum; projections, their contiguous copies and the attention's
-    # output; gate and up, their copies and product.
-    width = 4 * config.hidden_size + 3 * attention + 5 * inner
-    tokens = max(wish.tokens, wish.sequences)
-    return 4 * (tokens * width + 2 * wish.sequences * config.vocabulary_size) + ROUNDING
+def _largest(cost: Callable[[int], int], share: int, least: int, most: int, step: int) -> int:
+    """The largest of least, least + step, ... below `most`, or `most`, that costs at most
+    `share`; `least` if none of the others does."""
+    if least >= most or cost(most) <= share:
+        return max(least, most)
+    low, high = 0, (most - least) // step
+    while low < high:
+        middle = (low + high + 1) // 2
+        if cost(least + middle * step) <= share:
+            low = middle
+        else:
+            high = middle - 1
+    return least + low * step

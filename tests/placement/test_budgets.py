@@ -1,0 +1,114 @@
+"""Any budget gives a placement within it, and a larger one never places less."""
+
+from functools import cache
+from types import SimpleNamespace
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from greenroom.convert.synth import Synthesis
+from greenroom.convert.synth_shapes import shape_of
+from greenroom.models.config import ModelConfig
+from greenroom.placement.hardware import Gpu, Hardware
+from greenroom.placement.placement import Placement
+from greenroom.placement.planner import Wish, place
+from greenroom.placement.sizes import Sizes
+
+MIB, GIB = 1 << 20, 1 << 30
+GPU = Hardware(Gpu("a GPU", 78 * GIB, 80 * GIB))
+SHAPES = ("gpt-oss-20b", "phi-3.5-moe", "deepseek-moe-16b", "qwen3-30b-a3b")
+
+
+@cache
+def model(name: str) -> tuple:
+    job = Synthesis(shape_of(name))
+    tensors = {
+        spec.name: SimpleNamespace(type=spec.type, shape=spec.shape, ne=spec.shape[::-1],
+                                   nbytes=spec.nbytes)
+        for spec in job.specs()
+    }  # fmt: skip
+    return tensors, ModelConfig.from_metadata(job.metadata(), tensors)
+
+
+def placed(name: str, vram: int, **wish) -> Placement:
+    tensors, config = model(name)
+    return place(tensors, config, Wish(vram=vram, named=True, **wish), GPU)
+
+
+wishes = st.fixed_dictionaries(
+    {"sequences": st.sampled_from([1, 8])},
+    optional={
+        "context": st.sampled_from([100, 4096, 32768]),
+        "chunk": st.sampled_from([16, 512]),
+        "block_size": st.sampled_from([16, 48]),
+    },
+)
+budgets = st.one_of(st.integers(0, 3 * GIB), st.integers(0, 70 * GIB))
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.sampled_from(SHAPES), budgets, wishes)
+def test_the_parts_never_exceed_the_budget(name: str, budget: int, wish: dict) -> None:
+    found = placed(name, budget, **wish)
+    if found.backend == "native":
+        assert not found.parts
+        return
+    assert sum(found.parts.values()) <= budget == found.vram
+    assert all(size >= 0 for size in found.parts.values())
+    assert found.cache_room >= found.parts["cache"] if found.layers_on_gpu else True
+    assert found.slot_bytes == found.parts.get("experts", 0)
+    assert sum(size for _, _, size in found.table()) == budget
+    assert found.context_length <= found.cache_tokens
+    if "context" in wish:
+        assert found.context_length == wish["context"]
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.sampled_from(SHAPES), budgets, st.integers(0, 2 * GIB), wishes)
+def test_more_never_places_less(name: str, budget: int, more: int, wish: dict) -> None:
+    small, large = placed(name, budget, **wish), placed(name, budget + more, **wish)
+    if small.backend == "native":
+        return
+    assert large.backend == "cuda"
+    assert large.slots >= small.slots
+    assert large.head_on_gpu >= small.head_on_gpu
+    assert large.parts["dense"] >= small.parts["dense"]
+    if large.head_on_gpu == small.head_on_gpu:
+        assert large.layers_on_gpu >= small.layers_on_gpu
+    assert large.cache_tokens >= small.cache_tokens
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_all_experts_fit_where_there_is_room(name: str) -> None:
+    tensors, config = model(name)
+    sizes = Sizes.of(tensors, config)
+    found = placed(name, 76 * GIB, context=8192)
+    assert found.layers_on_gpu == config.layers
+    assert found.slots == sizes.expert_count
+    assert found.slot_bytes >= sizes.experts
+    assert found.prefill_chunk == 8192
+    assert found.staging > 0
+
+
+def test_gpt_oss_without_resident_experts_needs_1700_mib() -> None:
+    found = placed("gpt-oss-20b", int(1.7 * GIB), context=4096)
+    assert found.head_on_gpu
+    assert found.layers_on_gpu == 24
+    assert found.parts["graphs"] == 64 * MIB
+
+
+def test_what_the_next_step_needs_is_enough_for_it() -> None:
+    for name in SHAPES:
+        tiny = placed(name, 40 * MIB)
+        assert tiny.backend == "native"
+        assert "hold not even one layer" in tiny.reason
+        needed = int(tiny.reason.rsplit("; ", 1)[1].split()[0])
+        first = placed(name, needed * MIB)
+        assert (first.layers_on_gpu, first.head_on_gpu) != (0, False)
+        assert placed(name, (needed - 1) * MIB).backend == "native"
+        more = int(first.reason.rsplit("; ", 1)[1].split()[0])
+        second = placed(name, more * MIB)
+        assert second.parts["dense"] > first.parts["dense"]
+        whole = int(first.reason.split(" MiB all of it")[0].rsplit(" ", 1)[1])
+        assert placed(name, whole * MIB).layers_on_gpu == first.layers
