@@ -139,7 +139,7 @@ class Importance:
         self, experts: CpuExperts, expert: int, x: NDArray[np.float32]
     ) -> NDArray[np.float32]:
         """What an expert's down matrix is multiplied with: (tokens, f) float32."""
-        layout, slab = experts.layout, experts.slab(expert)
+        layout, slab = experts.layouts[expert], experts.slab(expert)
         products = []
         for index in (0, 1):
             out = np.empty((len(x), layout.f), np.float32)

@@ -18,7 +18,10 @@ if TYPE_CHECKING:
 Model = Annotated[Path, Argument(help="A GGUF file, or the first of a split set.")]
 Json = Annotated[bool, Option("--json", help="Print one JSON document instead of tables.")]
 
-_EXPERT = re.compile(r"blk\.(\d+)\.ffn_(gate_up|gate|up|down)(?:_exps|\.(\d+))\.(?:weight|bias)")
+_EXPERT = re.compile(
+    r"blk\.(\d+)\.ffn_(gate_up|gate|up|down)(?:_exps(?:\.c\d+)?|\.(\d+))\.(?:weight|bias)"
+)
+_CLASS = re.compile(r"blk\.\d+\.ffn_gate_exps\.c(\d+)\.weight")
 _RESERVE = 1 << 30  # bytes of RAM left to everything else
 
 
@@ -129,8 +132,19 @@ def _experts(tensors: "list[TensorInfo]", config: "ModelConfig") -> dict[str, An
         "stored": "one tensor per expert"
         if split
         else "stacked" + (", gate and up fused" if fused else ""),
+        "classes": _classes(tensors),
         "bytes_per_expert": sorted({count // moe.experts for count in bytes_of.values()}),
     }
+
+
+def _classes(tensors: "list[TensorInfo]") -> list[dict[str, Any]]:
+    """Experts of each precision class over all layers; empty in uniform files."""
+    found: dict[int, dict[str, Any]] = {}
+    for tensor in tensors:
+        if match := _CLASS.fullmatch(tensor.name):
+            entry = found.setdefault(int(match[1]), {"type": tensor.type.name, "experts": 0})
+            entry["experts"] += tensor.shape[0]
+    return [found[number] for number in sorted(found)]
 
 
 def _touched(file: "GGUFFile", stored: dict[str, int], config: "ModelConfig") -> dict[str, int]:
@@ -254,4 +268,7 @@ def _expert_rows(experts: dict[str, Any] | None) -> Iterable[tuple[str, str]]:
     )
     if experts["shared_width"]:
         yield "shared expert", f"width {experts['shared_width']}, for every token"
+    if experts["classes"]:
+        parts = [f"{entry['experts']} in {entry['type']}" for entry in experts["classes"]]
+        yield "mixed precision", f"{', '.join(parts)}; the bytes of one expert are an average"
     yield "one expert", " or ".join(size(count) for count in experts["bytes_per_expert"])

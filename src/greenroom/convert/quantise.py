@@ -11,6 +11,7 @@ import numpy as np
 
 from greenroom.convert.convert import remove_stale
 from greenroom.convert.encoding import tensor_spec
+from greenroom.convert.heat import EXPERTS, Classes, Heat, header_bytes, merged
 from greenroom.convert.imatrix import read_imatrix
 from greenroom.convert.mixture import FLOATS, MIXES, Rules, check_mix, parse_override
 from greenroom.convert.quantisers import Quantisers
@@ -29,6 +30,7 @@ class Quantisation:
         overrides: "REGEX=TYPE" rules that come first.
         imatrix: an importance matrix, or None.
         threads: None for as many as suit the machine.
+        heat: gives each expert a type of its own, or None.
     """
 
     source: Path
@@ -36,6 +38,7 @@ class Quantisation:
     overrides: Sequence[str] = ()
     imatrix: Path | None = None
     threads: int | None = None
+    heat: Heat | None = None
 
 
 def quantise_file(
@@ -55,7 +58,9 @@ def quantise_file(
     with GGUFFile(job.source) as file:
         rules = rules_of(file, mix, job.overrides)
         check_importance(file, importance, job.imatrix)
-        specs = [requantised(tensor, rules, quantisers) for tensor in file.tensors.values()]
+        specs = all_specs(file, rules, quantisers)
+        if job.heat is not None:
+            specs = mixed_specs(file, job, specs, quantisers)
         metadata = {
             **file.metadata.raw_values(),
             "general.quantization_version": 2,
@@ -63,6 +68,41 @@ def quantise_file(
         }
         remove_stale(out)
         write_gguf(out, metadata, specs, progress)
+
+
+def all_specs(file: GGUFFile, rules: Rules, quantisers: Quantisers) -> list[TensorSpec]:
+    """Every tensor by the rules; experts in classes become plain stacks again."""
+    stacks, specs = merged(file), []
+    for tensor in file.tensors.values():
+        if tensor.name not in stacks:
+            specs.append(requantised(tensor, rules, quantisers))
+            continue
+        whole = stacks[tensor.name]
+        if whole is not None:
+            name, values = whole
+            type = rules.type_of(name, values.shape, values.source)
+            specs.append(tensor_spec(name, type, values, quantisers.encoder(name)))
+    return specs
+
+
+def mixed_specs(
+    file: GGUFFile, job: Quantisation, specs: Sequence[TensorSpec], quantisers: Quantisers
+) -> list[TensorSpec]:
+    """The same with experts in classes by heat."""
+    assert job.heat is not None
+    rest = [spec for spec in specs if not EXPERTS.fullmatch(spec.name)]
+    rules = tuple(
+        rules_of(file, check_mix(type), job.overrides) for type in (job.heat.hot, job.heat.cold)
+    )
+    size = header_bytes(file, len(rules)) + sum(spec.nbytes for spec in rest)
+    classes = Classes(file, job.heat, (rules[0], rules[1]), size)
+    out: list[TensorSpec] = []
+    for spec in specs:
+        if EXPERTS.fullmatch(spec.name):
+            out += classes.specs(file.tensors[spec.name], quantisers)
+        else:
+            out.append(spec)
+    return out
 
 
 def rules_of(file: GGUFFile, mix: str, overrides: Sequence[str]) -> Rules:

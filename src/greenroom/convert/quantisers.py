@@ -3,7 +3,7 @@
 Knows types and the importance of columns; not files.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import cache
 from typing import Any
 
@@ -37,9 +37,16 @@ class Quantisers:
         self._importance = importance or {}
         self._pool: Any = None
 
-    def encoder(self, name: str) -> Encode:
-        """The encoder of one tensor, called with its entries in order."""
+    def encoder(self, name: str, members: Sequence[int] | Any = None) -> Encode:
+        """The encoder of one tensor, called with its entries in order.
+
+        Args:
+            name: of the tensor.
+            members: (n,) the experts that will come, or None for all.
+        """
         weights = self._importance.get(name)
+        if members is not None and weights is not None and weights.ndim == 2:
+            weights = weights[members]
         done = 0
 
         def encode(type: GGMLType, values: Floats) -> Bytes:

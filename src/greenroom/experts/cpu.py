@@ -26,7 +26,9 @@ from greenroom.experts.slabs import (
     note_requantised,
     pack,
     stored_type,
+    type_of,
 )
+from greenroom.gguf import GGMLType
 
 Biases = tuple[Tensor, Tensor, Tensor]
 Progress = Callable[[int], None]  # called with the bytes packed since the last call
@@ -70,31 +72,34 @@ class CpuExperts:
         self.experts = len(matrices[0].raw)
         self.activation = activation
         self.block: Bytes | None = None  # (experts, slab) where all slabs lie in one piece
-        self.layout = _plan(matrices, self._biases)
-        layout = self.layout
+        self.layouts = _plan(matrices, self._biases)
+        layout = self.layouts[0]
         self._layer = native.lib().MoeLayer(self.experts, layout.d, layout.f, activation)
         self._slabs: dict[int, Bytes] = {}
         self._pending: Future[Tensor] | None = None
         for m in matrices:
-            note_requantised(m.name, m.type, columns(m.type, np.asarray(m.raw[0])))
+            for type in dict.fromkeys(type_of(m, e) for e in range(self.experts)):
+                note_requantised(m.name, type, layout.d)
         if not lazy:
             self._load_all(progress)
 
     def _load_all(self, progress: Progress | None) -> None:
-        size = self.layout.nbytes
-        memory = self.block = allocate(size * self.experts).reshape(self.experts, size)
-        for expert in range(self.experts):
-            self._load(expert, memory[expert])
+        memory, end = allocate(sum(layout.nbytes for layout in self.layouts)), 0
+        if self.uniform:
+            self.block = memory.reshape(self.experts, -1)
+        for expert, layout in enumerate(self.layouts):
+            start, end = end, end + layout.nbytes
+            self._load(expert, memory[start:end])
             if progress is not None:
-                progress(size)
+                progress(layout.nbytes)
 
     def _load(self, expert: int, slab: Bytes) -> None:
         """Packs one expert into a slab and tells the native layer about it."""
-        entries = []
+        entries, layout = [], self.layouts[expert]
         for i, m in enumerate(self._matrices):
-            part = self.layout.matrix(slab, i)
-            packed = pack(self._pool, m.name, m.type, np.asarray(m.raw[expert]), into=part)
-            bias = self.layout.bias(slab, i)
+            part, type = layout.matrix(slab, i), type_of(m, expert)
+            packed = pack(self._pool, m.name, type, np.asarray(m.raw[expert]), into=part)
+            bias = layout.bias(slab, i)
             if bias is not None:
                 bias[:] = self._biases[i][expert]
             scale = 1.0 if self._scales is None else float(self._scales[expert, i])
@@ -103,14 +108,24 @@ class CpuExperts:
         self._slabs[expert] = slab
 
     @property
+    def layout(self) -> SlabLayout:
+        """Of every expert, where `uniform`; else of expert 0."""
+        return self.layouts[0]
+
+    @property
+    def uniform(self) -> bool:
+        """Whether all slabs have one size and layout; not in files of mixed precision."""
+        return len(set(self.layouts)) == 1
+
+    @property
     def nbytes(self) -> int:
         """Bytes of the slabs in memory."""
-        return len(self._slabs) * self.layout.nbytes
+        return sum(self.layouts[expert].nbytes for expert in self._slabs)
 
     def slab(self, expert: int) -> Bytes:
-        """One expert's bytes, (layout.nbytes,) uint8; packed now if it is not yet."""
+        """One expert's bytes, (nbytes of its layout,) uint8; packed now if it is not yet."""
         if expert not in self._slabs:
-            self._load(expert, allocate(self.layout.nbytes))
+            self._load(expert, allocate(self.layouts[expert].nbytes))
         return self._slabs[expert]
 
     def __call__(self, hidden: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
@@ -155,15 +170,25 @@ class CpuExperts:
 
 def _plan(
     matrices: tuple[RawMatrices, RawMatrices, RawMatrices], biases: list[Floats]
-) -> SlabLayout:
+) -> list[SlabLayout]:
+    """The layout of each expert's slab; experts of the same types share one."""
     gate, up, down = matrices
-    shapes = [(np.shape(m.raw[0])[0], columns(m.type, np.asarray(m.raw[0]))) for m in matrices]
-    f, d = shapes[0]
     counts = {len(m.raw) for m in matrices} | {len(b) for b in biases}
-    if shapes != [(f, d), (f, d), (d, f)] or len(counts) != 1:
-        raise NativeError(
-            f"{gate.name}, {up.name}, {down.name}: shapes {shapes} of {sorted(counts)} experts "
-            "do not belong together"
-        )
-    types = tuple(stored_type(m.type, cols) for m, (_, cols) in zip(matrices, shapes, strict=True))
-    return SlabLayout.plan((types[0], types[1], types[2]), d, f, bool(biases))
+    layouts: list[SlabLayout] = []
+    known: dict[tuple[GGMLType, ...], SlabLayout] = {}
+    for e in range(min(counts)):
+        stored = [type_of(m, e) for m in matrices]
+        parts = zip(matrices, stored, strict=True)
+        shapes = [(np.shape(m.raw[e])[0], columns(t, np.asarray(m.raw[e]))) for m, t in parts]
+        f, d = (layouts[0].f, layouts[0].d) if layouts else shapes[0]
+        if shapes != [(f, d), (f, d), (d, f)] or len(counts) != 1:
+            raise NativeError(
+                f"{gate.name}, {up.name}, {down.name}: shapes {shapes} of {sorted(counts)} experts "
+                "do not belong together"
+            )
+        kept = [stored_type(t, cols) for t, (_, cols) in zip(stored, shapes, strict=True)]
+        types = (kept[0], kept[1], kept[2])
+        if types not in known:
+            known[types] = SlabLayout.plan(types, d, f, bool(biases))
+        layouts.append(known[types])
+    return layouts

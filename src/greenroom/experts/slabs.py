@@ -55,6 +55,25 @@ class SplitMatrices:
     raw: Sequence[Bytes]
 
 
+@dataclass(frozen=True, slots=True)
+class MixedMatrices:
+    """`RawMatrices` whose experts have types of their own; `type` is that of the first."""
+
+    name: str
+    types: tuple[GGMLType, ...]
+    raw: Sequence[Bytes]
+
+    @property
+    def type(self) -> GGMLType:
+        """Of expert 0."""
+        return self.types[0]
+
+
+def type_of(matrices: RawMatrices, expert: int) -> GGMLType:
+    """The format of one expert's blocks."""
+    return matrices.types[expert] if isinstance(matrices, MixedMatrices) else matrices.type
+
+
 def allocate(nbytes: int) -> Bytes:
     """Zeroed memory of its own, on huge pages where the system grants them: (nbytes,) uint8.
 

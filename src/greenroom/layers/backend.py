@@ -20,7 +20,7 @@ from greenroom.layers.moe import DenseMlp, Experts, Matrices, Matrix, Routing
 from greenroom.layers.norm import Norm
 from greenroom.layers.rope import Rope, rotate
 from greenroom.layers.router import Router, Rule
-from greenroom.layers.weight import Weight, WeightStack
+from greenroom.layers.weight import MixedStack, Weight, WeightStack
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,9 +77,9 @@ class ExpertWeights:
         activation: "silu" or "gpt-oss".
     """
 
-    gate: Weight | WeightStack
-    up: Weight | WeightStack
-    down: Weight | WeightStack
+    gate: Weight | WeightStack | MixedStack
+    up: Weight | WeightStack | MixedStack
+    down: Weight | WeightStack | MixedStack
     biases: tuple[Tensor, Tensor, Tensor] | None = None
     activation: str = "silu"
 

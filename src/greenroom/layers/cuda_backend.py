@@ -123,7 +123,8 @@ class CudaBackend:
         matrices = (weights.gate, weights.up, weights.down)
         cpu = CpuExperts(self.pool, matrices, weights.biases, weights.activation, lazy=self.mmap)
         beside = ExpertsBeside(cpu, self._courier)
-        self.tiers.add(beside)
+        if cpu.uniform:  # slots and staging hold slabs of one size: mixed layers stay in RAM
+            self.tiers.add(beside)
         return beside
 
     def complete(self) -> None:

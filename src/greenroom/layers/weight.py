@@ -11,6 +11,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from greenroom.experts.slabs import MixedMatrices
 from greenroom.gguf import GGMLType, dequantize
 
 
@@ -60,3 +61,14 @@ class WeightStack:
     def float32(self) -> Tensor:
         """The values, (experts, rows, cols) float32, in memory of their own."""
         return torch.stack([Weight(self.name, self.type, raw).float32() for raw in self.raw])
+
+
+class MixedStack(MixedMatrices):
+    """The matrices of all experts, each in the type of its class, all of one shape."""
+
+    __slots__ = ()
+
+    def float32(self) -> Tensor:
+        """The values, (experts, rows, cols) float32, in memory of their own."""
+        parts = zip(self.types, self.raw, strict=True)
+        return torch.stack([Weight(self.name, type, raw).float32() for type, raw in parts])

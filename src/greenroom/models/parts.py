@@ -13,11 +13,11 @@ from greenroom.layers.backend import Backend, ExpertWeights, NormLike
 from greenroom.layers.embedding import Embedding
 from greenroom.layers.moe import Experts, Matrices, Matrix, Routing, SharedExpert
 from greenroom.layers.router import Rule
-from greenroom.layers.weight import Weight, WeightStack
+from greenroom.layers.weight import MixedStack, Weight, WeightStack
 from greenroom.models.config import ModelConfig, MoeConfig
-from greenroom.models.tensors import Tensors, stack
+from greenroom.models.tensors import Tensors, mixed, stack
 
-Bank = Weight | WeightStack  # a matrix of every expert
+Bank = Weight | WeightStack | MixedStack  # a matrix of every expert
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -164,9 +164,7 @@ class Parts:
         gate, up = self.gate_up()
         return self.backend.experts(ExpertWeights(gate, up, self.expert_stack("down")))
 
-    def gate_up(
-        self, interleaved: bool = False
-    ) -> tuple[Weight | WeightStack, Weight | WeightStack]:
+    def gate_up(self, interleaved: bool = False) -> tuple[Bank, Bank]:
         """Gate and up of all experts, each (experts, f, d).
 
         Args:
@@ -186,6 +184,10 @@ class Parts:
         """ "gate", "up" or "down" of all experts; files before April 2024 have them one by one."""
         moe, hidden = self.moe, self.config.hidden_size
         shape = (hidden, moe.width) if part == "down" else (moe.width, hidden)
+        if self.has("ffn_exps.class"):  # docs/mixed-precision.md
+            classes = self.tensors.integers(f"{self.prefix}ffn_exps.class", moe.experts)
+            name = f"{self.prefix}ffn_{part}_exps"
+            return mixed(self.tensors, name, classes, shape)
         if not self.has(f"ffn_{part}_exps.weight") and self.has(f"ffn_{part}.0.weight"):
             return stack(
                 [self.weight(f"ffn_{part}.{e}.weight", *shape) for e in range(moe.experts)]

@@ -6,11 +6,13 @@ that names it. Knows names and shapes, not what a family computes with them.
 
 from collections.abc import Callable
 
+import numpy as np
+import numpy.typing as npt
 from torch import Tensor
 
 from greenroom.errors import ModelFileError
 from greenroom.gguf import GGMLType, GGUFFile, repack_pairs
-from greenroom.layers.weight import Weight, WeightStack
+from greenroom.layers.weight import MixedStack, Weight, WeightStack
 
 # Written by old converters, derived from the metadata, never needed.
 IGNORED_ENDINGS = (".attn_rot_embd", ".rotary_emb.inv_freq", ".attn.masked_bias")
@@ -64,6 +66,23 @@ class Tensors:
             "another kind than its metadata says"
         )
 
+    def integers(self, name: str, count: int) -> npt.NDArray[np.int32]:
+        """A tensor of (count,) int32; it may be asked for again.
+
+        Raises:
+            ModelFileError: it is missing, or of another type or shape.
+        """
+        tensor = self._file.tensors.get(name)
+        if tensor is None:
+            raise self.missing(name)
+        if tensor.type != GGMLType.I32 or tensor.shape != (count,):
+            raise ModelFileError(
+                f"{self._file.path.name}: tensor {name} is {tensor.type.name} {tensor.shape}, "
+                f"but must be I32 ({count},)"
+            )
+        self._taken.add(name)
+        return tensor.data().view(np.int32)
+
     def values(self, name: str, *shape: int) -> Tensor:
         """A tensor's values in float32, for norms, biases and other small tensors."""
         return self.take(name, *shape).float32()
@@ -105,3 +124,28 @@ def stack(weights: list[Weight]) -> WeightStack:
                 f"{first.type.name}; requantise the model"
             )
     return WeightStack(first.name, first.type, [weight.raw for weight in weights])
+
+
+def mixed(
+    tensors: Tensors, name: str, classes: npt.NDArray[np.int32], shape: tuple[int, ...]
+) -> MixedStack:
+    """Experts of several precision classes as one bank, see docs/mixed-precision.md.
+
+    Args:
+        tensors: the file's.
+        name: "blk.N.ffn_gate_exps" or the like; ".cK.weight" has class K's experts by number.
+        classes: of each expert, (experts,).
+        shape: (rows, cols) of one expert.
+
+    Raises:
+        ModelFileError: the classes are not numbered from 0 without a gap, or a tensor is wrong.
+    """
+    counts = np.bincount(np.maximum(classes, 0))
+    if classes.min() < 0 or not counts.all():
+        raise ModelFileError(f"{name}: its classes are not numbered from 0 without a gap")
+    banks = [
+        tensors.take(f"{name}.c{c}.weight", int(count), *shape) for c, count in enumerate(counts)
+    ]
+    rows = [iter(bank.raw) for bank in banks]
+    types = tuple(banks[c].type for c in classes)
+    return MixedStack(f"{name}.c0.weight", types, [next(rows[c]) for c in classes])

@@ -1,0 +1,150 @@
+"""Mixed precision by heat: the classes, the file, the engine on both backends, and the way back."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from greenroom.commands import main
+from greenroom.commands.inspect import describe
+from greenroom.convert.heat import Heat, choose
+from greenroom.convert.quantise import Quantisation, quantise_file
+from greenroom.errors import ModelFileError, UnsupportedModelError
+from greenroom.gguf import GGMLType, GGUFFile, TensorSpec, write_gguf
+from greenroom.models import LoadOptions, load_model
+
+from ..models.cases import CASES
+from ..models.hf_export import VOCABULARY
+from ..models.sessions import one_pass, prompt, relative_error
+
+
+def trace(path: Path, counts: np.ndarray, layers: list[int] | None = None) -> Path:
+    """A trace of one route per token with these counts, (layers, experts)."""
+    tokens = counts.sum(1).max()
+    routes = np.full((tokens, len(counts), 1), -1, np.int16)
+    for i, row in enumerate(counts):
+        routes[: row.sum(), i, 0] = np.repeat(np.arange(len(row)), row)
+    np.savez_compressed(
+        path,
+        version=np.int64(1),
+        model=np.frombuffer(b"tiny", np.uint8),
+        experts=np.int64(counts.shape[1]),
+        layers=np.array(layers or range(len(counts))),
+        routes=routes,
+        starts=np.zeros(1, np.int64),
+    )
+    return path
+
+
+def source(folder: Path, case: str) -> tuple[Path, np.ndarray]:
+    """A model in float16 and counts in which experts 1 and 2 of every layer are hot."""
+    tiny = CASES[case].make_wide(gain=1.0)
+    path = tiny.write(folder / "model.gguf", "F16")
+    with GGUFFile(path) as file:
+        config = load_model(file, LoadOptions(backend="reference")).config
+    assert config.moe is not None
+    counts = np.ones((config.layers, config.moe.experts), np.int64)
+    counts[:, 1], counts[:, 2] = 20, 10
+    return path, counts
+
+
+def logits(path: Path, backend: str, **options: object) -> torch.Tensor:
+    with GGUFFile(path) as file:
+        model = load_model(file, LoadOptions(backend=backend, threads=2, **options))
+        return one_pass(model, prompt(5, 23, VOCABULARY))
+
+
+@pytest.mark.parametrize("case", ["qwen3moe", "gpt-oss"])
+def test_the_engine_runs_a_mixed_file(tmp_path: Path, case: str) -> None:
+    path, counts = source(tmp_path, case)
+    heat = Heat(trace(tmp_path / "t.npz", counts), "Q8_0", "Q4_0", share=2 / counts.shape[1])
+    out = tmp_path / "mixed.gguf"
+    quantise_file(Quantisation(path, "F16", heat=heat, threads=2), out)
+    with GGUFFile(out) as file, GGUFFile(path) as before:
+        index = file.tensors["blk.0.ffn_exps.class"].data().view(np.int32)
+        hot, cold = (file.tensors[f"blk.0.ffn_down_exps.c{c}.weight"] for c in (0, 1))
+        whole = before.tensors["blk.0.ffn_down_exps.weight"].dequantize()
+        assert describe(file)["experts"]["classes"][0]["type"] == "Q8_0"
+        assert (hot.type, cold.type) == (GGMLType.Q8_0, GGMLType.Q4_0)
+        assert index.tolist() == [int(e not in (1, 2)) for e in range(len(index))]
+        off = hot.dequantize() - whole[1:3]
+        assert (off**2).mean() < 1e-4 * (whole[1:3] ** 2).mean()
+    # The twin: every expert rounded to its type, stored in float32 as plain stacks.
+    plain = tmp_path / "plain.gguf"
+    quantise_file(Quantisation(out, "F32", threads=2), plain)
+    with GGUFFile(plain) as file:
+        assert not any(".c0." in name or ".class" in name for name in file.tensors)
+    expected = logits(plain, "reference")
+    assert relative_error(logits(out, "reference"), expected) < 1e-5
+    assert relative_error(logits(out, "native"), expected) < 0.05
+    assert torch.equal(logits(out, "native"), logits(out, "native", mmap=True))
+
+
+def test_hot_experts_are_those_with_most_routes_per_byte() -> None:
+    counts = np.array([[5, 1, 1, 3], [9, 0, 0, 1]])
+    bytes_of = np.array([[8, 4], [8, 4]])
+    of = choose(counts, bytes_of, Heat(Path(), "", "", share=0.25), 0)
+    assert (of == 0).tolist() == [[True, False, False, False], [True, False, False, False]]
+    size = 100 + 8 * 4 + 3 * 4  # everything cold, and three finer ones
+    of = choose(counts, bytes_of, Heat(Path(), "", "", size=size), 100)
+    assert (of == 0).tolist() == [[True, False, False, True], [True, False, False, False]]
+    with pytest.raises(UnsupportedModelError, match="cannot be reached"):
+        choose(counts, bytes_of, Heat(Path(), "", "", size=120), 100)
+
+
+@pytest.mark.parametrize("percent", [45, 48])
+def test_the_size_is_kept(tmp_path: Path, percent: int) -> None:
+    path, counts = source(tmp_path, "mixtral")
+    size = path.stat().st_size * percent // 100
+    heat = Heat(trace(tmp_path / "t.npz", counts), "Q8_0", "Q4_0", size=size)
+    quantise_file(Quantisation(path, "Q8_0", heat=heat, threads=2), tmp_path / "o.gguf")
+    found = (tmp_path / "o.gguf").stat().st_size
+    assert found <= size
+    with GGUFFile(tmp_path / "o.gguf") as file:
+        hot = sum(e["experts"] for e in describe(file)["experts"]["classes"][:1])
+    assert 0 < hot < counts.size
+
+
+def test_a_trace_of_another_model_is_refused(tmp_path: Path) -> None:
+    path, counts = source(tmp_path, "mixtral")
+    other = trace(tmp_path / "t.npz", counts[:, :-1])
+    with pytest.raises(ModelFileError, match="this trace is of tiny"):
+        quantise_file(
+            Quantisation(path, "Q8_0", heat=Heat(other, "Q8_0", "Q4_0")), tmp_path / "o.gguf"
+        )
+    (tmp_path / "no.npz").write_bytes(b"PK")
+    with pytest.raises(ModelFileError, match="this is no trace"):
+        quantise_file(
+            Quantisation(path, "Q8_0", heat=Heat(tmp_path / "no.npz", "Q8_0", "Q4_0")),
+            tmp_path / "o.gguf",
+        )
+
+
+def test_a_damaged_index_is_refused(tmp_path: Path) -> None:
+    path, counts = source(tmp_path, "mixtral")
+    heat = Heat(trace(tmp_path / "t.npz", counts), "Q8_0", "Q4_0")
+    quantise_file(Quantisation(path, "Q8_0", heat=heat, threads=2), tmp_path / "o.gguf")
+    for values in ([0] * counts.shape[1], [9] * counts.shape[1], [-1] * counts.shape[1]):
+        with GGUFFile(tmp_path / "o.gguf") as file:
+            specs = [
+                TensorSpec(t.name, t.type, t.shape, np.array(values, np.int32))
+                if t.name == "blk.0.ffn_exps.class"
+                else TensorSpec.copy(t)
+                for t in file.tensors.values()
+            ]
+            write_gguf(tmp_path / "bad.gguf", file.metadata.raw_values(), specs)
+        with pytest.raises(ModelFileError):
+            logits(tmp_path / "bad.gguf", "reference")
+
+
+def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path, counts = source(tmp_path, "mixtral")
+    record = trace(tmp_path / "t.npz", counts)
+    out = tmp_path / "o.gguf"
+    arguments = ["quantize", str(path), str(out), "--hot-type", "Q8_0", "--cold-type", "Q4_0"]
+    assert main([*arguments, "--hot-experts", str(record), "--hot-share", "0.5"]) == 0
+    assert main([*arguments, "--hot-share", "0.5"]) == 1
+    assert "need --hot-experts" in capsys.readouterr().err
+    assert main(["inspect", str(out)]) == 0
+    assert "mixed precision" in capsys.readouterr().out
