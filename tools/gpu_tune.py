@@ -1,0 +1,132 @@
+"""Time the expert kernels on this machine's GPU over a small grid of tile sizes.
+
+    python tools/gpu_tune.py [--quick]
+
+Prints microseconds, GB/s of weights and the best choice for: experts in slots (one token),
+expanding a slab, one expert of a long step, and copies from pinned and pageable slabs.
+"""
+
+import argparse
+import time
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+import triton
+
+from greenroom.experts import tiers
+from greenroom.experts.slabs import SlabLayout, allocate
+from greenroom.experts.stream import Expert, Work
+from greenroom.gguf import GGMLType
+from greenroom.kernels import dequantise as expand
+from greenroom.kernels import experts as kernels
+
+SHAPES: dict[str, Any] = {
+    "gpt-oss-20b": ((39, 39, 39), 2880, 2880, True, 4, "gpt-oss"),
+    "qwen3-30b-a3b": ((12, 12, 14), 2048, 768, False, 8, "silu"),
+}
+
+
+def timed(body: Callable[[], object]) -> float:
+    """Seconds of one run inside a captured graph, the median of a few."""
+    body()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for _ in range(8):
+            body()
+    return float(triton.testing.do_bench(graph.replay, warmup=5, rep=30)) / 8e3
+
+
+def slots_of(layout: SlabLayout, count: int) -> torch.Tensor:
+    """Slots of bytes that are valid, small numbers in every format."""
+    memory = torch.full((count, layout.nbytes), 0x11, dtype=torch.uint8, device="cuda")
+    return memory
+
+
+def tune_hits(name: str, quick: bool) -> None:
+    kinds, d, f, biased, k, activation = SHAPES[name]
+    layout = SlabLayout.plan(tuple(GGMLType(kind) for kind in kinds), d, f, biased)
+    count = max(64, (600 << 20) // layout.nbytes)  # more than the cache holds
+    memory = slots_of(layout, count)
+    table = torch.randperm(count, device="cuda").int()
+    best: tuple[float, str] = (1e9, "")
+    grid = [(64, 4), (128, 8)] if quick else [(32, 2), (64, 2), (64, 4), (128, 4), (128, 8)]
+    for tokens in (1,) if quick else (1, 8, 32):
+        hidden = torch.randn(tokens, d, device="cuda")
+        weights = torch.rand(tokens, k, device="cuda")
+        for kernels.LINES, kernels.WARPS in grid:
+            turn = [torch.randint(0, count, (tokens, k), device="cuda").int() for _ in range(8)]
+            calls = iter(turn * 1000)
+
+            def body() -> object:
+                return kernels.hits(memory, table, layout, hidden, next(calls), weights, activation)
+
+            seconds = timed(body)
+            rate = tokens * k * layout.nbytes / seconds / 1e9
+            choice = f"lines {kernels.LINES} warps {kernels.WARPS}"
+            print(f"hits {name} {tokens:2} tokens {choice}: {seconds * 1e6:.1f} us {rate:.0f} GB/s")
+            if tokens == 1:
+                best = min(best, (seconds, choice))
+    print(f"hits {name} best: {best[1]}", flush=True)
+
+
+def tune_stream(name: str) -> None:
+    kinds, d, f, biased, _, activation = SHAPES[name]
+    layout = SlabLayout.plan(tuple(GGMLType(kind) for kind in kinds), d, f, biased)
+    slab = slots_of(layout, 1)[0]
+    both = torch.empty(f, d, dtype=torch.float16, device="cuda")
+    for expand.LINES in (16, 32, 64):
+        seconds = timed(lambda: expand.dequantise(slab, kinds[0], both))
+        print(f"expand {name} lines {expand.LINES}: {seconds * 1e6:.1f} us, "
+              f"{2 * f * d / seconds / 1e9:.0f} GB/s written")  # fmt: skip
+    expand.LINES = 32
+    scratch = torch.empty(2 * d * f, dtype=torch.float16, device="cuda")
+    expert = Expert(layout, activation, scratch)
+    for rows in (64, 256, 1024):
+        hidden = torch.randn(rows, d, device="cuda")
+        tokens, weights = torch.arange(rows, device="cuda"), torch.rand(rows, device="cuda")
+        work = Work.prepare(hidden, tokens, weights, [0, rows])
+        seconds = timed(lambda: expert(work, 0, slab))
+        begin = time.perf_counter()
+        for _ in range(50):
+            expert(work, 0, slab)
+        host = (time.perf_counter() - begin) / 50
+        torch.cuda.synchronize()
+        print(f"expert {name} {rows} rows: device {seconds * 1e6:.0f} us, "
+              f"host {host * 1e6:.0f} us, {6 * rows * d * f / seconds / 1e12:.0f} TFLOP/s")  # fmt: skip
+
+
+def measure_copies() -> None:
+    slabs = allocate(1 << 30).reshape(64, -1)
+    slabs[:] = 1
+    there = torch.empty(slabs.shape[1], dtype=torch.uint8, device="cuda")
+
+    class Bank:
+        block: np.ndarray[Any, Any] = slabs
+
+    for state in ("pageable", "pinned"):
+        begin = time.perf_counter()
+        for slab in slabs:
+            there.copy_(torch.from_numpy(slab), non_blocking=True)
+        torch.cuda.synchronize()
+        print(f"copies {state}: {slabs.nbytes / (time.perf_counter() - begin) / 1e9:.1f} GB/s")
+        if state == "pageable":
+            begin = time.perf_counter()
+            tiers.pin(Bank())  # type: ignore[arg-type]
+            print(f"pinning 1 GiB: {time.perf_counter() - begin:.3f} s")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--quick", action="store_true")
+    args = parser.parse_args()
+    measure_copies()
+    for name in SHAPES:
+        tune_stream(name)
+        tune_hits(name, args.quick)
+
+
+if __name__ == "__main__":
+    main()
