@@ -8,7 +8,9 @@ expanding a slab, one expert of a long step, and copies from pinned and pageable
 
 import argparse
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from functools import partial
+from itertools import cycle
 from typing import Any
 
 import numpy as np
@@ -41,8 +43,27 @@ def timed(body: Callable[[], object]) -> float:
 
 def slots_of(layout: SlabLayout, count: int) -> torch.Tensor:
     """Slots of bytes that are valid, small numbers in every format."""
-    memory = torch.full((count, layout.nbytes), 0x11, dtype=torch.uint8, device="cuda")
-    return memory
+    return torch.full((count, layout.nbytes), 0x11, dtype=torch.uint8, device="cuda")
+
+
+def next_routes(
+    routes: Iterator[torch.Tensor], compute: Callable[[torch.Tensor], object]
+) -> object:
+    """A call with experts the cache does not hold."""
+    return compute(next(routes))
+
+
+def on_slots(
+    memory: torch.Tensor,
+    table: torch.Tensor,
+    layout: SlabLayout,
+    hidden: torch.Tensor,
+    weights: torch.Tensor,
+    activation: str,
+    ids: torch.Tensor,
+) -> object:
+    """`kernels.hits` with the routes last."""
+    return kernels.hits(memory, table, layout, hidden, ids, weights, activation)
 
 
 def tune_hits(name: str, quick: bool) -> None:
@@ -57,13 +78,10 @@ def tune_hits(name: str, quick: bool) -> None:
         hidden = torch.randn(tokens, d, device="cuda")
         weights = torch.rand(tokens, k, device="cuda")
         for kernels.LINES, kernels.WARPS in grid:
-            turn = [torch.randint(0, count, (tokens, k), device="cuda").int() for _ in range(8)]
-            calls = iter(turn * 1000)
-
-            def body() -> object:
-                return kernels.hits(memory, table, layout, hidden, next(calls), weights, activation)
-
-            seconds = timed(body)
+            compute = partial(on_slots, memory, table, layout, hidden, weights, activation)
+            shape = (8, tokens, k)
+            routes = cycle(torch.randint(0, count, shape, device="cuda", dtype=torch.int32))
+            seconds = timed(partial(next_routes, routes, compute))
             rate = tokens * k * layout.nbytes / seconds / 1e9
             choice = f"lines {kernels.LINES} warps {kernels.WARPS}"
             print(f"hits {name} {tokens:2} tokens {choice}: {seconds * 1e6:.1f} us {rate:.0f} GB/s")
@@ -88,14 +106,15 @@ def tune_stream(name: str) -> None:
         hidden = torch.randn(rows, d, device="cuda")
         tokens, weights = torch.arange(rows, device="cuda"), torch.rand(rows, device="cuda")
         work = Work.prepare(hidden, tokens, weights, [0, rows])
-        seconds = timed(lambda: expert(work, 0, slab))
+        seconds = timed(partial(expert, work, 0, slab))
         begin = time.perf_counter()
         for _ in range(50):
             expert(work, 0, slab)
         host = (time.perf_counter() - begin) / 50
         torch.cuda.synchronize()
-        print(f"expert {name} {rows} rows: device {seconds * 1e6:.0f} us, "
-              f"host {host * 1e6:.0f} us, {6 * rows * d * f / seconds / 1e12:.0f} TFLOP/s")  # fmt: skip
+        rate = 6 * rows * d * f / seconds / 1e12
+        device = f"device {seconds * 1e6:.0f} us, host {host * 1e6:.0f} us"
+        print(f"expert {name} {rows} rows: {device}, {rate:.0f} TFLOP/s", flush=True)
 
 
 def measure_copies() -> None:
