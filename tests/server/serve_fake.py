@@ -16,9 +16,17 @@ if __name__ == "__main__":
     key_file = Path(sys.argv[1]) if sys.argv[1] != "-" else None
     delay = float(sys.argv[2])
     port = int(sys.argv[3]) if len(sys.argv) > 3 else 0
+    certificate, key = map(Path, sys.argv[4:6]) if len(sys.argv) > 4 else (None, None)
     ring = KeyRing(file=key_file)
     app = create_app(
         FakeEngine(delay=delay, reply="0123456789" * 3), ServerSettings(), ring, "fake"
     )
-    listen = Listen(port=port, log_format="json", access_log=False, drain_seconds=20)
+    listen = Listen(
+        port=port,
+        certificate=certificate,
+        key=key,
+        log_format="json",
+        access_log=False,
+        drain_seconds=20,
+    )
     run(app, listen, ring, lambda url: print(url, flush=True))

@@ -3,7 +3,9 @@
 import contextlib
 import json
 import logging
+import shutil
 import signal
+import ssl
 import subprocess
 import sys
 import time
@@ -27,14 +29,15 @@ BODY = {"messages": [{"role": "user", "content": "x"}]}
 
 
 @contextmanager
-def server(keys: Path | None, delay: float) -> Iterator[tuple[Any, str]]:
-    command = [sys.executable, str(FAKE), str(keys or "-"), str(delay)]
+def server(keys: Path | None, delay: float, *tls: Path) -> Iterator[tuple[Any, str]]:
+    command = [sys.executable, str(FAKE), str(keys or "-"), str(delay), "0", *map(str, tls)]
     process = subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )  # fmt: skip
     try:
         url = process.stdout.readline().strip()
-        assert url.startswith("http://127.0.0.1:"), process.stderr.read()
+        scheme = "https" if tls else "http"
+        assert url.startswith(f"{scheme}://127.0.0.1:"), process.stderr.read()
         yield process, url
     finally:
         process.kill()
@@ -77,6 +80,29 @@ def test_sighup_reads_the_keys_again(tmp_path):
         assert process.wait(10) == 0
         logged = [json.loads(line) for line in process.stderr.read().splitlines()]
         assert any(entry["message"] == "API keys: 1" for entry in logged)
+
+
+@pytest.mark.skipif(shutil.which("openssl") is None, reason="openssl makes the certificate")
+def test_tls_handshake_and_answer(tmp_path):
+    certificate, key = tmp_path / "server.crt", tmp_path / "server.key"
+    make = "openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:P-256 -nodes -days 2"
+    subprocess.run(
+        [*make.split(), "-subj", "/CN=localhost", "-addext", "subjectAltName=IP:127.0.0.1",
+         "-keyout", str(key), "-out", str(certificate)],
+        check=True, capture_output=True,
+    )  # fmt: skip
+    with server(None, 0, certificate, key) as (_, url):
+        trusting = ssl.create_default_context(cafile=str(certificate))
+        with httpx.Client(base_url=url, verify=trusting) as client:
+            assert client.get("/v1/models").status_code == 200
+            answer = client.post("/v1/chat/completions", json=BODY).json()
+            assert answer["choices"][0]["message"]["content"] == "0123456789" * 3
+            own = {"origin": url}  # a page of ours, by its https address
+            assert client.get("/v1/models", headers=own).status_code == 200
+        with pytest.raises(httpx.ConnectError, match=r"(?i)certificate"):
+            httpx.get(url + "/health")
+        with pytest.raises(httpx.TransportError):
+            httpx.get(url.replace("https", "http") + "/health")
 
 
 @pytest.fixture(scope="module")
