@@ -1,5 +1,6 @@
 """Request bodies: read, checked against their model, described in the OpenAPI document."""
 
+import asyncio
 import json
 from typing import Any, TypeVar
 
@@ -29,6 +30,8 @@ REQUESTS: tuple[type[Strict], ...] = (
     local.DetokenizeRequest,
 )
 
+_LARGE = 1 << 16  # bytes; larger ones are read in a thread
+
 
 async def read(request: Request, model: type[B]) -> B:
     """The request's body.
@@ -42,9 +45,11 @@ async def read(request: Request, model: type[B]) -> B:
     except ClientDisconnect:
         raise ClientGoneError from None
     try:
-        return model.model_validate_json(raw)
+        if len(raw) <= _LARGE:
+            return model.model_validate_json(raw)
+        return await asyncio.to_thread(model.model_validate_json, raw)
     except ValidationError as error:
-        raise validation_error(error, _loaded(raw)) from None
+        raise validation_error(error, _loaded(raw) if len(raw) <= _LARGE else None) from None
 
 
 def _loaded(raw: bytes) -> Any:

@@ -225,11 +225,14 @@ class Runner:
     async def prompts(self, served: Served, call: Call) -> list[list[int]]:
         """Token ids of the call's prompts."""
         if call.messages:
+            contents = (message.get("content") for message in call.messages)
+            served.check_length(sum(len(c) for c in contents if isinstance(c, str)), "messages")
             tools = () if call.tool_choice == "none" else call.tools
             return [await served.render(call.messages, tools, call.variables)]
         prompts: list[list[int]] = []
         for prompt in call.prompts:
             if isinstance(prompt, str):
+                served.check_length(len(prompt), "prompt")
                 prompts.append(await served.tokenize(prompt, call.add_special))
             else:
                 prompts.append(list(prompt))

@@ -36,6 +36,7 @@ class Served:
         self._limit = self._slots + queue
         self._admitted = 0
         self._mean_seconds = 1.0
+        self._longest = 0  # characters of the longest token, once known
 
     @property
     def context_length(self) -> int:
@@ -104,6 +105,21 @@ class Served:
         """Token ids of plain text; nothing in it becomes a control token."""
         encode = self.engine.tokenizer.encode
         return list(await self.in_worker(lambda: encode(text, add_special=add_special)))
+
+    def check_length(self, characters: int, field: str) -> None:
+        """Refuses a text that cannot fit, before it costs the time to tokenise it."""
+        if not hasattr(self.engine.tokenizer, "vocabulary"):
+            return
+        if not self._longest:
+            self._longest = max(map(len, self.engine.tokenizer.vocabulary.texts))
+        # A token covers at most as many characters as its text has; normalising may merge some.
+        most = 4 * self._longest * self.context_length
+        if characters > most:
+            raise ContextLengthError(
+                f"{field}: {characters} characters are more than the context of "
+                f"{self.context_length} tokens can hold",
+                field,
+            )
 
     def check_prompt(
         self, tokens: Sequence[int], answer: int | None, limit: int | None, field: str

@@ -5,6 +5,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from greenroom.server.protocol.base import (
+    MAX_MESSAGES,
     MAX_STOP_STRINGS,
     MAX_TOOLS,
     Count,
@@ -105,7 +106,7 @@ class CountTokensRequest(Strict):
     """`POST /v1/messages/count_tokens`."""
 
     model: Name | None = None
-    messages: Annotated[list[Message], Field(min_length=1)]
+    messages: Annotated[list[Message], Field(min_length=1, max_length=MAX_MESSAGES)]
     system: str | list[TextBlock] | None = None
     tools: Annotated[list[Tool], Field(max_length=MAX_TOOLS)] | None = None
     tool_choice: ToolChoice | None = None

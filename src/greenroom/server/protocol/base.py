@@ -12,6 +12,9 @@ MAX_STOP_CHARACTERS = 1000
 MAX_LOGIT_BIAS = 1024
 MAX_TOP_LOGPROBS = 20
 MAX_TOOLS = 256
+MAX_MESSAGES = 4096
+MAX_TOKEN_IDS = 1 << 20  # of one prompt; its context is what really limits it
+MAX_TEXTS = 4096  # that are read; how many may be asked at once is a setting
 
 
 class Strict(BaseModel):
@@ -23,7 +26,9 @@ class Strict(BaseModel):
 StopString = Annotated[str, StringConstraints(min_length=1, max_length=MAX_STOP_CHARACTERS)]
 Stop = StopString | Annotated[list[StopString], Field(max_length=MAX_STOP_STRINGS)]
 LogitBias = Annotated[dict[str, float], Field(max_length=MAX_LOGIT_BIAS)]
-TokenIds = Annotated[list[Annotated[int, Field(ge=0, lt=2**31)]], Field(min_length=1)]
+TokenIds = Annotated[
+    list[Annotated[int, Field(ge=0, lt=2**31)]], Field(min_length=1, max_length=MAX_TOKEN_IDS)
+]
 Temperature = Annotated[float, Field(ge=0, le=100)]
 Probability = Annotated[float, Field(ge=0, le=1)]
 Penalty = Annotated[float, Field(ge=-2, le=2)]

@@ -5,6 +5,8 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from greenroom.server.protocol.base import (
+    MAX_MESSAGES,
+    MAX_TEXTS,
     MAX_TOOLS,
     Count,
     JsonObject,
@@ -78,7 +80,7 @@ class Generation(Strict):
 class ChatRequest(Generation):
     """`POST /api/chat`."""
 
-    messages: list[Message] | None = None
+    messages: Annotated[list[Message], Field(max_length=MAX_MESSAGES)] | None = None
     tools: Annotated[list[Tool], Field(max_length=MAX_TOOLS)] | None = None
 
 
@@ -96,7 +98,7 @@ class EmbedRequest(Strict):
     """`POST /api/embed`; a text that is too long is refused, never cut."""
 
     model: Name
-    input: str | list[str]
+    input: str | Annotated[list[str], Field(max_length=MAX_TEXTS)]
     truncate: Literal[False] | None = None
     dimensions: Count | None = Field(default=None, description="the model's own width only")
     keep_alive: float | str | None = None

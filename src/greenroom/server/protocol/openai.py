@@ -5,6 +5,8 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from greenroom.server.protocol.base import (
+    MAX_MESSAGES,
+    MAX_TEXTS,
     MAX_TOOLS,
     Count,
     Effort,
@@ -22,6 +24,9 @@ from greenroom.server.protocol.base import (
     TopK,
     TopLogprobs,
 )
+
+Texts = Annotated[list[str], Field(max_length=MAX_TEXTS)]
+ListOfTokenIds = Annotated[list[TokenIds], Field(max_length=MAX_TEXTS)]
 
 
 class TextPart(Strict):
@@ -136,7 +141,7 @@ class ChatCompletionRequest(Neutral, Sampling):
     """`POST /v1/chat/completions`."""
 
     model: Name | None = None
-    messages: Annotated[list[Message], Field(min_length=1)]
+    messages: Annotated[list[Message], Field(min_length=1, max_length=MAX_MESSAGES)]
     max_tokens: Count | None = None
     max_completion_tokens: Count | None = None
     n: Count = 1
@@ -159,7 +164,7 @@ class CompletionRequest(Sampling):
     """`POST /v1/completions`; prompts may be text or token ids."""
 
     model: Name | None = None
-    prompt: str | TokenIds | list[str] | list[TokenIds]
+    prompt: str | TokenIds | Texts | ListOfTokenIds
     max_tokens: Annotated[int, Field(ge=0, le=2**31 - 1)] | None = None
     n: Count = 1
     best_of: Count | None = Field(default=None, description="accepted when equal to `n`")
@@ -177,7 +182,7 @@ class EmbeddingsRequest(Strict):
     """`POST /v1/embeddings`; vectors are mean-pooled, normalised final hidden states."""
 
     model: Name | None = None
-    input: str | TokenIds | list[str] | list[TokenIds]
+    input: str | TokenIds | Texts | ListOfTokenIds
     encoding_format: Literal["float", "base64"] = "float"
     dimensions: Count | None = Field(default=None, description="the model's own width only")
     user: str | None = None

@@ -5,6 +5,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Discriminator, Field, Tag
 
 from greenroom.server.protocol.base import (
+    MAX_MESSAGES,
     MAX_TOOLS,
     Count,
     Effort,
@@ -116,7 +117,7 @@ class ResponsesRequest(Strict):
     """`POST /v1/responses`. The whole conversation travels in `input`."""
 
     model: Name | None = None
-    input: str | Annotated[list[InputItem], Field(min_length=1)]
+    input: str | Annotated[list[InputItem], Field(min_length=1, max_length=MAX_MESSAGES)]
     instructions: str | None = None
     max_output_tokens: Count | None = None
     temperature: Temperature | None = None

@@ -87,7 +87,10 @@ async def _completion(generation: Generation, body: CompletionRequest) -> dict[s
             text = tokenizer.decode(tokens) + text
             if body.logprobs is not None:
                 rows = _prompt_rows(tokens, answer.outputs[0]) + rows
-        logprobs = completion_logprobs(tokenizer, rows) if body.logprobs is not None else None
+        logprobs = None
+        if body.logprobs is not None:
+            work = generation.served.in_worker
+            logprobs = await work(completion_logprobs, tokenizer, rows)
         reason = "length" if body.max_tokens == 0 else answer.finish_reason
         choices.append(
             {"index": index, "text": text, "logprobs": logprobs, "finish_reason": reason}
@@ -112,7 +115,12 @@ async def _chunks(generation: Generation, body: CompletionRequest) -> AsyncItera
             text = tokenizer.decode(tokens) + text
             rows = _prompt_rows(tokens, piece.output) + rows if rows else rows
             begun[index] = True
-        found = completion_logprobs(tokenizer, rows, offsets[index]) if rows else None
+        found = None
+        if len(rows) > 1:  # the prompt's
+            work = generation.served.in_worker
+            found = await work(completion_logprobs, tokenizer, rows, offsets[index])
+        elif rows:
+            found = completion_logprobs(tokenizer, rows, offsets[index])
         offsets[index] += len(text)
         choice = {
             "index": index,

@@ -66,6 +66,8 @@ async def _vectors(
 ) -> tuple[list[NDArray[np.float32]], int]:
     prompts = []
     for text in inputs:
+        if isinstance(text, str):
+            served.check_length(len(text), field)
         tokens = await served.tokenize(text) if isinstance(text, str) else text
         served.check_prompt(tokens, None, None, field)
         prompts.append(tokens)

@@ -64,7 +64,9 @@ async def tokenize(request: Request) -> Response:
         else:
             tokens = await served.tokenize(body.prompt or "", body.add_special_tokens)
         tokenizer = served.engine.tokenizer
-        names = [tokenizer.decode([t]) for t in tokens] if body.return_token_strs else None
+        names: list[str] | None = None
+        if body.return_token_strs:
+            names = await served.in_worker(lambda: [tokenizer.decode([t]) for t in tokens])
         length = served.context_length
     found = {"count": len(tokens), "max_model_len": length, "tokens": tokens}
     return Json(found | {"token_strs": names})
@@ -80,7 +82,7 @@ async def detokenize(request: Request) -> Response:
         if max(body.tokens, default=0) >= size:
             message = f"tokens: {max(body.tokens)} is outside the vocabulary of {size}"
             raise RequestError(message, "tokens")
-        return Json({"prompt": tokenizer.decode(body.tokens)})
+        return Json({"prompt": await served.in_worker(tokenizer.decode, body.tokens)})
 
 
 @router.get("/tokenizer_info")
