@@ -80,6 +80,9 @@ class Generation:
         self._streams: list[Any] = []
         self._closed = False
         metrics.prompt_tokens.labels(served.name).inc(self.usage.prompt)
+        # Looked up once: this is done for every token of every sequence.
+        self._between = metrics.between.labels(served.name)
+        self._generated = metrics.generated.labels(served.name)
 
     async def begin(self, seconds: float) -> None:
         """Starts, and waits a little for the first piece, so that an early error raises here,
@@ -149,9 +152,9 @@ class Generation:
             self.first = now
             metrics.first_token.labels(name).observe(max(0.0, now - self.started))
         if self._last[index]:
-            metrics.between.labels(name).observe(max(0.0, now - self._last[index]))
+            self._between.observe(max(0.0, now - self._last[index]))
         self._last[index] = now
-        metrics.generated.labels(name).inc()
+        self._generated.inc()
         if piece.finish_reason:
             metrics.finished.labels(name, piece.finish_reason).inc()
 
