@@ -41,9 +41,9 @@ def rename(folder: Path, change: Any) -> None:
     save_file({k: v.contiguous() for k, v in change(tensors).items()}, path)
 
 
-def deepseek(seed: int, folder: Path) -> tuple[Tiny, Path]:
+def deepseek(seed: int, folder: Path, tiny: Tiny | None = None) -> tuple[Tiny, Path]:
     """transformers has no DeepSeek v1: its stand-in's tensors under the publisher's names."""
-    tiny = CASES["deepseek-dense2" if seed == 2 else "deepseek"].make(seed)
+    tiny = tiny or CASES["deepseek-dense2" if seed == 2 else "deepseek"].make(seed)
     config = tiny.model.config
     save(
         tiny,

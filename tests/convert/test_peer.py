@@ -42,18 +42,40 @@ def characters(folder: Path) -> None:
     (folder / "tokenizer_config.json").write_text(json.dumps({"eos_token": "<e>"}))
 
 
-@pytest.mark.parametrize("case", ["gpt-oss", "mixtral", "qwen3moe", "qwen2", "granitemoe"])
-def test_llama_cpp_gives_the_references_logits(tmp_path: Path, case: str) -> None:
-    tiny = CASES[case].make_wide(gain=1.0)
-    folder = checkpoints.save(tiny, tmp_path / "checkpoint")
+CLASSES = [
+    "gpt-oss",
+    "phimoe-long",
+    "deepseek",
+    "mixtral",
+    "llama",
+    "olmoe",
+    "qwen3moe",
+    "qwen3",
+    "qwen2moe",
+    "qwen2",
+    "granitemoe",
+]
+# llama.cpp rounds YaRN's bounds and has its own longrope magnitude: compare with its arithmetic.
+OWN_MATH = {"gpt-oss", "phimoe-long"}
+# It loads only OLMoE files with as many key heads as query heads.
+SIZES = {"olmoe": {"kv_heads": 4}}
+
+
+@pytest.mark.parametrize("seed", [7, 8])
+@pytest.mark.parametrize("case", CLASSES)
+def test_llama_cpp_gives_the_references_logits(tmp_path: Path, case: str, seed: int) -> None:
+    tiny = CASES[case].make_wide(gain=1.0, seed=seed, **SIZES.get(case, {}))
+    if case == "deepseek":
+        _, folder = checkpoints.deepseek(seed, tmp_path / "checkpoint", tiny)
+    else:
+        folder = checkpoints.save(tiny, tmp_path / "checkpoint")
     characters(folder)
     out = tmp_path / "out.gguf"
     convert(Conversion(folder, "F16"), out)
     with peer(out) as server:
         found = peer_logprobs(server, TOKENS)
     expected = tiny.logits(TOKENS)
-    if case == "gpt-oss":
-        # llama.cpp rounds YaRN's bounds, the publisher does not: compare with its arithmetic.
+    if case in OWN_MATH:
         with GGUFFile(out) as file:
             options = LoadOptions(backend="reference", llama_cpp_math=True)
             expected = one_pass(load_model(file, options), TOKENS)

@@ -26,7 +26,7 @@ class Case:
             sizes = {"hidden": 64, "heads": 4, "kv_heads": 4, "width": 96, "layers": 3}
         return self.build(seed, **(self.arguments | sizes))
 
-    def make_wide(self, gain: float, **more: Any) -> Tiny:
+    def make_wide(self, gain: float, seed: int = 7, **more: Any) -> Tiny:
         """Dimensions in whole blocks of 32, for quantised files."""
         sizes: dict[str, Any] = {"hidden": 128, "heads": 4, "kv_heads": 2, "width": 96}
         accepted = signature(self.build).parameters
@@ -34,7 +34,7 @@ class Case:
             sizes |= {name: size} if name in accepted else {}
         if "shared" in self.arguments or self.build is families.qwen2moe:
             sizes["shared"] = 96
-        return self.build(7, **(self.arguments | sizes | {"gain": gain} | more))
+        return self.build(seed, **(self.arguments | sizes | {"gain": gain} | more))
 
 
 def ollama(seed: int, **sizes: Any) -> Tiny:
