@@ -51,9 +51,9 @@ def test_files(
     rates = found["hit_rates"]
     assert rates["clairvoyant"]["rate"][-1] >= rates["LRU"]["rate"][-1] > 0.5
     page = (out / "profile.html").read_text()
-    assert page.count("data:image/png;base64,") == 3
+    assert page.count("data:image/png;base64,") == 4
     assert not re.search(r"https?://|src=\"(?!data:)|<script|<link", page)
-    for name in ("heat.png", "hit-rates.png", "reuse.png"):
+    for name in ("heat.png", "hit-rates.png", "reuse.png", "coactivation.png"):
         assert (out / name).stat().st_size > 1000
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     assert main(run(folder, "gpt-oss-20b-tiny", "--max-tokens", "40")) == 0

@@ -58,6 +58,8 @@ def analyse(trace: Trace, say: Callable[[str], None]) -> dict[str, Any]:
     say("co-activation and reuse")
     pairs = routing.coactivation(routes, experts)
     distances = routing.reuse_distances(routes, experts)
+    lifts = routing.lift(pairs, len(routes))
+    strongest = int(lifts.std((1, 2)).argmax())
     return {
         "kind": "profile",
         "version": __version__,
@@ -68,7 +70,11 @@ def analyse(trace: Trace, say: Callable[[str], None]) -> dict[str, Any]:
         "selected": trace.selected,
         "counts": counts.tolist(),
         "balance": {name: row.tolist() for name, row in routing.imbalance(counts).items()},
-        "coactivation": _pairs(trace, routing.lift(pairs, len(routes)), pairs),
+        "coactivation": _pairs(trace, lifts, pairs),
+        "coactivation_map": {
+            "layer": trace.layers[strongest],
+            "lift": lifts[strongest].round(3).tolist(),
+        },
         "reuse_distance": distances.sum(0).tolist(),
         **_caches(routes[:_SIMULATED], experts, say),
     }
@@ -191,9 +197,16 @@ def plots(document: dict[str, Any]) -> dict[str, bytes]:
         axes.bar(range(document["experts"]), document["reuse_distance"][:-1])
         axes.set(xlabel="other experts used since the last use", ylabel="uses")
 
+    def together(figure: Any, axes: Any) -> None:
+        found = document["coactivation_map"]
+        image = axes.imshow(found["lift"], interpolation="nearest", cmap="coolwarm", vmin=0, vmax=2)
+        axes.set(title=f"layer {found['layer']}", xlabel="expert", ylabel="expert")
+        figure.colorbar(image, label="meetings over chance")
+
     draw("heat.png", (7, 4.5), heat)
     draw("hit-rates.png", (6, 4), hits)
     draw("reuse.png", (6, 3), reuse)
+    draw("coactivation.png", (5, 4), together)
     return found
 
 
