@@ -24,6 +24,7 @@ from greenroom.kernels.matvec import matvec
 from greenroom.kernels.norm import norm
 from greenroom.kernels.packed import FORMATS
 from greenroom.kernels.rope import rotate, write_kv
+from greenroom.kernels.router import RULES, choose, logits
 from greenroom.kernels.rowmajor import rowmajor
 
 TARGET = GPUTarget("cuda", int(sys.argv[1]) if len(sys.argv) > 1 else 90, 32)
@@ -83,6 +84,10 @@ for neox in (False, True):
 for bias in (None, x):
     norm(x, x, 1e-5, bias, x)
     rowmajor(torch.zeros(2, 256, dtype=torch.bfloat16), x, bias)
+for gating in RULES:
+    choose(x, gating, 2)
+choose(x, "softmax", 8, renormalise=True)
+logits(x, torch.zeros(4, 256), x)
 publish(x, ints.view(2, 4), torch.zeros(2, 4), (x, ints, x))
 for kinds in [(39, 39, 39), (12, 12, 14), (30, 30, 30)][: 1 if quick else 3]:
     layout = SlabLayout.plan(tuple(GGMLType(kind) for kind in kinds), 256, 256, True)

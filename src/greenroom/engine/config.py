@@ -160,6 +160,19 @@ def resolve(
     )
 
 
+def fitting_context(config: EngineConfig, model_context: int, token_bytes: int, free: int) -> int:
+    """The context `resolve` will choose, known before the model is in memory.
+
+    Args:
+        config: as the user wrote it, without a context.
+        model_context: tokens the model was made for.
+        token_bytes: of the keys and values of all layers without a window.
+        free: bytes of RAM once the model is loaded.
+    """
+    room = max(0, int(free * _KV_SHARE))
+    return _lengths(config, model_context, room // token_bytes if token_bytes else None)[0]
+
+
 def _lengths(config: EngineConfig, model_context: int, fitting: int | None) -> tuple[int, int]:
     """Context length and tokens of cache; `fitting` tokens take the share of RAM meant for
     them, None if all groups have windows.

@@ -10,7 +10,13 @@ from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
-from greenroom.engine.config import EngineConfig, resolve, with_threads
+from greenroom.engine.config import (
+    EngineConfig,
+    available_memory,
+    fitting_context,
+    resolve,
+    with_threads,
+)
 from greenroom.engine.engine import Engine
 from greenroom.engine.prefix_store import PrefixStore
 from greenroom.engine.runner import ModelLike
@@ -19,6 +25,7 @@ from greenroom.placement.budget import parse_size
 from greenroom.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
+    from greenroom.models.config import ModelConfig
     from greenroom.placement.placement import Placement
 
 log = logging.getLogger(__name__)
@@ -45,13 +52,15 @@ def load_engine(
         BudgetError: the cache does not fit into RAM.
     """
     from greenroom.models import LoadOptions, load_model
+    from greenroom.models.loader import read_config
     from greenroom.tokenizer import ChatFormat
 
     config = config or EngineConfig()
     with GGUFFile(path) as file:
         placement = plan(file, config)
         log.info("%s", placement.reason)
-        config = with_threads(_decided(config, placement))
+        config = _session(_decided(config, placement), read_config(file), file)
+        config = with_threads(config)
         tokenizer = Tokenizer.from_gguf(file)
         chat = ChatFormat.from_gguf(file, tokenizer)
         options = LoadOptions(
@@ -80,6 +89,18 @@ def _decided(config: EngineConfig, placement: "Placement") -> EngineConfig:
         context_length=config.context_length or placement.context_length,
         cache_tokens=config.cache_tokens or placement.cache_tokens,
     )
+
+
+def _session(config: EngineConfig, model: "ModelConfig", file: GGUFFile) -> EngineConfig:
+    """Decides the context before loading where weights depend on it: longrope has one table for
+    sessions up to the original context and another beyond, and cached keys allow no change.
+    """
+    if model.rope.scaling != "longrope" or config.context_length is not None:
+        return config
+    free = available_memory() - (0 if config.mmap else file.nbytes)
+    value = _TYPES[config.kv_type].itemsize
+    context = fitting_context(config, model.context_length, model.cache_bytes(value), free)
+    return replace(config, context_length=context)
 
 
 def plan(file: GGUFFile, config: EngineConfig) -> "Placement":

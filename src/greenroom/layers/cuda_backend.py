@@ -29,8 +29,9 @@ from greenroom.layers.device_parts import (
     Workbench,
     to_device,
 )
+from greenroom.layers.device_router import DeviceRouter
 from greenroom.layers.rope import Rope
-from greenroom.layers.router import Router, Rule
+from greenroom.layers.router import Rule
 from greenroom.layers.weight import Weight
 
 SPLIT_KEYS = 256  # keys a program should read at least before a sequence is split further
@@ -109,10 +110,11 @@ class CudaBackend:
         """See `Backend.norm`."""
         return DeviceNorm(self.bench.ledger, weight, bias, eps, centred)
 
-    def router(self, weight: Tensor, bias: Tensor | None, rule: Rule) -> Router:
-        """In float32 without tensor cores: a near tie must fall as on the CPU."""
+    def router(self, weight: Tensor, bias: Tensor | None, rule: Rule) -> DeviceRouter:
+        """See `Backend.router`."""
         place = self.bench.ledger.place
-        return Router(place("dense", weight), None if bias is None else place("dense", bias), rule)
+        there = None if bias is None else place("dense", bias)
+        return DeviceRouter(place("dense", weight), there, rule)
 
     def mlp(self, gate: Weight, up: Weight, down: Weight) -> DeviceMlp:
         """See `Backend.mlp`."""

@@ -164,6 +164,12 @@ class ModelConfig:
         distinct = dict.fromkeys(self.windows)
         return tuple(sorted(distinct, key=lambda window: window is not None))
 
+    def cache_bytes(self, value_bytes: int) -> int:
+        """Bytes of one token's keys and values in the layers that keep all of them."""
+        shape = self.attention
+        width = shape.kv_heads * (shape.key_length + shape.value_length)
+        return self.windows.count(None) * width * value_bytes
+
     def kv_group(self, layer: int) -> int:
         """Index of the KV group of a layer."""
         return self.group_windows.index(self.windows[layer])

@@ -1,0 +1,50 @@
+"""What is decided before a model is loaded."""
+
+from types import SimpleNamespace
+
+import pytest
+
+from greenroom.convert.synth import Synthesis, write_synthetic
+from greenroom.convert.synth_shapes import shape_of
+from greenroom.engine.config import EngineConfig, resolve
+from greenroom.engine.load import _session, load_engine
+from greenroom.models.config import ModelConfig
+
+
+def config_of(name: str) -> ModelConfig:
+    job = Synthesis(shape_of(name))
+    tensors = {s.name: SimpleNamespace(shape=s.shape, ne=s.shape[::-1]) for s in job.specs()}
+    return ModelConfig.from_metadata(job.metadata(), tensors)
+
+
+@pytest.mark.parametrize("free", [3 << 30, 80 << 30])
+def test_longrope_knows_its_context_before_loading(monkeypatch, free: int) -> None:
+    monkeypatch.setattr("greenroom.engine.load.available_memory", lambda: free + (1 << 30))
+    monkeypatch.setattr("greenroom.engine.config.available_memory", lambda: free)
+    model = config_of("phi-3.5-moe")
+    file = SimpleNamespace(nbytes=1 << 30)
+    early = _session(EngineConfig(), model, file).context_length
+    block = 32 * model.cache_bytes(2)
+    assert early == resolve(EngineConfig(), model.context_length, [None], [block]).context_length
+    # 128 KiB a token: a quarter of 3 GiB holds 6144 tokens, one of 80 GiB all of them.
+    assert (early == model.context_length) == (free == 80 << 30)
+
+
+def test_a_context_that_was_asked_for_or_changes_no_weight_is_left_alone() -> None:
+    asked = EngineConfig(context_length=100)
+    assert _session(asked, config_of("phi-3.5-moe"), SimpleNamespace(nbytes=1)) is asked
+    free = EngineConfig()
+    assert _session(free, config_of("gpt-oss-20b"), SimpleNamespace(nbytes=1)) is free
+
+
+def test_a_short_session_takes_the_short_table(tmp_path) -> None:
+    path = tmp_path / "model.gguf"
+    write_synthetic(Synthesis(shape_of("phi-3.5-moe-tiny", 1)), path)
+    tables = []
+    for context in (4096, 4097):
+        engine = load_engine(path, EngineConfig(context_length=context, vram=0, threads=1,
+                                                max_sequences=1))  # fmt: skip
+        tables.append(engine.model.rope.frequencies)
+        engine.close()
+    assert (tables[0] >= tables[1]).all()
+    assert (tables[0] > tables[1]).any()
