@@ -44,7 +44,16 @@ def test_slots_and_stream_equal_the_reference(load: Loader, case: str, share: fl
     for size in (37, 4, 1):  # streamed, then by CPU and slots
         parts.append(session.step([(0, tokens[start : start + size])]).cpu())
         start += size
+        model.step_done(size)
+    model.step_done(1)
     assert relative_error(torch.cat(parts), one_pass(wanted, tokens)) < CLOSE
+    found = model.expert_stats()
+    k, layers = model.config.moe.used, len(model.moe_layers)
+    # The last layer computes only the rows whose logits are wanted; here all of them.
+    assert found["hits"] + found["misses"] == k * layers * 42
+    assert found["hits"] > 0
+    assert (found["misses"] == 0) == (share == 1.0)
+    assert np.array(found["heat"]).max() == 1
 
 
 def test_a_stream_without_slots_copies_what_is_routed(load: Loader) -> None:

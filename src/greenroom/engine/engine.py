@@ -164,6 +164,7 @@ class Engine:
             "block_size": self.config.block_size,
             "counts": dict(self._counts),
             **self._store_stats(),
+            **self._expert_stats(),
         }
 
     def _store_stats(self) -> dict[str, Any]:
@@ -175,6 +176,11 @@ class Engine:
         figures = {"budget": store.budget, "bytes": store.bytes, "blocks": len(store)}
         figures |= {"kept_blocks": store.kept, "restored_blocks": store.restored}
         return {"memory": memory, "prefix_store": figures}
+
+    def _expert_stats(self) -> dict[str, Any]:
+        ask = getattr(self.model, "expert_stats", None)
+        found = {} if ask is None else ask()
+        return {"experts": found} if found else {}
 
     def close(self) -> None:
         """Ends every request with EngineClosedError and waits for the thread."""

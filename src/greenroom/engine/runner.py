@@ -56,6 +56,7 @@ class Runner:
         self.model = model
         self.caches = caches
         self.blocks = blocks
+        self._step_done = getattr(model, "step_done", None)
 
     def run(self, chunks: Items[Chunk]) -> list[Rows]:
         """Computes the chunks; returns the rows each one's sequence wants, maybe none."""
@@ -76,6 +77,8 @@ class Runner:
         batch, counts = self._batch(chunks)
         compute = self.model.hidden if hidden else self.model.forward
         rows: Rows = compute(batch, self.caches).cpu().numpy()
+        if self._step_done is not None:
+            self._step_done(len(batch.tokens))
         if len(counts) == 1:
             return [rows]
         return np.split(rows, np.cumsum(counts)[:-1])

@@ -56,7 +56,13 @@ class Residency:
         layers = len(self.heat)
         flat = ids.reshape(layers, -1)
         layer, column = np.nonzero(flat >= 0)
-        np.add.at(self.heat, (layer, flat[layer, column]), self._growth)
+        counts = np.zeros(self.heat.shape, np.int64)
+        np.add.at(counts, (layer, flat[layer, column]), 1)
+        self.observe_counts(counts)
+
+    def observe_counts(self, counts: NDArray[np.integer]) -> None:
+        """Counts one step's routes; counts: (layers, experts), how often each was chosen."""
+        self.heat += counts * self._growth
         self._growth /= self._decay
         if self._growth > 1e100:
             self.heat /= self._growth

@@ -5,6 +5,7 @@ its bytes have arrived. Who deserves a slot is decided by `residency`; what is c
 is `kernels.experts`' business.
 """
 
+import logging
 from collections import Counter
 from collections.abc import Sequence
 from typing import Any, Protocol
@@ -18,6 +19,15 @@ from greenroom.experts.cpu import CpuExperts
 from greenroom.experts.residency import EMPTY, Move, Residency
 from greenroom.experts.slabs import SlabLayout
 from greenroom.kernels.experts import hits
+
+SEEN = 512  # routes of a layer that a step's log holds
+EVERY = 4  # steps between promotions
+MOVES = 4  # promotions at once: one slab a step keeps the copies far below the bus's rate
+WINDOW = 512  # steps after which promotions must have raised the hit rate
+GAIN = 0.01  # by so much
+PAUSE = 16  # windows without promotions where they have not
+
+log = logging.getLogger(__name__)
 
 
 class Account(Protocol):
@@ -37,10 +47,16 @@ class LayerSlots:
     """
 
     def __init__(
-        self, memory: Tensor, table: Tensor, seats: NDArray[np.int32], cpu: CpuExperts
+        self,
+        memory: Tensor,
+        table: Tensor,
+        seats: NDArray[np.int32],
+        seen: "Seen",
+        cpu: CpuExperts,
     ) -> None:
         self.memory = memory
         self.table = table
+        self.seen = seen
         self._seats = seats
         self._layout = cpu.layout
         self._activation = cpu.activation
@@ -48,11 +64,73 @@ class LayerSlots:
     def hits(self, hidden: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
         """The sum over routes whose expert has a slot, see `kernels.experts.hits`."""
         arguments = (hidden.contiguous(), ids.contiguous(), weights.contiguous())
-        return hits(self.memory, self.table, self._layout, *arguments, self._activation)
+        seen = self.seen.row(ids)
+        return hits(self.memory, self.table, self._layout, *arguments, self._activation, seen)
+
+    def count(self, uses: Sequence[int]) -> None:
+        """Tells of a long step how often each expert was chosen."""
+        self.seen.log.add(self.seen.layer, uses)
 
     def places(self) -> dict[int, int]:
         """Slot of each resident expert, as the host knows it."""
         return {int(e): int(self._seats[e]) for e in np.flatnonzero(self._seats != EMPTY)}
+
+
+class UseLog:
+    """Which experts the last step chose, written by the kernels and read after the step.
+
+    Args:
+        account: where memory is booked.
+        layers, experts: of the model.
+    """
+
+    def __init__(self, account: Account, layers: int, experts: int) -> None:
+        self.device = account.empty("slots", [layers, SEEN], torch.int32).fill_(EMPTY)
+        self._cuda = account.device.type == "cuda"
+        self._host = torch.empty(layers, SEEN, dtype=torch.int32, pin_memory=self._cuda)
+        self._uses = np.zeros((layers, experts), np.int64)
+        self._reading: tuple[Any, int] | None = None
+        self.k = 0
+
+    def add(self, layer: int, uses: Sequence[int]) -> None:
+        """Counts of a long step's layer."""
+        self._uses[layer, : len(uses)] += np.asarray(uses, np.int64)
+
+    def read(self, tokens: int) -> None:
+        """Begins to fetch what the step just given to the device chose."""
+        if not 0 < tokens * self.k <= SEEN:
+            return
+        self._host.copy_(self.device, non_blocking=True)
+        event: Any = None
+        if self._cuda:
+            made: Any = torch.cuda.Event
+            event = made()
+            event.record()
+        self._reading = event, tokens * self.k
+
+    def take(self) -> NDArray[np.int64]:
+        """Uses since the last call, (layers, experts); waits for the fetch begun last."""
+        if self._reading is not None:
+            (event, count), self._reading = self._reading, None
+            if event is not None:
+                event.synchronize()
+            ids = self._host[:, :count].numpy()
+            layer, place = np.nonzero(ids >= 0)
+            np.add.at(self._uses, (layer, ids[layer, place]), 1)
+        uses, self._uses = self._uses, np.zeros_like(self._uses)
+        return uses
+
+
+class Seen:
+    """One layer's line of a `UseLog`."""
+
+    def __init__(self, log: UseLog, layer: int) -> None:
+        self.log, self.layer = log, layer
+
+    def row(self, ids: Tensor) -> Tensor | None:
+        """Where a step's ids (tokens, k) go, or None if there are too many."""
+        self.log.k = ids.shape[1]
+        return self.log.device[self.layer] if ids.numel() <= SEEN else None
 
 
 class Arena:
@@ -99,7 +177,10 @@ class Slots:
         experts = max(bank.experts for bank in banks)
         self.seats: NDArray[np.int32] = np.full((len(banks), experts), EMPTY, np.int32)
         self.table = account.empty("slots", self.seats.shape, torch.int32).fill_(EMPTY)
+        self.log = UseLog(account, len(banks), experts)
         self.stats: Counter[str] = Counter()
+        self._before: Counter[str] = Counter()  # stats at the start of the window
+        self._steps, self._paused, self._rate, self._said = 0, 0, 0.0, False
         self._cuda = account.device.type == "cuda"
         self._stream: Any = _stream(account.device)
         self._moving: tuple[Any, list[tuple[Arena, Move]]] | None = None
@@ -110,7 +191,9 @@ class Slots:
                 arena.residency.warm(heat[arena.layers, : arena.banks[0].experts])
             for i, bank in zip(arena.layers, arena.banks, strict=True):
                 row, seats = self.table[i, : bank.experts], self.seats[i]
-                self.layers[i] = LayerSlots(arena.memory, row, seats[: bank.experts], bank)
+                self.layers[i] = LayerSlots(
+                    arena.memory, row, seats[: bank.experts], Seen(self.log, i), bank
+                )
         self._seat_first(heat is not None)
 
     def _seat_first(self, known: bool) -> None:
@@ -152,15 +235,57 @@ class Slots:
         counts: NDArray[np.int64] = (self.seats != EMPTY).sum(1)
         return counts
 
-    def observe(self, ids: NDArray[np.integer]) -> None:
-        """Counts one step's routes: ids (layers, ...), -1 where there is none."""
-        flat = ids.reshape(len(self.seats), -1)
-        live = flat >= 0
-        found = np.take_along_axis(self.seats, np.maximum(flat, 0), 1) != EMPTY
-        self.stats["hits"] += int((found & live).sum())
-        self.stats["misses"] += int((~found & live).sum())
+    def observe(self, uses: NDArray[np.int64]) -> None:
+        """Counts one step's routes: how often each expert was chosen, (layers, experts)."""
+        found = int(uses[self.seats != EMPTY].sum())
+        self.stats["hits"] += found
+        self.stats["misses"] += int(uses.sum()) - found
         for arena in self.arenas:
-            arena.residency.observe(flat[arena.layers])
+            arena.residency.observe_counts(uses[arena.layers, : arena.banks[0].experts])
+
+    def step_done(self, tokens: int) -> None:
+        """Between two steps, when all of the one before is on the device: counts and promotes.
+
+        Args:
+            tokens: of the step.
+        """
+        self.observe(self.log.take())
+        self.log.read(tokens)
+        self._steps += 1
+        if self._steps % WINDOW == 0:
+            self._judge()
+        if self._steps % EVERY == 0:
+            self.advance(MOVES if self._paused == 0 else 0)
+
+    def _judge(self) -> None:
+        """Stops promotions for a while where they bring no hits, as with uniform routing."""
+        found = {name: self.stats[name] - self._before[name] for name in ("hits", "misses")}
+        rate = found["hits"] / max(1, sum(found.values()))
+        promoted = self.stats["promotions"] - self._before["promotions"]
+        self._before = Counter(self.stats)
+        if self._paused:
+            self._paused -= 1
+        elif promoted > len(self.seats) and rate < self._rate + GAIN:
+            self._paused = PAUSE
+            if not self._said:
+                log.info("promotions are paused: %d of them left the hit rate at %.1f %%",
+                         promoted, 100 * rate)  # fmt: skip
+            self._said = True
+        self._rate = rate
+
+    def report(self) -> dict[str, Any]:
+        """What `engine.stats()["experts"]` says."""
+        peak = max((arena.residency.heat.max() for arena in self.arenas), default=0.0) or 1.0
+        heat = np.zeros(self.seats.shape)
+        for arena in self.arenas:
+            heat[arena.layers, : arena.banks[0].experts] = arena.residency.heat / peak
+        return {
+            **{name: self.stats[name] for name in ("hits", "misses", "promotions")},
+            "promoted_bytes": self.stats["promoted_bytes"],
+            "resident": self.resident.tolist(),
+            "tier": np.where(self.seats == EMPTY, 1, 0).tolist(),
+            "heat": heat.round(3).tolist(),
+        }
 
     def advance(self, limit: int) -> None:
         """Between two steps: enters what has arrived, then begins at most `limit` promotions."""

@@ -6,6 +6,7 @@ wait for attention. Experts that have a slot are used from there. Knows nothing 
 """
 
 from collections import deque
+from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -29,6 +30,9 @@ class Resident(Protocol):
 
     def places(self) -> dict[int, int]:
         """Slot of each resident expert."""
+
+    def count(self, uses: Sequence[int]) -> None:
+        """Takes how often each expert was chosen."""
 
 
 @dataclass(slots=True)
@@ -132,6 +136,8 @@ class LayerStream:
         starts = torch.searchsorted(routed, edges).tolist()  # waits for the device
         work = Work.prepare(hidden, order // k, weights.contiguous().view(-1)[order], starts)
         seats = {} if self.resident is None else self.resident.places()
+        if self.resident is not None:
+            self.resident.count([starts[e + 1] - starts[e] for e in range(self.cpu.experts)])
         wanted = [e for e in range(self.cpu.experts) if starts[e + 1] > starts[e]]
         absent = [e for e in wanted if e not in seats]
         here = self.ring.drop(self._index, set(absent))

@@ -64,12 +64,15 @@ def _one_matrix(
 
 @triton.jit
 def _gate_up(
-    memory, table, ids, x, inner, iq4, slab_bytes, d, f, up_at, gate_bias, up_bias,
+    memory, table, ids, seen, x, inner, iq4, slab_bytes, d, f, up_at, gate_bias, up_bias,
     g_group, g_payload, g_lines, u_group, u_payload, u_lines, K: tl.constexpr, G: tl.constexpr,
-    U: tl.constexpr, BIAS: tl.constexpr, ACTIVATION: tl.constexpr, LINES: tl.constexpr,
+    U: tl.constexpr, BIAS: tl.constexpr, ACTIVATION: tl.constexpr, SEEN: tl.constexpr,
+    LINES: tl.constexpr,
 ):  # fmt: skip
     route = tl.program_id(0)
     expert = tl.load(ids + route)
+    if SEEN:
+        tl.store(seen + route, expert, mask=tl.program_id(1) == 0)
     slot = tl.load(table + tl.maximum(expert, 0))
     if (expert < 0) | (slot < 0):
         return
@@ -130,6 +133,7 @@ def hits(
     ids: Tensor,
     weights: Tensor,
     activation: str = "silu",
+    seen: Tensor | None = None,
 ) -> Tensor:
     """Weighted sum of the chosen experts that have a slot.
 
@@ -141,6 +145,7 @@ def hits(
         ids: (tokens, k) int32, contiguous; -1 for no route.
         weights: (tokens, k) float32, contiguous.
         activation: "silu" or "gpt-oss".
+        seen: (at least tokens * k,) int32 that takes the ids, hits or not, or None.
 
     Returns:
         (tokens, d) float32; zeros where nothing hit.
@@ -155,11 +160,12 @@ def hits(
     out = torch.empty(tokens, d, device=hidden.device)
     iq4 = iq4_table(hidden.device)
     gate, up, down = walks
+    log = ids if seen is None else seen
     _gate_up[(tokens * k, -(-f // 16))](
-        memory, table, ids, hidden, inner, iq4, layout.nbytes, d, f, layout.matrices[1][0],
+        memory, table, ids, log, hidden, inner, iq4, layout.nbytes, d, f, layout.matrices[1][0],
         gate_bias, up_bias, gate.group_bytes, gate.payload_bytes, gate.lines, up.group_bytes,
         up.payload_bytes, up.lines, K=k, G=gate.constants, U=up.constants, BIAS=biases is not None,
-        ACTIVATION=ACTIVATIONS[activation], LINES=LINES, num_warps=WARPS,
+        ACTIVATION=ACTIVATIONS[activation], SEEN=seen is not None, LINES=LINES, num_warps=WARPS,
     )  # fmt: skip
     _down[(tokens * k, -(-d // 16))](
         memory, table, ids, inner, parts, iq4, layout.nbytes, d, f, layout.matrices[2][0],

@@ -6,7 +6,7 @@ for attention in every layer. A backend knows no family.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -117,6 +117,12 @@ class Backend(Protocol):
     def complete(self) -> None:
         """Called once, when all layers have been prepared."""
 
+    def step_done(self, tokens: int) -> None:
+        """Called between two steps with the tokens of the last one."""
+
+    def expert_stats(self) -> dict[str, Any]:
+        """Hits, misses and residency of experts; empty if they have one place only."""
+
     def place(self, tensor: Tensor) -> Tensor:
         """A small tensor of any shape where this backend computes."""
 
@@ -154,6 +160,13 @@ class InRam:
 
     def complete(self) -> None:
         """Nothing is left to do."""
+
+    def step_done(self, tokens: int) -> None:
+        """Nothing moves."""
+
+    def expert_stats(self) -> dict[str, Any]:
+        """All experts are in RAM."""
+        return {}
 
     def place(self, tensor: Tensor) -> Tensor:
         """It is there already."""

@@ -133,6 +133,15 @@ class CudaBackend:
         """See `Backend.complete`."""
         self.tiers.complete()
 
+    def step_done(self, tokens: int) -> None:
+        """Promotes experts, see `Slots.step_done`."""
+        if self.tiers.slots is not None:
+            self.tiers.slots.step_done(tokens)
+
+    def expert_stats(self) -> dict[str, Any]:
+        """See `Slots.report`."""
+        return {} if self.tiers.slots is None else self.tiers.slots.report()
+
     def place(self, tensor: Tensor) -> Tensor:
         """See `Backend.place`."""
         return self.bench.ledger.place("dense", tensor)

@@ -271,6 +271,19 @@ class Model:
             if isinstance(blk.ffn, Moe):
                 blk.ffn.record = None if recorder is None else partial(recorder.add, layer)
 
+    def step_done(self, tokens: int) -> None:
+        """Between two steps: what a backend does when nobody waits for it.
+
+        Args:
+            tokens: of the step that was computed.
+        """
+        for backend in self.backends:
+            backend.step_done(tokens)
+
+    def expert_stats(self) -> dict[str, Any]:
+        """Hits, misses and who sits where, if experts have more than one place to be."""
+        return {k: v for backend in self.backends for k, v in backend.expert_stats().items()}
+
     def memory(self) -> dict[str, int]:
         """Bytes by part: experts, dense, embedding, output; ".vram" marks what is there."""
         tier = self.ending.tier
