@@ -38,6 +38,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "inspect": ("greenroom.commands.inspect", "Say what a model file holds and needs."),
     "tokenize": ("greenroom.commands.tokenize", "Print token ids and pieces of a text."),
     "quantize": ("greenroom.commands.quantize", "Write a model in other block formats."),
+    "card": ("greenroom.commands.card", "Write a model card from measured results."),
     "publish": ("greenroom.commands.publish", "Upload a folder of models to the hub."),
     "synth": ("greenroom.commands.synth", "Write a model file of published shapes, to measure."),
     "upcycle": ("greenroom.commands.upcycle", "Turn a dense model into one with experts."),

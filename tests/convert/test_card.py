@@ -1,0 +1,75 @@
+"""Model cards: metadata the hub's library reads, figures with their source, nothing invented."""
+
+import json
+from pathlib import Path
+
+import pytest
+from huggingface_hub import ModelCard
+
+from greenroom.commands import main
+
+from ..models.cases import CASES
+
+EVAL = {
+    "kind": "eval",
+    "version": "9.9",
+    "text": {"file": "sea.txt", "positions": 77},
+    "machine": {"processor": "Abacus 3000"},
+    "reference": None,
+    "placements": [{"name": "here", "perplexity": 12.34567}],
+}
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    return CASES["qwen3moe"].make_wide(gain=1.0).write(tmp_path / "model.gguf", "Q8_0")
+
+
+def written(model: Path, *arguments: str) -> str:
+    out = model.parent / "README.md"
+    assert main(["card", str(model), "--out", str(out), *arguments]) == 0
+    return out.read_text()
+
+
+def test_figures_come_with_their_source(model: Path) -> None:
+    folder = model.parent / "results"
+    folder.mkdir()
+    (folder / "quality.json").write_text(json.dumps(EVAL))
+    text = written(
+        model, "--results", str(folder), "--license", "mit", "--base-model", "someone/tiny"
+    )
+    card = ModelCard(text)
+    assert card.data.license == "mit"
+    assert card.data.base_model == "someone/tiny"
+    assert "mixture-of-experts" in card.data.tags
+    (result,) = card.data.eval_results
+    assert (result.metric_type, result.metric_value) == ("perplexity", 12.34567)
+    assert result.dataset_name == "sea.txt"
+    assert "Abacus 3000" in text
+    assert "Source: `quality.json`" in text
+    assert "2505.09388" in text
+    assert len(text.splitlines()) >= 200
+
+
+def test_what_was_not_measured_is_left_out(model: Path) -> None:
+    text = written(model)
+    for word in ("## Quality", "## Speed", "perplexity", "tokens/s", "license:", "base_model:"):
+        assert word not in text
+    assert ModelCard(text).data.eval_results is None
+
+
+def test_the_sum_is_the_files(model: Path) -> None:
+    import hashlib
+
+    assert f"{hashlib.sha256(model.read_bytes()).hexdigest()}  model.gguf" in written(model)
+
+
+@pytest.mark.parametrize("content", ["{", "[1]"])
+def test_what_is_no_result_is_named(
+    model: Path, content: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = model.parent / "results"
+    folder.mkdir()
+    (folder / "bad.json").write_text(content)
+    assert main(["card", str(model), "--results", str(folder)]) == 1
+    assert "bad.json" in capsys.readouterr().err
