@@ -7,9 +7,10 @@ from typing import Any
 import pytest
 
 from greenroom.convert import upcycle_demo
-from greenroom.convert.upcycle_demo import WHEEL, cache_folder, demo_model, dense_model
+from greenroom.convert.upcycle_demo import WHEEL, demo_model, dense_model
 from greenroom.errors import ModelFileError
 from greenroom.gguf import GGUFFile
+from greenroom.placement.folder import cache_folder
 
 
 @pytest.fixture

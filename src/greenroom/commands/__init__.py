@@ -27,6 +27,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "rm": ("greenroom.commands.rm", "Delete a model."),
     "ps": ("greenroom.commands.ps", "Show what a server has loaded."),
     "demo": ("greenroom.commands.demo", "Build a small real model and let it answer."),
+    "doctor": ("greenroom.commands.doctor", "Look at this machine, measure it, name problems."),
     "bench-kernels": (
         "greenroom.commands.bench_kernels",
         "Measure the CPU kernels against the machine's limits.",

@@ -35,7 +35,7 @@ def chat(
     params = options.sampling(
         max_tokens, temperature, top_k, top_p, min_p, repetition_penalty, seed
     )
-    from greenroom.commands.console import errors, loaded, show_placement
+    from greenroom.commands.console import errors, loaded
 
     settings = options.engine(threads, context, vram, mmap, reference)
     with loaded(model, max_sequences=1, **settings) as llm:
@@ -43,7 +43,6 @@ def chat(
             raise ChatTemplateError(
                 f"{model.name} has no chat template; use 'greenroom run --raw' instead"
             )
-        show_placement(llm)
         if errors.is_terminal:
             errors.print(HELP, style="dim")
         Conversation(llm, params, system).loop()

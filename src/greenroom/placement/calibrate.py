@@ -1,0 +1,199 @@
+"""The measured rates of a machine: `MachineProfile`, kept as JSON in the user's cache folder.
+
+`greenroom doctor` measures and saves one per machine; the planner and `greenroom plan` read it.
+A file is checked on load and used only for the machine whose fingerprint it bears. Measures
+nothing itself.
+"""
+
+import contextlib
+import json
+import math
+import os
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from greenroom.errors import GreenroomError
+from greenroom.placement.folder import cache_folder
+
+KIND = "greenroom machine"
+VERSION = 1
+_LARGEST_FILE = 1 << 20  # bytes; a profile has a few thousand
+_MOST = 1e7  # no rate of a machine is above this, in any unit used here
+
+
+class ProfileError(GreenroomError):
+    """A machine's profile is missing, damaged or of another version."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MachineProfile:
+    """Rates in GB/s (1e9 bytes) unless said otherwise.
+
+    Attributes:
+        fingerprint: of the machine they were measured on; see `Machine.fingerprint`.
+        name: of processor and GPU, for people.
+        date: when, ISO 8601.
+        threads: the kernels used.
+        ram: bytes of RAM this process may use.
+        gpu: its name, None without one.
+        vram_total: bytes.
+        dram: read rate by threads.
+        experts: weight bytes read by the expert kernel, one token, by format.
+        dense: the same of the dense kernel.
+        experts_batch: GOP/s of the expert kernel at 512 tokens, by format.
+        dense_batch: the same of the dense kernel.
+        int8, float32: GOP/s of instructions on registers alone.
+        pcie_up, pcie_down: pinned copies to the GPU and back, by MiB of a copy.
+        pcie_both: up and down at once, together; 0 without a GPU.
+        vram: read rate of VRAM.
+        gpu_bf16: GOP/s of a large matrix product.
+        disk: direct reads by MiB of a read; empty where the disk has none.
+    """
+
+    fingerprint: str
+    name: str
+    date: str
+    threads: int
+    ram: int
+    gpu: str | None = None
+    vram_total: int = 0
+    dram: Mapping[int, float] = field(default_factory=dict)
+    experts: Mapping[str, float] = field(default_factory=dict)
+    dense: Mapping[str, float] = field(default_factory=dict)
+    experts_batch: Mapping[str, float] = field(default_factory=dict)
+    dense_batch: Mapping[str, float] = field(default_factory=dict)
+    int8: float = 0.0
+    float32: float = 0.0
+    pcie_up: Mapping[int, float] = field(default_factory=dict)
+    pcie_down: Mapping[int, float] = field(default_factory=dict)
+    pcie_both: float = 0.0
+    vram: float = 0.0
+    gpu_bf16: float = 0.0
+    disk: Mapping[int, float] = field(default_factory=dict)
+
+    def json(self) -> dict[str, Any]:
+        """The document that `parse` reads."""
+        return {"kind": KIND, "version": VERSION, **asdict(self)}
+
+    @property
+    def dram_best(self) -> float:
+        """GB/s: the ceiling of whatever the CPU reads."""
+        return max(self.dram.values(), default=0.0)
+
+    @property
+    def pcie(self) -> float:
+        """GB/s to the GPU with large pinned copies."""
+        return max(self.pcie_up.values(), default=0.0)
+
+    def expert_rate(self, format: str) -> float:
+        """GB/s of the expert kernel; of a format not measured, the slowest measured one's."""
+        return _of(self.experts, format, self.dram_best)
+
+    def dense_rate(self, format: str) -> float:
+        """GB/s of the dense kernel, likewise."""
+        return _of(self.dense, format, self.dram_best)
+
+    def expert_batch_rate(self, format: str) -> float:
+        """GOP/s of the expert kernel at many tokens, likewise."""
+        return _of(self.experts_batch, format, self.int8)
+
+    def dense_batch_rate(self, format: str) -> float:
+        """GOP/s of the dense kernel at many tokens, likewise."""
+        return _of(self.dense_batch, format, self.int8)
+
+
+def _of(rates: Mapping[str, float], format: str, otherwise: float) -> float:
+    return rates.get(format) or min(rates.values(), default=otherwise)
+
+
+def profile_path(fingerprint: str) -> Path:
+    """Where this machine's profile is kept."""
+    return cache_folder() / f"machine-{fingerprint}.json"
+
+
+def save_profile(profile: MachineProfile, path: Path | None = None) -> Path:
+    """Writes a profile; the file appears whole. OSError if the folder cannot be written."""
+    path = path or profile_path(profile.fingerprint)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        partial.write_text(json.dumps(profile.json(), indent=1) + "\n")
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+    return path
+
+
+def load_profile(path: Path) -> MachineProfile:
+    """Reads a profile; ProfileError says in one line what is wrong with the file."""
+    try:
+        if path.stat().st_size > _LARGEST_FILE:
+            raise ProfileError(f"{path}: too large for a machine's profile")
+        document = json.loads(path.read_text())
+    except OSError as error:
+        raise ProfileError(f"{path}: cannot be read: {error.strerror or error}") from None
+    except (ValueError, RecursionError):
+        raise ProfileError(f"{path}: this is no JSON; run 'greenroom doctor' again") from None
+    try:
+        return parse(document)
+    except (TypeError, ValueError, AttributeError) as error:
+        raise ProfileError(f"{path}: {error}; run 'greenroom doctor' again") from None
+
+
+def saved_profile(fingerprint: str) -> MachineProfile | None:
+    """What was measured on the machine with this fingerprint; None if nothing usable was."""
+    with contextlib.suppress(ProfileError):
+        profile = load_profile(profile_path(fingerprint))
+        if profile.fingerprint == fingerprint:
+            return profile
+    return None
+
+
+def parse(document: Any) -> MachineProfile:
+    """A profile from its document; ValueError names the field that is wrong."""
+    if isinstance(document, dict) and isinstance(document.get("profile"), dict):
+        document = document["profile"]  # what `greenroom doctor --json` prints
+    if not isinstance(document, dict) or document.get("kind") != KIND:
+        raise ValueError(f"this is not a document of the kind {KIND!r}")
+    if document.get("version") != VERSION:
+        raise ValueError(f"version {document.get('version')!r} is not {VERSION}")
+    known = {f.name: _type_name(f.type) for f in fields(MachineProfile)}
+    unknown = sorted(set(document) - set(known) - {"kind", "version"})
+    if unknown:
+        raise ValueError(f"field {unknown[0]!r:.40} is unknown")
+    missing = {"fingerprint", "name", "date", "threads", "ram"} - set(document)
+    if missing:
+        raise ValueError(f"field {min(missing)!r} is missing")
+    values = {name: _value(name, known[name], document[name]) for name in known if name in document}
+    return MachineProfile(**values)
+
+
+def _type_name(annotation: Any) -> str:
+    text = getattr(annotation, "__name__", "") if isinstance(annotation, type) else ""
+    return text or str(annotation).removeprefix("collections.abc.")
+
+
+def _value(name: str, kind: str, value: Any) -> Any:
+    if kind.startswith("Mapping"):
+        if not isinstance(value, dict) or len(value) > 100:
+            raise ValueError(f"{name} must be a table of rates")
+        whole = kind.startswith("Mapping[int")
+        return {int(key) if whole else str(key): _rate(name, rate) for key, rate in value.items()}
+    if kind == "float":
+        return _rate(name, value)
+    if kind == "int":
+        if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value < 1 << 50:
+            raise ValueError(f"{name} must be a whole number, not {value!r:.40}")
+        return value
+    if not (isinstance(value, str) and len(value) < 500) and not (value is None and "None" in kind):
+        raise ValueError(f"{name} must be a text, not {value!r:.40}")
+    return value
+
+
+def _rate(name: str, value: Any) -> float:
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not number or not math.isfinite(value) or not 0 <= value < _MOST:
+        raise ValueError(f"{name} must be a rate, not {value!r:.40}")
+    return float(value)

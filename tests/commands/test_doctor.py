@@ -1,0 +1,25 @@
+"""`greenroom doctor` looks, measures, saves, and says so in JSON."""
+
+import json
+
+from greenroom.commands import main
+from greenroom.placement.calibrate import load_profile
+
+
+def test_doctor_measures_and_saves(tmp_path, monkeypatch, capsys) -> None:
+    monkeypatch.setenv("GREENROOM_HOME", str(tmp_path))
+    assert main(["doctor", "--no-measure"]) == 0
+    assert "not measured yet" in capsys.readouterr().out
+    assert main(["doctor", "--quick", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    saved = load_profile(next(tmp_path.glob("machine-*.json")))
+    assert saved.json() == found["profile"] | {
+        name: {int(k): v for k, v in found["profile"][name].items()}
+        for name in ("dram", "disk", "pcie_up", "pcie_down")
+    }
+    assert saved.fingerprint == found["fingerprint"]
+    assert saved.dram_best > 0.5
+    assert 0 < saved.experts["MXFP4"] < 20 * saved.dram_best
+    assert found["machine"]["processor"]["threads"] >= 1
+    assert main(["doctor", "--no-measure"]) == 0
+    assert "RAM read" in capsys.readouterr().out

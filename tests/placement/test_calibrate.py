@@ -1,0 +1,83 @@
+"""Profiles survive the disk, are refused when damaged, and belong to one machine."""
+
+import json
+from dataclasses import replace
+
+import pytest
+
+from greenroom.placement import calibrate
+from greenroom.placement.calibrate import MachineProfile, ProfileError
+from greenroom.placement.machine import machine
+from greenroom.placement.problems import problems
+
+PROFILE = MachineProfile(
+    fingerprint="f" * 16,
+    name="a processor",
+    date="2026-01-01T00:00:00+00:00",
+    threads=2,
+    ram=1 << 34,
+    dram={1: 10.0, 2: 18.0},
+    experts={"MXFP4": 15.0, "Q8_0": 12.0},
+    pcie_up={1: 20.0, 64: 50.0},
+)
+
+
+def test_a_profile_survives_the_disk(tmp_path, monkeypatch) -> None:
+    monkeypatch.setenv("GREENROOM_HOME", str(tmp_path))
+    path = calibrate.save_profile(PROFILE)
+    assert calibrate.load_profile(path) == PROFILE
+    assert calibrate.saved_profile(PROFILE.fingerprint) == PROFILE
+    assert calibrate.saved_profile("0" * 16) is None
+
+
+def test_rates_of_formats_that_were_not_measured() -> None:
+    assert (PROFILE.dram_best, PROFILE.pcie) == (18, 50)
+    assert PROFILE.expert_rate("MXFP4") == 15
+    assert PROFILE.expert_rate("Q2_K") == 12  # the slowest that was measured
+    assert PROFILE.dense_rate("Q4_K") == 18  # none was: the ceiling
+
+
+@pytest.mark.parametrize(
+    ("change", "complaint"),
+    [
+        ({"version": 99}, "version 99"),
+        ({"kind": "x"}, "not a document"),
+        ({"dram": {"two": 1}}, "invalid literal"),
+        ({"dram": {"2": -1}}, "dram must be a rate"),
+        ({"vram": "fast"}, "vram must be a rate"),
+        ({"threads": 1.5}, "threads must be a whole number"),
+        ({"surprise": 1}, "'surprise' is unknown"),
+    ],
+)
+def test_a_wrong_profile_is_refused_in_one_line(tmp_path, change, complaint) -> None:
+    path = tmp_path / "m.json"
+    path.write_text(json.dumps({**PROFILE.json(), **change}))
+    with pytest.raises(ProfileError, match=complaint) as caught:
+        calibrate.load_profile(path)
+    assert "\n" not in str(caught.value)
+
+
+def test_no_json_is_refused(tmp_path) -> None:
+    (tmp_path / "m.json").write_text("{")
+    with pytest.raises(ProfileError, match="no JSON"):
+        calibrate.load_profile(tmp_path / "m.json")
+    with pytest.raises(ProfileError, match="cannot be read"):
+        calibrate.load_profile(tmp_path / "none.json")
+
+
+def test_problems_are_named_with_their_fix() -> None:
+    here = machine()
+    slow = replace(
+        here,
+        adapters=1,
+        gpus=(),
+        memory=replace(here.memory, huge_pages="never", memlock=64 << 10),
+        processor=replace(here.processor, cores=8, quota=2.0),
+    )
+    found = {problem.what: problem.fix for problem in problems(slow)}
+    text = " ".join([*found, *found.values()])
+    for word in ("NVIDIA", "huge pages are off", "64 KiB", "2 of 8 cores", "ulimit"):
+        assert word in text
+    assert problems(slow)[0].grave
+    assert here.fingerprint == replace(here, memory=slow.memory).fingerprint
+    assert here.fingerprint != slow.fingerprint
