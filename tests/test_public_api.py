@@ -67,6 +67,7 @@ PARAMETERS = {
         "backend",
         "vram",
         "mmap",
+        "trace",
     ],
     "Completion": [
         "text",

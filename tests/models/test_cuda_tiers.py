@@ -6,6 +6,8 @@ import numpy as np
 import pytest
 import torch
 
+from greenroom.experts.trace import Trace
+
 from .conftest import Loader
 from .hf_export import VOCABULARY
 from .sessions import Session, one_pass, prompt, relative_error
@@ -80,3 +82,17 @@ def test_answers_stay_the_same_after_thousands_of_promotions(load: Loader) -> No
     assert slots.stats["promotions"] > 2000
     assert torch.equal(slots.table.cpu(), torch.from_numpy(slots.seats))
     assert relative_error(one_pass(model, tokens).cpu(), truth) < CLOSE
+
+
+def test_a_trace_says_who_starts_in_a_slot(load: Loader, tmp_path) -> None:
+    _, plain = load("gpt-oss", backend="cuda", device=DEVICE)
+    layers, experts = plain.moe_layers, plain.config.moe.experts
+    slab = plain.blk[0].ffn.experts.cpu.layout.nbytes
+    routes = np.full((4, len(layers), 1), experts - 1, np.int32)
+    path = tmp_path / "trace.npz"
+    Trace("toy", experts, layers, routes, np.zeros(1, np.int64)).save(path)
+    room = len(layers) * (slab + 4 * (512 + experts))
+    _, model = load("gpt-oss", backend="cuda", device=DEVICE, slot_bytes=room, trace=str(path))
+    seats = model.backend.tiers.slots.seats
+    assert (seats[:, experts - 1] >= 0).all()
+    assert (seats[:, : experts - 1] == -1).all()

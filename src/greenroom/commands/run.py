@@ -18,6 +18,7 @@ DEFAULT_TOKENS = 1024  # or what fits: a model that never ends should not run fo
 Prompt = Annotated[str | None, Argument(help="The prompt; '-' or a pipe: standard input.")]
 Raw = Annotated[bool, Option("--raw", help="Do not apply the model's chat template.")]
 Stop = Annotated[list[str] | None, Option(help="End at this text; may be given repeatedly.")]
+Trace = Annotated[str | None, Option(help="Recorded routes whose experts start in VRAM.")]
 Json = Annotated[bool, Option("--json", help="Print one JSON document instead of text.")]
 
 
@@ -37,6 +38,7 @@ def run(
     threads: options.Threads = None,
     context: options.Context = None,
     vram: options.Vram = None,
+    trace: Trace = None,
     mmap: options.Mmap = False,
     reference: options.Reference = False,
     as_json: Json = False,
@@ -53,7 +55,7 @@ def run(
     from greenroom.commands.console import loaded
 
     settings = options.engine(threads, context, vram, mmap, reference)
-    with loaded(model, max_sequences=1, **settings) as llm:
+    with loaded(model, max_sequences=1, trace=trace, **settings) as llm:
         tokens, parser = _tokens(llm, text, system, raw)
         if max_tokens is None:
             room = llm.engine.config.context_length - len(tokens)

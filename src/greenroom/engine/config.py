@@ -43,6 +43,8 @@ class EngineConfig:
             kernels on the CPU, or "reference" for plain float32 torch.
         vram: budget of the GPU's memory beyond the driver's own, in bytes or like "6GiB"; "max"
             or None for all that is free, 0 to leave the GPU alone.
+        trace: file of recorded routes ('greenroom profile' writes one) whose popular experts
+            start in VRAM.
         mmap: compute from the mapped file where the layout allows, instead of copying it.
 
     Raises:
@@ -61,6 +63,7 @@ class EngineConfig:
     backend: Literal["auto", "cuda", "native", "reference"] = "auto"
     vram: str | int | None = None
     mmap: bool = False
+    trace: str | None = None
 
     def __post_init__(self) -> None:
         counts = ("max_sequences", "block_size")

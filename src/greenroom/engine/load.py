@@ -73,6 +73,7 @@ def load_engine(
             scratch_bytes=placement.scratch,
             slot_bytes=placement.slot_bytes,
             staging_bytes=placement.staging,
+            trace=config.trace,
             mmap=config.mmap,
             progress=progress,
         )

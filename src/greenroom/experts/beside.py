@@ -52,9 +52,11 @@ class Slots(Protocol):
     Attributes:
         table: (experts,) int32 on the device: an expert's slot, or -1 if it has none. Its values
             change between steps only, its address never.
+        full: whether every expert has a slot; then none ever leaves.
     """
 
     table: Tensor
+    full: bool
 
     def hits(self, hidden: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
         """The sum over the routes whose expert has a slot; part of a captured step, so without
@@ -175,7 +177,7 @@ class ExpertsBeside:
         self.stream = stream
         self._courier = courier
         self._hits: Tensor | None = None
-        self._streamed: Tensor | None = None
+        self._done: Tensor | None = None
 
     @property
     def nbytes(self) -> int:
@@ -185,17 +187,20 @@ class ExpertsBeside:
     def start(self, hidden: Tensor, ids: Tensor, weights: Tensor) -> None:
         """Begins `__call__`; what the device is given until `finish` runs beside it."""
         if self.stream is not None and hidden.shape[0] > self.FEW:
-            self._streamed = self.stream(hidden, ids, weights)
+            self._done = self.stream(hidden, ids, weights)
             return
         slots = self.slots
+        if slots is not None and slots.full:  # nothing is left for the CPU
+            self._done = slots.hits(hidden, ids, weights)
+            return
         table = None if slots is None else slots.table
         live = self._courier.send(self.cpu, hidden, ids, weights, table)
         self._hits = None if slots is None else slots.hits(hidden, live, weights)
 
     def finish(self, shared: Tensor | None = None) -> Tensor:
         """The result of the last `start` plus `shared`: (tokens, d) float32 on the device."""
-        if self._streamed is not None:
-            total, self._streamed = self._streamed, None
+        if self._done is not None:
+            total, self._done = self._done, None
             return total if shared is None else total.add_(shared)
         hits, self._hits = self._hits, None
         return self._courier.fetch(hits, shared)

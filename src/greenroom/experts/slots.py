@@ -44,7 +44,10 @@ class LayerSlots:
     Attributes:
         memory: (slots, slab bytes) uint8, shared with the layers of equal layout.
         table: (experts,) int32 on the device, an expert's slot or -1.
+        full: whether there is a slot for every expert; then none ever leaves.
     """
+
+    full = False
 
     def __init__(
         self,
@@ -332,10 +335,12 @@ def _arenas(account: Account, banks: Sequence[CpuExperts], nbytes: int) -> list[
     for i, bank in enumerate(banks):
         groups.setdefault((bank.layout, bank.experts, bank.activation), []).append(i)
     total = sum(bank.layout.nbytes * bank.experts for bank in banks)
+    if nbytes < total:  # what is beside the slots comes out of the same bytes
+        nbytes = max(0, nbytes - 4 * len(banks) * (SEEN + max(bank.experts for bank in banks)))
     arenas = []
     for (layout, experts, _), layers in groups.items():
         own = layout.nbytes * experts * len(layers)
-        count = min(int(nbytes * (own / total)) // layout.nbytes, experts * len(layers))
+        count = min(nbytes * own // total // layout.nbytes, experts * len(layers))
         if count > 0:
             arenas.append(Arena(account, layers, [banks[i] for i in layers], count))
     return arenas

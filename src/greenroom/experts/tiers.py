@@ -29,10 +29,18 @@ class Tiers:
         account: books the memory.
         slot_bytes: for slots; 0 for none.
         staging_bytes: for staging slabs and one expanded expert; 0 leaves long steps to the CPU.
+        heat: (layers, experts), how much each expert was in demand, if that is known; of more
+            layers than this device computes, it is the last that count.
     """
 
-    def __init__(self, account: Account, slot_bytes: int = 0, staging_bytes: int = 0) -> None:
-        self._account = account
+    def __init__(
+        self,
+        account: Account,
+        slot_bytes: int = 0,
+        staging_bytes: int = 0,
+        heat: NDArray[np.integer] | None = None,
+    ) -> None:
+        self._account, self._heat = account, heat
         self._slot_bytes, self._staging_bytes = slot_bytes, staging_bytes
         self._layers: list[ExpertsBeside] = []
         self._pins: list[Future[None]] = []
@@ -47,12 +55,8 @@ class Tiers:
             self._worker = self._worker or ThreadPoolExecutor(1, thread_name_prefix="pin")
             self._pins.append(self._worker.submit(pin, experts.cpu))
 
-    def complete(self, heat: NDArray[np.floating] | None = None) -> None:
-        """All layers are there: allocates and fills what the sizes allow.
-
-        Args:
-            heat: (layers, experts), how much each expert was in demand, if that is known.
-        """
+    def complete(self) -> None:
+        """All layers are there: allocates and fills what the sizes allow."""
         for pinned in self._pins:
             pinned.result()
         if self._worker is not None:
@@ -61,6 +65,7 @@ class Tiers:
         if not banks:
             return
         if self._slot_bytes >= min(bank.layout.nbytes for bank in banks):
+            heat = None if self._heat is None else self._heat[-len(banks) :].astype(float)
             self.slots = Slots(self._account, banks, self._slot_bytes, heat)
             for layer, slots in zip(self._layers, self.slots.layers, strict=True):
                 layer.slots = slots

@@ -6,6 +6,7 @@ Knows the registry and the options; what a family computes stands in its own fil
 import importlib
 from collections.abc import Callable
 from dataclasses import dataclass
+from os import PathLike
 from typing import Any
 
 from greenroom.errors import ModelFileError, UnsupportedModelError
@@ -35,6 +36,7 @@ class LoadOptions:
         slot_bytes: of the vram, for experts; 0 leaves all of them to the CPU.
         staging_bytes: of the vram, for experts on their way through it in long steps; 0 leaves
             those to the CPU.
+        trace: file of recorded routes; its popular experts start in the slots.
         threads: of the native pool; None for as many as suit the machine.
         pool: a native pool to share, instead of `threads`.
         context_length: tokens of a session, None for the model's own.
@@ -51,6 +53,7 @@ class LoadOptions:
     scratch_bytes: int = SCRATCH_BYTES
     slot_bytes: int = 0
     staging_bytes: int = 0
+    trace: str | PathLike[str] | None = None
     threads: int | None = None
     pool: Any = None
     context_length: int | None = None
@@ -152,5 +155,21 @@ def make_cuda_backend(pool: Any, options: LoadOptions, config: ModelConfig) -> B
     ledger = Ledger(torch.device(options.device), options.vram)
     bench = Workbench(pool, ledger, options.scratch_bytes)
     shape = config.attention
-    tiers = Tiers(bench.ledger, options.slot_bytes, options.staging_bytes)
+    heat = None if options.trace is None else read_heat(options.trace, config)
+    tiers = Tiers(bench.ledger, options.slot_bytes, options.staging_bytes, heat)
     return CudaBackend(pool, bench, shape.heads // shape.kv_heads, options.mmap, tiers=tiers)
+
+
+def read_heat(path: str | PathLike[str], config: ModelConfig) -> Any:
+    """How often each expert was used in a trace, (moe layers, experts) int64.
+
+    Raises:
+        ModelFileError: the file is no trace, or one of another model.
+    """
+    from greenroom.experts.trace import Trace
+
+    trace = Trace.load(path)
+    if config.moe is not None:
+        layers = range(config.moe.dense_layers, config.layers)
+        trace.fits(config.moe.experts, layers, path)
+    return trace.counts()
