@@ -18,11 +18,16 @@ from greenroom.placement.sizes import ROUNDING, CacheShape, Sizes, logit_bytes, 
 
 MARGIN = 512 << 20  # of "max", left to other programs and the allocator's rounding
 LEAST_SCRATCH, MOST_SCRATCH = 16 << 20, 64 << 20
-LEAST_CHUNK, MOST_CHUNK, CHUNK_STEP = 64, 8192, 64  # tokens of a step, chosen automatically
+LEAST_CHUNK, GOOD_CHUNK, MOST_CHUNK, CHUNK_STEP = (
+    64,
+    512,
+    8192,
+    64,
+)  # tokens of a step, if not named
 LEAST_CONTEXT = 4096  # tokens of a session on the GPU, if nobody asked for a number
 GRAPHS = 64 << 20  # what captured steps of up to 32 tokens keep for themselves
 MOST_STAGING = 256 << 20
-STAGED_EXPERTS = 8  # two pieces of four are the fewest that hide the copy behind the product
+STAGED_EXPERTS = 3  # the fewest that keep the bus busy while one of them is computed
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -122,10 +127,10 @@ class Plan:
 
     # What a choice costs
 
-    def activations(self, chunk: int, streamed: bool = False) -> int:
+    def activations(self, chunk: int) -> int:
         """Bytes of what one step computes, at most, with the allocator's rounding."""
         sequences = self.wish.sequences
-        tokens = max(chunk, sequences) * token_bytes(self.config, streamed)
+        tokens = max(chunk, sequences) * token_bytes(self.config)
         return tokens + logit_bytes(self.config, sequences) + ROUNDING
 
     def cache(self, count: int, tokens: int, chunk: int) -> int:
@@ -196,24 +201,24 @@ class Plan:
         rest = budget - self.need(True, total)
         graphs = min(GRAPHS, rest)
         rest -= graphs
-        least = STAGED_EXPERTS * self.sizes.slab
-        staging = min(max(MOST_STAGING, least), rest // 4) if least else 0
-        rest -= staging
-        if staging < least:
+        slab = self.sizes.slab
+        least = STAGED_EXPERTS * slab + self.sizes.expanded
+        staging = min(max(MOST_STAGING, 2 * least), max(rest // 3, min(least, rest // 2)))
+        rest -= staging if slab else 0
+        if staging < least or not slab:
             staging = 0
         scratch = min(MOST_SCRATCH - LEAST_SCRATCH, rest // 8)
         rest -= scratch
         tokens, granted = self._tokens(rest // 4)
         rest -= granted
-        chunk, granted = self._chunk(rest // 4, tokens, staging > 0)
+        chunk, granted = self._chunk(rest, tokens)
         rest -= granted
-        slab = self.sizes.slab
         slots = min(rest // slab, self.sizes.expert_count) if slab else 0
         parts = {
             "dense": sum(self.sizes.layers) + self.sizes.head,
             "cache": self.cache(total, tokens, chunk),
             "scratch": LEAST_SCRATCH + scratch,
-            "activations": self.activations(chunk, staging > 0 and chunk > self.least_chunk),
+            "activations": self.activations(chunk),
             "graphs": graphs,
             "staging": staging,
             "experts": slots * slab,
@@ -239,20 +244,21 @@ class Plan:
         tokens = _largest(cost, share, self.least_tokens, self.most_tokens, size)
         return tokens, min(share, cost(self.most_tokens))
 
-    def _chunk(self, share: int, tokens: int, streamed: bool) -> tuple[int, int]:
-        """Tokens of a step within a share of bytes beyond the least, and the bytes granted."""
+    def _chunk(self, rest: int, tokens: int) -> tuple[int, int]:
+        """Tokens of a step, and the bytes granted: half of the rest for steps in which a copied
+        expert pays, a quarter of what is left then for longer ones."""
         if self.wish.chunk is not None:
             return self.wish.chunk, 0
         total = self.config.layers
 
-        def cost(chunk: int, at: int = tokens, staged: bool = streamed) -> int:
-            if chunk == LEAST_CHUNK:
-                return 0
+        def cost(chunk: int, at: int = tokens) -> int:
             cache = self.cache(total, at, chunk) - self.cache(total, at, LEAST_CHUNK)
-            return cache + self.activations(chunk, staged) - self.activations(LEAST_CHUNK)
+            return cache + self.activations(chunk) - self.activations(LEAST_CHUNK)
 
-        most = cost(MOST_CHUNK, max(self.most_tokens, tokens), True)
-        return _largest(cost, share, LEAST_CHUNK, MOST_CHUNK, CHUNK_STEP), min(share, most)
+        most = max(self.most_tokens, tokens)
+        first = min(rest // 2, cost(GOOD_CHUNK, most))
+        share = min(first + (rest - first) // 4, cost(MOST_CHUNK, most))
+        return _largest(cost, share, LEAST_CHUNK, MOST_CHUNK, CHUNK_STEP), share
 
     def _placement(
         self, reason: str, budget: int, parts: Mapping[str, int], head: bool, count: int,

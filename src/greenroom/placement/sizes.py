@@ -31,6 +31,7 @@ class Sizes:
         head: the head and the norm before it.
         embedding: the table, as the file has it.
         slab: the largest expert; 0 for a dense model.
+        expanded: two matrices of an expert in half precision.
         experts: all routed experts together.
         expert_count: how many those are, over all layers.
     """
@@ -39,6 +40,7 @@ class Sizes:
     head: int
     embedding: int
     slab: int
+    expanded: int
     experts: int
     expert_count: int
 
@@ -64,6 +66,7 @@ class Sizes:
             head=head,
             embedding=table.nbytes,
             slab=max(slabs, default=0),
+            expanded=4 * config.hidden_size * config.moe.width if config.moe else 0,
             experts=sum(slabs) * experts,
             expert_count=len(slabs) * experts,
         )
@@ -110,13 +113,8 @@ def _expert_name(tensors: Mapping[str, TensorInfo], layer: int, part: str) -> st
     return next((name for name in names if name in tensors), None)
 
 
-def token_bytes(config: ModelConfig, streamed: bool) -> int:
-    """Bytes a step computes per token, at most, the logits apart.
-
-    Args:
-        config: the model's.
-        streamed: whether the experts of long steps are computed on the GPU.
-    """
+def token_bytes(config: ModelConfig) -> int:
+    """Bytes a step computes per token, at most, the logits apart."""
     shape = config.attention
     attention = (shape.heads + 2 * shape.kv_heads) * max(shape.key_length, shape.value_length)
     moe = config.moe
@@ -124,9 +122,10 @@ def token_bytes(config: ModelConfig, streamed: bool) -> int:
     # Residual, its norm and a sum; projections, their contiguous copies and the attention's
     # output; gate and up, their copies and product.
     width = 4 * config.hidden_size + 3 * attention + 5 * inner
-    if streamed and moe is not None:
-        # For every route its input, gate and up, their product, and its output.
-        width += moe.used * (2 * config.hidden_size + 3 * moe.width)
+    if moe is not None:
+        # Rows in half precision and the sum, routes sorted by expert, and of the rows of one
+        # expert their copy, gate and up, their product and the output: see `experts.stream`.
+        return 4 * width + 12 * (config.hidden_size + moe.width + 4 * moe.used)
     return 4 * width
 
 
