@@ -118,6 +118,11 @@ def test_damaged_files_are_refused_in_one_line(tmp_path: Path) -> None:
         trace([[[0, 1], [2, 3]]]).save(tmp_path / "none" / "x")
 
 
+def test_heat_by_hand() -> None:
+    heat = trace([[[0, 1], [2, 3]], [[0, 2], [2, 1]]]).heat(half_life=np.log(2) * 10)
+    np.testing.assert_allclose(heat, [[10, 5, 5, 0], [0, 5, 10, 5]])
+
+
 def test_fits_names_both_models() -> None:
     found = trace([[[0, 1], [2, 3]]])
     found.fits(4, [1, 3], "f")

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from greenroom.experts.residency import EMPTY, Residency
-from greenroom.experts.trace import NOBODY, Trace
+from greenroom.experts.trace import NOBODY, Trace, steady_heat
 
 Floats = NDArray[np.float64]
 Counts = NDArray[np.int64]
@@ -195,11 +195,6 @@ class Simulation:
     promotions: float
 
 
-def warm_heat(counts: Counts, tokens: int, half_life: float = 256) -> Floats:
-    """The heat (layers, experts) at which a steady stream with these counts would settle."""
-    return np.asarray(counts / max(tokens, 1) * half_life / np.log(2))
-
-
 def simulate(
     routes: Routes, experts: int, slots: int, heat: Floats | None = None, limit: int = 8
 ) -> tuple[NDArray[np.bool_], int]:
@@ -239,7 +234,7 @@ def warm_gain(routes: Routes, experts: int, slots: int, first: int = 64) -> Simu
     counts = np.zeros((routes.shape[1], experts), np.int64)
     np.add.at(counts, (np.broadcast_to(layers, before.shape), before), 1)
     cold, promotions = simulate(after, experts, slots)
-    warm, _ = simulate(after, experts, slots, warm_heat(counts, half))
+    warm, _ = simulate(after, experts, slots, steady_heat(counts, half))
     return Simulation(
         slots,
         float(cold.mean()),

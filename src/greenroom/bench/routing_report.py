@@ -171,43 +171,50 @@ def plots(document: dict[str, Any]) -> dict[str, bytes]:
     from matplotlib.figure import Figure
 
     found = {}
-
-    def draw(name: str, size: tuple[float, float], body: Callable[[Any, Any], None]) -> None:
+    for name, (size, draw) in PLOTS.items():
         figure = Figure(figsize=size, layout="constrained")
-        body(figure, figure.subplots())
+        draw(document, figure, figure.subplots())
         out = io.BytesIO()
         figure.savefig(out, format="png", dpi=90)
         found[name] = out.getvalue()
-
-    def heat(figure: Any, axes: Any) -> None:
-        counts = np.array(document["counts"])
-        share = counts / np.maximum(counts.mean(1, keepdims=True), 1)
-        image = axes.imshow(share, aspect="auto", interpolation="nearest", cmap="magma", vmin=0)
-        axes.set(xlabel="expert", ylabel="MoE layer")
-        figure.colorbar(image, label="use over the layer's mean")
-
-    def hits(figure: Any, axes: Any) -> None:
-        for name, curve in document["hit_rates"].items():
-            axes.plot(curve["slots_per_layer"], curve["rate"], ".-", label=name)
-        axes.plot([0, document["experts"]], [0, 1], ":", color="grey", label="chance")
-        axes.set(xlabel="slots per layer", ylabel="hit rate", ylim=(0, 1.02))
-        axes.legend()
-
-    def reuse(figure: Any, axes: Any) -> None:
-        axes.bar(range(document["experts"]), document["reuse_distance"][:-1])
-        axes.set(xlabel="other experts used since the last use", ylabel="uses")
-
-    def together(figure: Any, axes: Any) -> None:
-        found = document["coactivation_map"]
-        image = axes.imshow(found["lift"], interpolation="nearest", cmap="coolwarm", vmin=0, vmax=2)
-        axes.set(title=f"layer {found['layer']}", xlabel="expert", ylabel="expert")
-        figure.colorbar(image, label="meetings over chance")
-
-    draw("heat.png", (7, 4.5), heat)
-    draw("hit-rates.png", (6, 4), hits)
-    draw("reuse.png", (6, 3), reuse)
-    draw("coactivation.png", (5, 4), together)
     return found
+
+
+def _draw_heat(document: dict[str, Any], figure: Any, axes: Any) -> None:
+    counts = np.array(document["counts"])
+    share = counts / np.maximum(counts.mean(1, keepdims=True), 1)
+    image = axes.imshow(share, aspect="auto", interpolation="nearest", cmap="magma", vmin=0)
+    axes.set(xlabel="expert", ylabel="MoE layer")
+    figure.colorbar(image, label="use over the layer's mean")
+
+
+def _draw_hits(document: dict[str, Any], figure: Any, axes: Any) -> None:
+    for name, curve in document["hit_rates"].items():
+        axes.plot(curve["slots_per_layer"], curve["rate"], ".-", label=name)
+    axes.plot([0, document["experts"]], [0, 1], ":", color="grey", label="chance")
+    axes.set(xlabel="slots per layer", ylabel="hit rate", ylim=(0, 1.02))
+    axes.legend()
+
+
+def _draw_reuse(document: dict[str, Any], figure: Any, axes: Any) -> None:
+    axes.bar(range(document["experts"]), document["reuse_distance"][:-1])
+    axes.set(xlabel="other experts used since the last use", ylabel="uses")
+
+
+def _draw_pairs(document: dict[str, Any], figure: Any, axes: Any) -> None:
+    found = document["coactivation_map"]
+    image = axes.imshow(found["lift"], interpolation="nearest", cmap="coolwarm", vmin=0, vmax=2)
+    axes.set(title=f"layer {found['layer']}", xlabel="expert", ylabel="expert")
+    figure.colorbar(image, label="meetings over chance")
+
+
+Draw = Callable[[dict[str, Any], Any, Any], None]
+PLOTS: dict[str, tuple[tuple[float, float], Draw]] = {
+    "heat.png": ((7, 4.5), _draw_heat),
+    "hit-rates.png": ((6, 4), _draw_hits),
+    "reuse.png": ((6, 3), _draw_reuse),
+    "coactivation.png": ((5, 4), _draw_pairs),
+}
 
 
 def page(document: dict[str, Any], images: dict[str, bytes]) -> str:

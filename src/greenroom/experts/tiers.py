@@ -38,7 +38,7 @@ class Tiers:
         account: Account,
         slot_bytes: int = 0,
         staging_bytes: int = 0,
-        heat: NDArray[np.integer] | None = None,
+        heat: NDArray[np.floating] | None = None,
     ) -> None:
         self._account, self._heat = account, heat
         self._slot_bytes, self._staging_bytes = slot_bytes, staging_bytes
@@ -65,7 +65,7 @@ class Tiers:
         if not banks:
             return
         if self._slot_bytes >= min(bank.layout.nbytes for bank in banks):
-            heat = None if self._heat is None else self._heat[-len(banks) :].astype(float)
+            heat = None if self._heat is None else self._heat[-len(banks) :]
             self.slots = Slots(self._account, banks, self._slot_bytes, heat)
             for layer, slots in zip(self._layers, self.slots.layers, strict=True):
                 layer.slots = slots

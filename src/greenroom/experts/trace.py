@@ -83,6 +83,12 @@ class Trace:
         used = flat[self.routes != NOBODY]
         return np.bincount(used, minlength=layers * self.experts).reshape(layers, self.experts)
 
+    def heat(self, half_life: float = 256) -> NDArray[np.float64]:
+        """(moe_layers, experts): the heat, as `residency` counts it, at which a steady stream of
+        tokens like these would settle; a warm start begins with it.
+        """
+        return steady_heat(self.counts(), self.tokens, half_life)
+
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes a NumPy archive under exactly this name; it appears there when it is whole.
 
@@ -179,6 +185,13 @@ def _header(file: IO[bytes]) -> tuple[tuple[int, ...], np.dtype[Any]]:
     if fortran:
         raise ValueError("array in Fortran order")
     return shape, dtype
+
+
+def steady_heat(
+    counts: NDArray[np.int64], tokens: int, half_life: float = 256
+) -> NDArray[np.float64]:
+    """Where counts that halve every `half_life` tokens settle, given those of some tokens."""
+    return np.asarray(counts / max(tokens, 1) * half_life / np.log(2))
 
 
 class TraceRecorder:

@@ -161,7 +161,7 @@ def make_cuda_backend(pool: Any, options: LoadOptions, config: ModelConfig) -> B
 
 
 def read_heat(path: str | PathLike[str], config: ModelConfig) -> Any:
-    """How often each expert was used in a trace, (moe layers, experts) int64.
+    """How much each expert was in demand in a trace, (moe layers, experts) float64.
 
     Raises:
         ModelFileError: the file is no trace, or one of another model.
@@ -172,4 +172,4 @@ def read_heat(path: str | PathLike[str], config: ModelConfig) -> Any:
     if config.moe is not None:
         layers = range(config.moe.dense_layers, config.layers)
         trace.fits(config.moe.experts, layers, path)
-    return trace.counts()
+    return trace.heat()
