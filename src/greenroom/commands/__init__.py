@@ -28,6 +28,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "ps": ("greenroom.commands.ps", "Show what a server has loaded."),
     "demo": ("greenroom.commands.demo", "Build a small real model and let it answer."),
     "doctor": ("greenroom.commands.doctor", "Look at this machine, measure it, name problems."),
+    "bench": ("greenroom.commands.bench", "Measure a model: speed, memory, energy, baseline."),
     "bench-kernels": (
         "greenroom.commands.bench_kernels",
         "Measure the CPU kernels against the machine's limits.",
