@@ -67,6 +67,27 @@ def test_a_stream_without_slots_copies_what_is_routed(load: Loader) -> None:
     assert not stream.ring.staged
 
 
+@pytest.mark.parametrize("thread_bytes", [1e3, 6e9, 1e15])
+def test_the_cpu_takes_its_share_of_a_long_step(
+    load: Loader, thread_bytes: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From nothing to nearly everything; the result stays the reference's."""
+    monkeypatch.setattr("greenroom.experts.stream.THREAD_BYTES", thread_bytes)
+    monkeypatch.setattr("greenroom.experts.stream.THREAD_OPERATIONS", 1e18)
+    wanted, model = with_tiers(load, "gpt-oss", 0.0, staged=2)
+    tokens = prompt(9, 34, VOCABULARY)
+    ring = model.blk[0].ffn.experts.stream.ring
+    before = ring.copied_bytes  # models are shared by tests
+    assert relative_error(one_pass(model, tokens).cpu(), one_pass(wanted, tokens)) < CLOSE
+    copied = ring.copied_bytes - before
+    everything = sum(blk.ffn.experts.nbytes for blk in model.blk)
+    assert not ring.staged
+    if thread_bytes == 1e3:
+        assert copied == everything
+    if thread_bytes == 1e15:  # what was copied is what was staged ahead
+        assert 0 < copied < everything
+
+
 def test_answers_stay_the_same_after_thousands_of_promotions(load: Loader) -> None:
     wanted, model = with_tiers(load, "gpt-oss", 0.5, staged=0)
     slots = model.backend.tiers.slots

@@ -118,6 +118,11 @@ class CpuExperts:
         return len(set(self.layouts)) == 1
 
     @property
+    def threads(self) -> int:
+        """Threads that compute."""
+        return int(self._pool.size)
+
+    @property
     def nbytes(self) -> int:
         """Bytes of the slabs in memory."""
         return sum(self.layouts[expert].nbytes for expert in self._slabs)
