@@ -96,11 +96,12 @@ def test_error_before_the_first_token_is_a_status(client, engine):
 
 @pytest.mark.parametrize("path", [CHAT, "/v1/messages", "/api/chat", "/v1/responses"])
 def test_error_in_mid_stream_is_the_last_event(client, engine, path):
+    client.ok(CHAT, BODY)  # starts the template worker
     engine.delay = 0.01
     engine.reply = "x" * 4000
 
     async def close_soon() -> list[Any]:
-        asyncio.get_running_loop().call_later(0.05, engine.close)
+        asyncio.get_running_loop().call_later(0.3, engine.close)
         body: dict[str, Any] = {"model": "fake", "stream": True}
         body |= {"input": "x"} if path == "/v1/responses" else BODY
         body |= {"max_tokens": 4000} if path == "/v1/messages" else {}
@@ -226,3 +227,59 @@ def test_the_event_loop_stays_free(client, monkeypatch, name):
         assert sent[0]["status"] in (200, 400)
         found.append(longest)
     assert min(found) < 0.02, found
+
+
+def test_a_client_that_leaves_within_its_body_is_no_error(client, caplog):
+    scope = {
+        "type": "http",
+        "method": "POST",
+        "path": CHAT,
+        "raw_path": CHAT.encode(),
+        "query_string": b"",
+        "scheme": "http",
+        "headers": [(b"host", b"localhost")],
+        "server": ("localhost", 80),
+        "root_path": "",
+    }
+    inbox = [{"type": "http.disconnect"}, {"type": "http.request", "body": b"{", "more_body": True}]
+    sent = []
+
+    async def receive() -> Any:
+        return inbox.pop()
+
+    async def send(message: Any) -> None:
+        sent.append(message)
+
+    client.run(client.app(scope, receive, send))
+    assert sent[0]["status"] == 499
+    assert not caplog.records
+
+
+def test_a_grammar_that_would_hold_up_everybody_is_refused(client):
+    form = {"type": "regex", "pattern": "(a{999}){999}"}
+    client.ok(CHAT, {**BODY, "response_format": {"type": "regex", "pattern": "[0-9]{1,900}"}})
+    started = time.thread_time()
+    response = client.post(CHAT, {**BODY, "response_format": form})
+    assert response.status_code == 400
+    assert response.json()["error"]["param"].startswith("response_format")
+    assert time.thread_time() - started < 0.3
+
+
+def test_text_beyond_the_context_is_refused_before_it_is_tokenised(client, engine, monkeypatch):
+    monkeypatch.setattr(type(engine.tokenizer), "encode", None)
+    longest = max(map(len, engine.tokenizer.vocabulary.texts))
+    text = "x" * (4 * longest * 4096 + 1)
+    response = client.post("/v1/completions", {"prompt": text})
+    assert response.status_code == 400
+    assert str(len(text)) in response.json()["error"]["message"]
+    assert "4096" in response.json()["error"]["message"]
+
+
+def test_placement_and_metrics_show_the_prefix_store(client, engine, monkeypatch):
+    store = {"budget": 100, "bytes": 64, "blocks": 2, "kept_blocks": 5, "restored_blocks": 3}
+    plain = engine.stats()
+    monkeypatch.setattr(engine, "stats", lambda: {**plain, "prefix_store": store})
+    assert client.get("/placement").json()["prefix_store"] == store
+    text = client.get("/metrics").text
+    assert 'greenroom:prefix_store_bytes{model_name="fake"} 64.0' in text
+    assert 'greenroom:prefix_store_restored_total{model_name="fake"} 3.0' in text

@@ -123,17 +123,26 @@ class GrammarConstraint:
             return allowed
         self._bits.fill(0)
         self._matcher.unsafe_compute_mask_ptr(self._bits.ctypes.data, self._bits.nbytes)
-        if self._matcher.is_error():
-            raise _refused(self._spec, self._matcher.get_error())
+        self._check()
         bits = np.unpackbits(self._bits.view(np.uint8), bitorder="little")
         allowed = bits[: self._size].astype(np.bool_)
         allowed[self._end_ids] = self._matcher.is_accepting()
         return allowed
 
     def accept(self, token_id: int) -> None:
-        """Moves on by one token."""
+        """Moves on by one token.
+
+        Raises:
+            RequestError: as `mask` does.
+        """
         if not self._matcher.is_stopped() and token_id not in self._end_ids:
             self._matcher.consume_token(token_id)
+            self._check()
+
+    def _check(self) -> None:
+        """A matcher that gives up says that it is stopped, as at the end of an answer."""
+        if self._matcher.is_error():
+            raise _refused(self._spec, self._matcher.get_error())
 
     def finished(self) -> bool:
         """Whether nothing can follow."""

@@ -40,6 +40,10 @@ generated = client.generate(model=model, prompt="a", raw=True, options=options)
 assert generated.eval_count <= 24
 assert client.show(model).modelinfo["general.architecture"]
 assert client.ps().models[0].model == model
+vectors = client.embed(model=model, input=["a", "b"]).embeddings
+assert len(vectors) == 2
+assert abs(sum(value**2 for value in vectors[0]) - 1) < 1e-3
+assert len(client.embeddings(model=model, prompt="a").embedding) == len(vectors[0])
 refusal = None
 try:
     client.chat(**ask, options={"mirostat": 2})
