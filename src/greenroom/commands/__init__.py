@@ -28,6 +28,8 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "ps": ("greenroom.commands.ps", "Show what a server has loaded."),
     "demo": ("greenroom.commands.demo", "Build a small real model and let it answer."),
     "doctor": ("greenroom.commands.doctor", "Look at this machine, measure it, name problems."),
+    "plan": ("greenroom.commands.plan", "Predict placement and speed from a model's header."),
+    "compare": ("greenroom.commands.compare", "Put two benchmark results side by side."),
     "bench": ("greenroom.commands.bench", "Measure a model: speed, memory, energy, baseline."),
     "bench-kernels": (
         "greenroom.commands.bench_kernels",

@@ -117,6 +117,21 @@ def write_gguf(
             file.write(bytes(-tensor.nbytes % alignment))
 
 
+def write_header(
+    path: str | os.PathLike[str], metadata: Mapping[str, Any], tensors: Sequence[TensorSpec]
+) -> None:
+    """Writes the header alone: the file has its full size, but its tensors are a hole.
+
+    Arguments as for `write_gguf`; no data is asked for.
+    """
+    alignment = _alignment(metadata)
+    header = _header(metadata, tensors, alignment)
+    size = len(header) + sum(-(-t.nbytes // alignment) * alignment for t in tensors)
+    with Path(path).open("wb") as file:
+        file.write(header)
+        file.truncate(size)
+
+
 @contextlib.contextmanager
 def _replacing(target: Path, size: int) -> Iterator[IO[bytes]]:
     """A file under a temporary name that takes `target`'s place if all goes well."""
