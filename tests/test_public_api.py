@@ -67,6 +67,7 @@ PARAMETERS = {
         "backend",
         "vram",
         "mmap",
+        "ram",
         "trace",
     ],
     "Completion": [

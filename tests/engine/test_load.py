@@ -8,6 +8,7 @@ from greenroom.convert.synth import Synthesis, write_synthetic
 from greenroom.convert.synth_shapes import shape_of
 from greenroom.engine.config import EngineConfig, resolve
 from greenroom.engine.load import _session, load_engine
+from greenroom.errors import BudgetError
 from greenroom.models.config import ModelConfig
 
 
@@ -48,3 +49,27 @@ def test_a_short_session_takes_the_short_table(tmp_path) -> None:
         engine.close()
     assert (tables[0] >= tables[1]).all()
     assert (tables[0] > tables[1]).any()
+
+
+def test_ram_that_was_named_is_enough_or_refused_with_what_is(tmp_path, monkeypatch) -> None:
+    path = tmp_path / "model.gguf"
+    write_synthetic(Synthesis(shape_of("gpt-oss-20b-tiny", 1)), path)
+    common = {"vram": 0, "threads": 1, "max_sequences": 1, "context_length": 64}
+    with pytest.raises(BudgetError, match="ram is 1 MiB") as caught:
+        load_engine(path, EngineConfig(ram="1MiB", **common))
+    needed = int(str(caught.value).split(" need ")[1].split()[0])
+    engine = load_engine(path, EngineConfig(ram=needed << 20, **common))
+    memory = engine.stats()["memory"]
+    engine.close()
+    assert sum(memory.values()) - memory["kv_cache"] <= needed << 20
+
+
+def test_a_model_beyond_the_free_ram_stays_in_its_file(tmp_path, monkeypatch, caplog) -> None:
+    path = tmp_path / "model.gguf"
+    write_synthetic(Synthesis(shape_of("gpt-oss-20b-tiny", 1)), path)
+    monkeypatch.setattr("greenroom.engine.load.available_memory", lambda: 1 << 20)
+    engine = load_engine(path, EngineConfig(vram=0, threads=1, context_length=64))
+    experts = engine.stats()["memory"]["experts"]
+    engine.close()
+    assert experts == 0
+    assert "stay in the mapped file" in caplog.text

@@ -28,6 +28,7 @@ def chat(
     threads: options.Threads = None,
     context: options.Context = None,
     vram: options.Vram = None,
+    ram: options.Ram = None,
     mmap: options.Mmap = False,
     reference: options.Reference = False,
 ) -> None:
@@ -37,7 +38,7 @@ def chat(
     )
     from greenroom.commands.console import errors, loaded
 
-    settings = options.engine(threads, context, vram, mmap, reference)
+    settings = options.engine(threads, context, vram, mmap, reference, ram)
     with loaded(model, max_sequences=1, **settings) as llm:
         if llm.engine.chat.source == "none":
             raise ChatTemplateError(

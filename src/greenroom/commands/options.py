@@ -24,18 +24,27 @@ Context = Annotated[int | None, Option(help="Context in tokens.  [default: what 
 Vram = Annotated[
     str | None, Option(help="GPU memory to use: 6GiB, max, or 0: the CPU only.  [default: max]")
 ]
+Ram = Annotated[
+    str | None, Option(help="RAM the model may take: 24GiB or max.  [default: what is free]")
+]
 Mmap = Annotated[bool, Option("--mmap", help="Compute from the mapped file where possible.")]
 Reference = Annotated[bool, Option("--reference", help="Plain float32 torch: slow, exact.")]
 
 
 def engine(
-    threads: int | None, context: int | None, vram: str | None, mmap: bool, reference: bool
+    threads: int | None,
+    context: int | None,
+    vram: str | None,
+    mmap: bool,
+    reference: bool,
+    ram: str | None = None,
 ) -> dict[str, Any]:
     """Fields of EngineConfig of the options above."""
     return {
         "threads": threads,
         "context_length": context,
         "vram": vram,
+        "ram": ram,
         "mmap": mmap,
         "backend": "reference" if reference else "auto",
     }

@@ -38,6 +38,7 @@ def run(
     threads: options.Threads = None,
     context: options.Context = None,
     vram: options.Vram = None,
+    ram: options.Ram = None,
     trace: Trace = None,
     mmap: options.Mmap = False,
     reference: options.Reference = False,
@@ -54,7 +55,7 @@ def run(
     text = _prompt(prompt)
     from greenroom.commands.console import loaded
 
-    settings = options.engine(threads, context, vram, mmap, reference)
+    settings = options.engine(threads, context, vram, mmap, reference, ram)
     with loaded(model, max_sequences=1, trace=trace, **settings) as llm:
         tokens, parser = _tokens(llm, text, system, raw)
         if max_tokens is None:

@@ -43,6 +43,8 @@ class EngineConfig:
             kernels on the CPU, or "reference" for plain float32 torch.
         vram: budget of the GPU's memory beyond the driver's own, in bytes or like "6GiB"; "max"
             or None for all that is free, 0 to leave the GPU alone.
+        ram: most RAM for experts, embedding and what else stays off the GPU, in bytes or like
+            "24GiB"; "max" or None for all that is free.
         trace: file of recorded routes ('greenroom profile' writes one) whose popular experts
             start in VRAM.
         mmap: compute from the mapped file where the layout allows, instead of copying it.
@@ -63,6 +65,7 @@ class EngineConfig:
     backend: Literal["auto", "cuda", "native", "reference"] = "auto"
     vram: str | int | None = None
     mmap: bool = False
+    ram: str | int | None = None
     trace: str | None = None
 
     def __post_init__(self) -> None:
@@ -79,8 +82,9 @@ class EngineConfig:
         if self.backend not in _BACKENDS:
             message = f"backend must be one of {', '.join(_BACKENDS)}, not {self.backend!r}"
             raise RequestError(message, "backend")
-        if self.vram is not None:
-            parse_size(self.vram, "vram")
+        for name in ("vram", "ram"):
+            if getattr(self, name) is not None:
+                parse_size(getattr(self, name), name)
         if parse_size(self.prefix_ram, "prefix_ram") is None:
             raise RequestError("prefix_ram must be a size like 4GiB or 0, not 'max'", "prefix_ram")
 

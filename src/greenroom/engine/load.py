@@ -20,8 +20,9 @@ from greenroom.engine.config import (
 from greenroom.engine.engine import Engine
 from greenroom.engine.prefix_store import PrefixStore
 from greenroom.engine.runner import ModelLike
+from greenroom.errors import BudgetError
 from greenroom.gguf import GGUFFile
-from greenroom.placement.budget import parse_size
+from greenroom.placement.budget import mib, parse_size
 from greenroom.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
@@ -59,6 +60,7 @@ def load_engine(
     with GGUFFile(path) as file:
         placement = plan(file, config)
         log.info("%s", placement.reason)
+        config = _within_ram(config, placement, file)
         config = _session(_decided(config, placement), read_config(file), file)
         config = with_threads(config)
         tokenizer = Tokenizer.from_gguf(file)
@@ -90,6 +92,36 @@ def _decided(config: EngineConfig, placement: "Placement") -> EngineConfig:
         context_length=config.context_length or placement.context_length,
         cache_tokens=config.cache_tokens or placement.cache_tokens,
     )
+
+
+def _within_ram(config: EngineConfig, placement: "Placement", file: GGUFFile) -> EngineConfig:
+    """Refuses a model beyond the RAM the user named; leaves one beyond the free RAM in its file.
+
+    Raises:
+        BudgetError: `config.ram` is too small; the message says what is needed.
+    """
+    from greenroom.models.loader import read_config
+    from greenroom.placement.sizes import Sizes
+
+    if placement.backend == "reference":
+        return config
+    sizes = Sizes.of(file.tensors, read_config(file))
+    there = placement.layers - placement.layers_on_gpu
+    need = sizes.experts + sizes.embedding + sum(sizes.layers[:there])
+    need += 0 if placement.head_on_gpu else sizes.head
+    named, free = parse_size(config.ram or "max", "ram"), available_memory()
+    if named is not None and need > named:
+        raise BudgetError(
+            f"ram is {named >> 20} MiB, but experts, embedding and what else stays off the GPU "
+            f"need {mib(need)}; raise it, or quantise the model further"
+        )
+    if need <= free or config.mmap:
+        return config
+    log.warning(
+        "the model needs %s of RAM, but only %d MiB are free: experts stay in the mapped file "
+        "until they are used", mib(need), free >> 20,
+    )  # fmt: skip
+    return replace(config, mmap=True)
 
 
 def _session(config: EngineConfig, model: "ModelConfig", file: GGUFFile) -> EngineConfig:

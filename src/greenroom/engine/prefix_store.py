@@ -50,6 +50,8 @@ class PrefixStore:
             self.bytes -= oldest.nbytes
         # One copy to RAM for all layers: a GPU pays for each copy, not for its size.
         parts = [tensor[block].reshape(-1).view(torch.uint8) for tensor in tensors]
+        if any(part.device != parts[0].device for part in parts):  # layers on both processors
+            parts = [part.cpu() for part in parts]
         self._contents[key] = torch.cat(parts).cpu()
         self.bytes += size
         self.kept += 1
