@@ -121,7 +121,8 @@ class Session:
         """Load times, memory by tier, hits: what has been seen until now."""
         import torch
 
-        reserved = torch.cuda.max_memory_reserved() if torch.cuda.is_initialized() else 0
+        cuda: Any = torch.cuda
+        reserved = cuda.max_memory_reserved() if cuda.is_initialized() else 0
         stats = self.llm.engine.stats()
         return {
             "load_seconds": self.load,

@@ -53,7 +53,7 @@ def measure(
     found: dict[str, dict[str, list[Run]]] = {name: {} for name in sessions}
     for case in schedule.cases:
         for seed in range(schedule.runs + 1):
-            order = list(sessions) if seed % 2 else list(reversed(sessions))
+            order = list(sessions)[:: 1 if seed % 2 else -1]
             for name in order:
                 tell(f"{name}: {case.name}, run {seed} of {schedule.runs}")
                 run = sessions[name].run(case, seed)

@@ -29,6 +29,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "demo": ("greenroom.commands.demo", "Build a small real model and let it answer."),
     "doctor": ("greenroom.commands.doctor", "Look at this machine, measure it, name problems."),
     "plan": ("greenroom.commands.plan", "Predict placement and speed from a model's header."),
+    "matrix": ("greenroom.commands.matrix", "Measure several published shapes: one table."),
     "compare": ("greenroom.commands.compare", "Put two benchmark results side by side."),
     "bench": ("greenroom.commands.bench", "Measure a model: speed, memory, energy, baseline."),
     "bench-kernels": (

@@ -114,7 +114,7 @@ def _from_hub(reference: str, folder: Path) -> Path:
     import httpx
     from huggingface_hub import HfApi, hf_hub_url
     from huggingface_hub.errors import HfHubHTTPError
-    from huggingface_hub.utils import build_hf_headers
+    from huggingface_hub.utils._headers import build_hf_headers
 
     from greenroom.convert.remote import fetch_header
     from greenroom.server.hub import HubError, choose, parse_reference, remote_models
