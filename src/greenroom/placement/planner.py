@@ -14,7 +14,14 @@ from greenroom.models.config import ModelConfig
 from greenroom.placement.budget import mib
 from greenroom.placement.hardware import Gpu, Hardware
 from greenroom.placement.placement import Placement
-from greenroom.placement.sizes import ROUNDING, CacheShape, Sizes, logit_bytes, token_bytes
+from greenroom.placement.sizes import (
+    LAYER_ROUNDING,
+    ROUNDING,
+    CacheShape,
+    Sizes,
+    logit_bytes,
+    token_bytes,
+)
 
 MARGIN = 512 << 20  # of "max", left to other programs and the allocator's rounding
 LEAST_SCRATCH, MOST_SCRATCH = 16 << 20, 64 << 20
@@ -127,11 +134,12 @@ class Plan:
 
     # What a choice costs
 
-    def activations(self, chunk: int) -> int:
-        """Bytes of what one step computes, at most, with the allocator's rounding."""
+    def activations(self, chunk: int, count: int) -> int:
+        """Bytes of what one step computes, at most, with the allocator's rounding, of that of
+        `count` layers' tensors too."""
         sequences = self.wish.sequences
         tokens = max(chunk, sequences) * token_bytes(self.config)
-        return tokens + logit_bytes(self.config, sequences) + ROUNDING
+        return tokens + logit_bytes(self.config, sequences) + ROUNDING + count * LAYER_ROUNDING
 
     def cache(self, count: int, tokens: int, chunk: int) -> int:
         """Bytes of the keys and values of the last `count` layers."""
@@ -145,7 +153,7 @@ class Plan:
             "dense": sum(layers) + (self.sizes.head if head else 0),
             "cache": self.cache(count, self.least_tokens, self.least_chunk),
             "scratch": LEAST_SCRATCH,
-            "activations": self.activations(self.least_chunk),
+            "activations": self.activations(self.least_chunk, count),
         }
 
     def need(self, head: bool, count: int) -> int:
@@ -218,7 +226,7 @@ class Plan:
             "dense": sum(self.sizes.layers) + self.sizes.head,
             "cache": self.cache(total, tokens, chunk),
             "scratch": LEAST_SCRATCH + scratch,
-            "activations": self.activations(chunk),
+            "activations": self.activations(chunk, total),
             "graphs": graphs,
             "staging": staging,
             "experts": slots * slab,
@@ -253,7 +261,7 @@ class Plan:
 
         def cost(chunk: int, at: int = tokens) -> int:
             cache = self.cache(total, at, chunk) - self.cache(total, at, LEAST_CHUNK)
-            return cache + self.activations(chunk) - self.activations(LEAST_CHUNK)
+            return cache + self.activations(chunk, 0) - self.activations(LEAST_CHUNK, 0)
 
         most = max(self.most_tokens, tokens)
         first = min(rest // 2, cost(GOOD_CHUNK, most))

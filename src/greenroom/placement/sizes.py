@@ -16,6 +16,10 @@ from greenroom.models.config import ModelConfig
 # themselves on Hopper.
 ROUNDING = 96 << 20
 
+# Tensors above 10 MiB get whole pieces of 2 MiB each, half of one wasted on average: two
+# matrices of a layer, its keys and its values.
+LAYER_ROUNDING = 2 << 20
+
 _EXPERTS = re.compile(r"_exps\.|\.ffn_(gate|up|down)\.\d+\.")
 _FLOAT32 = re.compile(r"ffn_gate_inp(_shexp)?\.weight$")  # routers are kept in float32
 _NOT_PLACED = re.compile(r"^token_embd\.|^rope_f|attn_rot_embd|rotary_emb|attn\.masked_bias")
