@@ -125,8 +125,8 @@ def document(
         "kind": KIND,
         "version": VERSION,
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "command": " ".join(["greenroom", *sys.argv[1:]]),
-        "machine": None if machine is None else machine.json(),
+        "command": command_line(),
+        "machine": None if machine is None else public(machine),
         "model": dict(model),
         "runs": schedule.runs,
         "results": results,
@@ -138,6 +138,20 @@ def document(
             "saved": savings(results["greenroom"], results["baseline"]),
         }
     return whole
+
+
+def command_line() -> str:
+    """The call, with absolute paths cut to their names: reports are for others to read."""
+    words = [Path(word).name if word.startswith("/") else word for word in sys.argv[1:]]
+    return " ".join(["greenroom", *words])
+
+
+def public(machine: Machine) -> dict[str, Any]:
+    """Facts of the machine without the names of this user's folders."""
+    facts = machine.json()
+    for disk in facts["disks"]:
+        disk["folder"] = Path(disk["folder"]).name
+    return facts
 
 
 def model_facts(path: Path) -> dict[str, Any]:

@@ -1,7 +1,6 @@
 """`greenroom matrix`: the table over several published shapes, every cell measured here."""
 
 import json
-import sys
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated, Any
@@ -42,6 +41,7 @@ def matrix(
     GPU the budgeted side computes from the mapped file. The last line of standard output is JSON.
     """
     from greenroom.bench import matrix as table
+    from greenroom.bench.speed import command_line, public
     from greenroom.commands.console import errors
     from greenroom.convert.synth_shapes import shape_of
     from greenroom.placement.machine import machine
@@ -61,8 +61,8 @@ def matrix(
         "kind": table.KIND,
         "version": table.VERSION,
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "command": " ".join(["greenroom", *sys.argv[1:]]),
-        "machine": here.json(),
+        "command": command_line(),
+        "machine": public(here),
         "models": models,
     }
     _show(document, report)
