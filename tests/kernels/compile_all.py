@@ -66,6 +66,7 @@ by_scales = {form.scales: kind for kind, form in FORMATS.items() if kind != 11}
 for kind in by_scales.values() if quick else FORMATS:
     if not quick or kind == 14:
         matvec(torch.zeros(64, dtype=torch.uint8), kind, 32, 256, x, x)
+        matvec(torch.zeros(64, dtype=torch.uint8), kind, 32, 256, torch.zeros(4, 256), x)
     dequantise(torch.zeros(64, dtype=torch.uint8), kind, torch.empty(32, 256))
 for rows, splits, dtype, size in [
     (ROWS, 4, torch.float16, 64),

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from greenroom.kernels.lines import Walk, line_products
+from greenroom.kernels.lines import Walk, rows_product
 from greenroom.kernels.matvec import iq4_table
 
 LINES, WARPS = 64, 4  # lines a program reads at a time
@@ -48,21 +48,6 @@ def activate(gate, up, KIND: tl.constexpr):
 
 
 @triton.jit
-def _one_matrix(
-    matrix, iq4, x, cols, group_bytes, payload_bytes, lines, C: tl.constexpr, LINES: tl.constexpr
-):  # the products of the program's 16 rows, (16,) float32
-    group = matrix + tl.program_id(1).to(tl.int64) * group_bytes
-    acc = tl.zeros((LINES, 16), tl.float32)
-    for start in range(0, lines, LINES):
-        line = start + tl.arange(0, LINES)
-        acc += line_products(
-            group, iq4, x, line, lines, cols, payload_bytes,
-            C[0], C[1], C[2], C[3], C[4], C[5], C[6], C[7],
-        )  # fmt: skip
-    return tl.sum(acc, 0)
-
-
-@triton.jit
 def _gate_up(
     memory, table, ids, seen, x, inner, iq4, slab_bytes, d, f, up_at, gate_bias, up_bias,
     g_group, g_payload, g_lines, u_group, u_payload, u_lines, K: tl.constexpr, G: tl.constexpr,
@@ -78,8 +63,8 @@ def _gate_up(
         return
     slab = memory + slot.to(tl.int64) * slab_bytes
     token = x + (route // K).to(tl.int64) * d
-    gate = _one_matrix(slab, iq4, token, d, g_group, g_payload, g_lines, G, LINES)
-    up = _one_matrix(slab + up_at, iq4, token, d, u_group, u_payload, u_lines, U, LINES)
+    gate = rows_product(slab, iq4, token, d, g_group, g_payload, g_lines, G, LINES)
+    up = rows_product(slab + up_at, iq4, token, d, u_group, u_payload, u_lines, U, LINES)
     row = tl.program_id(1) * 16 + tl.arange(0, 16)
     if BIAS:
         biases = slab.to(tl.pointer_type(tl.float32))
@@ -99,7 +84,7 @@ def _down(
     if (expert < 0) | (slot < 0):
         return
     slab = memory + slot.to(tl.int64) * slab_bytes
-    y = _one_matrix(
+    y = rows_product(
         slab + down_at, iq4, inner + route.to(tl.int64) * f, f, group_bytes, payload_bytes, lines,
         C, LINES,
     )  # fmt: skip

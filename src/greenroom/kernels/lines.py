@@ -128,3 +128,18 @@ def line_products(
             one = (1 << BITS) + ZERO
             out = (out * (1 << BITS) - total[:, None] * one) * scale - total[:, None] * low
     return tl.where(live[:, None], out, 0.0)
+
+
+@triton.jit
+def rows_product(
+    matrix, iq4, x, cols, group_bytes, payload_bytes, lines, C: tl.constexpr, LINES: tl.constexpr
+):  # the products of the program's 16 rows, (16,) float32; C: `Walk.constants`
+    group = matrix + tl.program_id(1).to(tl.int64) * group_bytes
+    acc = tl.zeros((LINES, 16), tl.float32)
+    for start in range(0, lines, LINES):
+        line = start + tl.arange(0, LINES)
+        acc += line_products(
+            group, iq4, x, line, lines, cols, payload_bytes,
+            C[0], C[1], C[2], C[3], C[4], C[5], C[6], C[7],
+        )  # fmt: skip
+    return tl.sum(acc, 0)

@@ -11,9 +11,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from greenroom.kernels.lines import Walk, rows_product
 from greenroom.kernels.packed import FORMATS, IQ4_VALUES, code, factors, number
 
 BLOCKS = 32  # blocks of 32 columns read at a time
+SINGLE = 2  # tokens up to which each walks the lines by itself: wider loads, fewer instructions
+LINES, WARPS = 128, 8  # of that walk
 
 
 @triton.jit
@@ -72,6 +75,21 @@ def _matvec(
     )
 
 
+@triton.jit
+def _walk(
+    packed, x, bias, out, iq4, rows, cols, group_bytes, payload_bytes, lines, C: tl.constexpr,
+    BIAS: tl.constexpr, LINES: tl.constexpr,
+):  # fmt: skip
+    token = tl.program_id(0).to(tl.int64)
+    y = rows_product(
+        packed, iq4, x + token * cols, cols, group_bytes, payload_bytes, lines, C, LINES
+    )
+    row = tl.program_id(1) * 16 + tl.arange(0, 16)
+    if BIAS:
+        y += tl.load(bias + row, mask=row < rows, other=0.0)
+    tl.store(out + token * rows + row, y, mask=row < rows)
+
+
 @cache
 def iq4_table(device: torch.device) -> Tensor:
     """IQ4's sixteen values as float32 on the device."""
@@ -94,6 +112,14 @@ def matvec(
     form = FORMATS[kind]
     tokens = x.shape[0]
     out = torch.empty(tokens, rows, device=x.device, dtype=torch.float32)
+    if tokens <= SINGLE:
+        walk = Walk.of(kind, cols)
+        _walk[(tokens, -(-rows // 16))](
+            packed, x, x if bias is None else bias, out, iq4_table(x.device), rows, cols,
+            walk.group_bytes, walk.payload_bytes, walk.lines, C=walk.constants,
+            BIAS=bias is not None, LINES=LINES, num_warps=WARPS,
+        )  # fmt: skip
+        return out
     per_program = min(4, triton.next_power_of_2(tokens))
     _matvec[(-(-rows // 16), -(-tokens // per_program))](
         packed, x, x if bias is None else bias, out, iq4_table(x.device), rows, cols // 32,
