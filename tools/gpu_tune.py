@@ -3,7 +3,8 @@
     python tools/gpu_tune.py [--quick]
 
 Prints microseconds, GB/s of weights and the best choice for: experts in slots (one token),
-expanding a slab, one expert of a long step, and copies from pinned and pageable slabs.
+dense matrices (small ones stay in the cache), expanding a slab, one expert of a long step, and
+copies from pinned and pageable slabs.
 """
 
 import argparse
@@ -23,6 +24,8 @@ from greenroom.experts.stream import Expert, Work
 from greenroom.gguf import GGMLType
 from greenroom.kernels import dequantise as expand
 from greenroom.kernels import experts as kernels
+from greenroom.kernels import matvec as dense
+from greenroom.kernels.lines import Walk
 
 SHAPES: dict[str, Any] = {
     "gpt-oss-20b": ((39, 39, 39), 2880, 2880, True, 4, "gpt-oss"),
@@ -117,6 +120,20 @@ def tune_stream(name: str) -> None:
         print(f"expert {name} {rows} rows: {device}, {rate:.0f} TFLOP/s", flush=True)
 
 
+def tune_matvec() -> None:
+    for rows, cols in ((5120, 2880), (2880, 4096), (201088, 2880)):
+        for kind in (39, 8):
+            walk = Walk.of(kind, cols)
+            size = rows // 16 * walk.group_bytes
+            packed = torch.full((size,), 0x11, dtype=torch.uint8, device="cuda")
+            x = torch.randn(1, cols, device="cuda")
+            for dense.LINES, dense.WARPS in ((64, 4), (128, 4), (128, 8)):
+                seconds = timed(partial(dense.matvec, packed, kind, rows, cols, x))
+                choice = f"{rows}x{cols} {GGMLType(kind).name} lines {dense.LINES}"
+                rate = f"{seconds * 1e6:.1f} us {size / seconds / 1e9:.0f} GB/s"
+                print(f"matvec {choice} warps {dense.WARPS}: {rate}", flush=True)
+
+
 def measure_copies() -> None:
     slabs = allocate(1 << 30).reshape(64, -1)
     slabs[:] = 1
@@ -142,6 +159,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true")
     args = parser.parse_args()
     measure_copies()
+    tune_matvec()
     for name in SHAPES:
         tune_stream(name)
         tune_hits(name, args.quick)
