@@ -184,6 +184,11 @@ class ExpertsBeside:
         """Bytes of the slabs."""
         return self.cpu.nbytes
 
+    @property
+    def waits(self) -> bool:
+        """Whether a short step needs the CPU."""
+        return self.slots is None or not self.slots.full
+
     def start(self, hidden: Tensor, ids: Tensor, weights: Tensor) -> None:
         """Begins `__call__`; what the device is given until `finish` runs beside it."""
         if self.stream is not None and hidden.shape[0] > self.FEW:

@@ -198,6 +198,9 @@ class Slots:
                     arena.memory, row, seats[: bank.experts], Seen(self.log, i), bank
                 )
         self._seat_first(heat is not None)
+        for layer, seated in zip(self.layers, self.resident, strict=True):
+            if layer is not None:  # only a free expert could take a slot
+                layer.full = bool(seated == len(layer.table))
 
     def _seat_first(self, known: bool) -> None:
         """Fills the slots: by heat where it is known, else with as many of every layer."""

@@ -4,7 +4,7 @@ A model asks its backend for parts (linear layers, norms, experts) once, when it
 for attention in every layer. A backend knows no family.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -84,6 +84,25 @@ class ExpertWeights:
     activation: str = "silu"
 
 
+Embed = Callable[[Tensor], Tensor]  # ids (n,) to embeddings (n, d) float32
+
+
+class Compute(Protocol):
+    """The rest of a step, on one backend."""
+
+    def __call__(self, x: Tensor, step: Step, caches: Sequence[KVCache]) -> Tensor:
+        """Embeddings (n, d) to logits (n, vocabulary); writes keys and values to the caches."""
+
+
+class Graphs(Protocol):
+    """Steps recorded once and replayed, see `DecodeGraphs`."""
+
+    def __call__(
+        self, batch: Batch, caches: Sequence[KVCache], embed: Embed, compute: Compute
+    ) -> Tensor | None:
+        """Logits (sequences, vocabulary) float32, or None to leave the step to the caller."""
+
+
 class Backend(Protocol):
     """Prepares the parts of a model and runs attention.
 
@@ -135,6 +154,9 @@ class Backend(Protocol):
     def step(self, batch: Batch, rope: Rope | None) -> Step:
         """What all layers share in this step."""
 
+    def graphs(self, rope: Rope | None) -> Graphs | None:
+        """What replays a model's decode steps; None where a step is not worth recording."""
+
     def attend(
         self, q: Tensor, k: Tensor, v: Tensor, cache: KVCache, step: Step, spec: AttentionSpec
     ) -> Tensor:
@@ -157,6 +179,10 @@ class InRam:
     """Where a backend that computes on the CPU keeps things."""
 
     tier = ""
+
+    def graphs(self, rope: Rope | None) -> Graphs | None:
+        """There is nothing to launch."""
+        return None
 
     def complete(self) -> None:
         """Nothing is left to do."""

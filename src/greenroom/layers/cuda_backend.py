@@ -18,7 +18,12 @@ from greenroom.experts.cpu import CpuExperts
 from greenroom.experts.tiers import Tiers
 from greenroom.kernels.attention import PREFILL_ROWS, ROWS, attend, tiles
 from greenroom.kernels.rope import rotate, write_kv
-from greenroom.layers.backend import AttentionSpec, ExpertWeights, Step
+from greenroom.layers.backend import (
+    AttentionSpec,
+    ExpertWeights,
+    Graphs,
+    Step,
+)
 from greenroom.layers.batch import Batch, KVCache
 from greenroom.layers.device_parts import (
     DeviceEmbedding,
@@ -141,6 +146,14 @@ class CudaBackend:
     def expert_stats(self) -> dict[str, Any]:
         """See `Slots.report`."""
         return {} if self.tiers.slots is None else self.tiers.slots.report()
+
+    def graphs(self, rope: Rope | None) -> Graphs | None:
+        """See `Backend.graphs`."""
+        if self.device.type != "cuda":
+            return None
+        from greenroom.layers.decode_graphs import DecodeGraphs  # it needs this module
+
+        return DecodeGraphs(self, rope)
 
     def place(self, tensor: Tensor) -> Tensor:
         """See `Backend.place`."""

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from greenroom.experts.trace import TraceRecorder
-from greenroom.layers.backend import AttentionSpec, Backend, NormLike, Step
+from greenroom.layers.backend import AttentionSpec, Backend, Graphs, NormLike, Step
 from greenroom.layers.batch import Batch, KVCache
 from greenroom.layers.moe import Matrix, Moe
 from greenroom.layers.rope import Rope
@@ -162,6 +162,9 @@ class Model:
         self.backends: tuple[Backend, ...] = tuple({id(b): b for b in used}.values())
         self._groups = [config.kv_group(i) for i in range(config.layers)]
         self.recorder: TraceRecorder | None = None
+        self.graphs: Graphs | None = None
+        if not self.mixed:
+            self.graphs = self.backend.graphs(self.rope)
 
     # What a family may override.
 
@@ -216,7 +219,13 @@ class Model:
         Returns:
             (outputs, vocabulary) float32 for `batch.output_rows`.
         """
-        hidden = self.hidden(batch, caches)
+        if self.graphs is not None and self.recorder is None and not self.waits:
+            replayed = self.graphs(batch, caches, self._embed, self._compute)
+            if replayed is not None:
+                return replayed
+        return self._logits(self.hidden(batch, caches))
+
+    def _logits(self, hidden: Tensor) -> Tensor:
         if len(hidden) == 0:
             return hidden.new_empty(0, self.config.vocabulary_size)
         logits = self.output(hidden)
@@ -229,9 +238,25 @@ class Model:
         if self.recorder is not None:
             self.recorder.begin(batch.positions, batch.output_rows)
         steps = {id(backend): backend.step(batch, self.rope) for backend in self.backends}
-        x = self.token_embd(batch.tokens)
-        if self.config.scales.embedding != 1.0:
-            x = x * self.config.scales.embedding
+        return self._layers(self._embed(batch.tokens), steps, caches, batch.output_rows)
+
+    def _embed(self, tokens: Tensor) -> Tensor:
+        x = self.token_embd(tokens)
+        scale = self.config.scales.embedding
+        return x if scale == 1.0 else x * scale
+
+    def _compute(self, x: Tensor, step: Step, caches: Sequence[KVCache]) -> Tensor:
+        """Embeddings to logits of every row, on one backend."""
+        return self._logits(self._layers(x, {id(self.backend): step}, caches, None))
+
+    def _layers(
+        self,
+        x: Tensor,
+        steps: dict[int, Step],
+        caches: Sequence[KVCache],
+        rows: Tensor | None,
+    ) -> Tensor:
+        """Embeddings (tokens, d) to hidden states of `rows`, or of all: (outputs, d) float32."""
         delta: Tensor | None = None
         last, here = self.blk[-1], self.backend
         for blk, cache in zip(self.blk, caches, strict=True):
@@ -239,11 +264,11 @@ class Model:
                 here = blk.backend
                 x, delta = here.bring(x), None if delta is None else here.bring(delta)
             delta = blk.attend(x, delta, steps[id(here)], cache)
-            if blk is last:
-                if len(batch.output_rows) == 0:  # all but the last chunk of a prompt
+            if blk is last and rows is not None:
+                if len(rows) == 0:  # all but the last chunk of a prompt
                     return x[:0]
                 # Behind the last attention only the rows that are asked for matter.
-                x, delta = x[batch.output_rows], delta[batch.output_rows]
+                x, delta = x[rows], delta[rows]
             delta = blk.feed(x, delta)
         if self.ending is not here:
             assert delta is not None
@@ -254,6 +279,12 @@ class Model:
     def mixed(self) -> bool:
         """Whether layers are computed by different processors; then no graph can hold a step."""
         return len(self.backends) > 1
+
+    @property
+    def waits(self) -> bool:
+        """Whether a step waits for experts on another processor; no graph can hold it then."""
+        banks = (blk.ffn.experts for blk in self.blk if isinstance(blk.ffn, Moe))
+        return any(getattr(bank, "waits", True) for bank in banks)
 
     @property
     def moe_layers(self) -> tuple[int, ...]:

@@ -74,3 +74,20 @@ def test_the_same_text_every_time_and_in_a_batch(path: Path) -> None:
         first, again = (llm.generate(prompts, params) for _ in range(2))
         assert [c.token_ids for c in first] == [c.token_ids for c in again]
         assert all(len(c.token_ids) == 12 for c in first)
+
+
+def test_replayed_graphs_give_the_text_of_plain_steps(path: Path) -> None:
+    """All experts in VRAM, so that steps can be recorded; several sequences of mixed lengths."""
+    params = SamplingParams(max_tokens=24, temperature=0, ignore_eos=True)
+    prompts = [TOKENS[:7], TOKENS[:60], TOKENS[20:21]]
+    texts = []
+    with LLM(path, backend="cuda", context_length=256, prefix_cache=False) as llm:
+        model = llm.engine.model
+        graphs = model.graphs
+        for used in (graphs, None):
+            model.graphs = used
+            texts.append([c.token_ids for c in llm.generate(prompts, params)])
+        if not model.waits:
+            assert graphs.usable
+            assert graphs._graphs
+    assert texts[0] == texts[1]
