@@ -44,6 +44,17 @@ def test_inspect_says_it_in_words(model: str, capsys: pytest.CaptureFixture[str]
     assert "everything in RAM" in words
 
 
+def test_inspect_plans_for_a_budget(model: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["inspect", model, "--vram", "2GiB", "--context", "512", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)["placement"]
+    assert found["backend"] == "cuda"
+    assert sum(row["bytes"] for row in found["vram"]) == 2 << 30
+    assert main(["inspect", model, "--vram", "1MiB", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)["placement"]
+    assert (found["backend"], found["vram"]) == ("native", [])
+    assert "hold not even one layer" in found["reason"]
+
+
 def test_inspect_describes_what_cannot_run(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

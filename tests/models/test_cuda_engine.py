@@ -13,6 +13,7 @@ from greenroom import LLM, SamplingParams
 from greenroom.engine.config import EngineConfig
 from greenroom.engine.load import assemble
 from greenroom.errors import BudgetError
+from greenroom.placement.placement import Placement
 
 from .conftest import Loader
 
@@ -47,3 +48,18 @@ def test_a_cache_beyond_its_room_in_vram_is_refused(load: Loader) -> None:
     _, model = load("deepseek", backend="cuda", device=DEVICE)
     with pytest.raises(BudgetError, match="of VRAM are free"):
         assemble(model, Letters(), CONFIG, None, 1 << 10)
+
+
+def test_stats_tell_what_was_planned_and_booked(load: Loader) -> None:
+    _, model = load("deepseek", backend="cuda", device=DEVICE)
+    engine = assemble(model, Letters(), CONFIG, None, 1 << 30)
+    try:
+        assert "vram" not in engine.stats()  # nobody planned
+        engine.placement = Placement("cuda", "", vram=1 << 30)
+        found = engine.stats()["vram"]
+    finally:
+        engine.close()
+    assert found["budget"] == 1 << 30
+    assert found["booked"] == model.backend.bench.ledger.used > 0
+    if DEVICE == "cuda":
+        assert found["peak_reserved"] >= found["reserved"] >= found["booked"]

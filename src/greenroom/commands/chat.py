@@ -36,7 +36,7 @@ def chat(
     params = options.sampling(
         max_tokens, temperature, top_k, top_p, min_p, repetition_penalty, seed
     )
-    from greenroom.commands.console import errors, loaded
+    from greenroom.commands.console import errors, loaded, show_placement
 
     settings = options.engine(threads, context, vram, mmap, reference, ram)
     with loaded(model, max_sequences=1, **settings) as llm:
@@ -44,6 +44,7 @@ def chat(
             raise ChatTemplateError(
                 f"{model.name} has no chat template; use 'greenroom run --raw' instead"
             )
+        show_placement(llm)
         if errors.is_terminal:
             errors.print(HELP, style="dim")
         Conversation(llm, params, system).loop()

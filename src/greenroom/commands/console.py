@@ -141,6 +141,13 @@ def show_figures(figures: dict[str, Any], memory: dict[str, int]) -> None:
     errors.print(table)
 
 
+def show_placement(llm: "LLM") -> None:
+    """Says on standard error who computes what, and why, if somebody is looking."""
+    placement = llm.engine.placement
+    if placement is not None and errors.is_terminal:
+        errors.print(placement.reason, style="dim")
+
+
 def size(count: int) -> str:
     """Bytes for people."""
     value, units = float(count), ["B", "KiB", "MiB", "GiB", "TiB"]

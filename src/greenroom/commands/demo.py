@@ -60,7 +60,7 @@ def show_residence(llm: "LLM") -> None:
     """Prints where each part of the model is, and how large."""
     from rich.table import Table
 
-    from greenroom.commands.console import errors, size
+    from greenroom.commands.console import errors, show_placement, size
 
     moe = llm.engine.model_config.moe
     notes = {"kv_cache": f"{llm.engine.config.context_length} tokens"}
@@ -69,8 +69,11 @@ def show_residence(llm: "LLM") -> None:
     table = Table("part", "where", "size", "", box=None, padding=(0, 2, 0, 0))
     for name, count in llm.engine.stats()["memory"].items():
         if count:
-            table.add_row(name.replace("_", " "), "RAM", size(count), notes.get(name, ""))
+            part, _, tier = name.partition(".")
+            where = "VRAM" if tier == "vram" else "RAM"
+            table.add_row(part.replace("_", " "), where, size(count), notes.get(part, ""))
     errors.print(table)
+    show_placement(llm)
 
 
 def answer(llm: "LLM", text: str, max_tokens: int) -> None:

@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from greenroom.models import ModelConfig
 
 Model = Annotated[Path, Argument(help="A GGUF file, or the first of a split set.")]
+Vram = Annotated[str | None, Option(help="Budget of a GPU to plan for, like 6GiB.  [default: max]")]
+Context = Annotated[int | None, Option(help="Context to plan for, in tokens.")]
 Json = Annotated[bool, Option("--json", help="Print one JSON document instead of tables.")]
 
 _EXPERT = re.compile(
@@ -25,20 +27,32 @@ _CLASS = re.compile(r"blk\.\d+\.ffn_gate_exps\.c(\d+)\.weight")
 _RESERVE = 1 << 30  # bytes of RAM left to everything else
 
 
-def inspect(model: Model, as_json: Json = False) -> None:
-    """Describe a model file: experts, types, bytes per token, placement on this machine."""
+def inspect(
+    model: Model, vram: Vram = None, context: Context = None, as_json: Json = False
+) -> None:
+    """Describe a model file: experts, types, bytes per token, placement on this machine.
+
+    With --vram it says what that budget would hold, also of a GPU that is not here.
+    """
     from greenroom.gguf import GGUFFile
 
     with GGUFFile(model) as file:
-        facts = describe(file)
+        facts = describe(file, vram, context)
     if as_json:
         print(json.dumps(facts, indent=1))
     else:
         _show(facts)
 
 
-def describe(file: "GGUFFile") -> dict[str, Any]:
-    """Everything the command prints, with bytes as integers, ready for JSON."""
+def describe(
+    file: "GGUFFile", vram: str | None = None, context: int | None = None
+) -> dict[str, Any]:
+    """Everything the command prints, with bytes as integers, ready for JSON.
+
+    Args:
+        file: the model.
+        vram, context: of the placement that is asked for.
+    """
     from greenroom.errors import GreenroomError
     from greenroom.models import ModelConfig
     from greenroom.models.loader import find_family
@@ -53,8 +67,25 @@ def describe(file: "GGUFFile") -> dict[str, Any]:
     facts["experts"] = _experts(_expert_tensors(file), config)
     facts["bytes_per_token"] = _touched(file, facts["bytes"], config)
     facts["kv_cache"] = _kv_cache(config)
-    facts["placement"] = _placement(facts)
+    facts["placement"] = _placement(facts) | _plan(file, vram, context)
     return facts
+
+
+def _plan(file: "GGUFFile", vram: str | None, context: int | None) -> dict[str, Any]:
+    """What an engine would put where; a budget on a machine without a GPU supposes one."""
+    from greenroom.engine.config import EngineConfig
+    from greenroom.engine.load import plan
+    from greenroom.placement.budget import parse_size
+    from greenroom.placement.hardware import Gpu, Hardware, probe
+
+    config = EngineConfig(vram=vram, context_length=context, max_sequences=1)
+    hardware = probe()
+    budget = None if vram is None else parse_size(vram, "vram")
+    if hardware.gpu is None and budget:
+        hardware = Hardware(Gpu(f"a GPU with {vram}", budget, budget))
+    found = plan(file, config, hardware)
+    parts = [{"part": p, "remark": remark, "bytes": n} for p, remark, n in found.table()]
+    return {"backend": found.backend, "reason": found.reason, "vram": parts}
 
 
 def _expert_tensors(file: "GGUFFile") -> "list[TensorInfo]":
@@ -247,9 +278,12 @@ def _byte_rows(facts: dict[str, Any]) -> Iterable[tuple[str, str]]:
         f"{size(cache['bytes_full_context'])} for the full context",
     )
     place = facts["placement"]
+    yield "computed by", place["reason"]
+    for row in place["vram"]:
+        yield f"  VRAM: {row['part']}", f"{size(row['bytes'])}  {row['remark']}"
     verdict = "fits" if place["fits"] else "does not fit; --mmap reads from the file instead"
     yield (
-        "placement here",
+        "without a GPU",
         f"everything in RAM: {size(place['ram_needed'])} with 4096 tokens of context, "
         f"{size(place['ram_available'])} available: {verdict}",
     )

@@ -53,10 +53,11 @@ def run(
         max_tokens, temperature, top_k, top_p, min_p, repetition_penalty, seed, tuple(stop or ())
     )
     text = _prompt(prompt)
-    from greenroom.commands.console import loaded
+    from greenroom.commands.console import loaded, show_placement
 
     settings = options.engine(threads, context, vram, mmap, reference, ram)
     with loaded(model, max_sequences=1, trace=trace, **settings) as llm:
+        show_placement(llm)
         tokens, parser = _tokens(llm, text, system, raw)
         if max_tokens is None:
             room = llm.engine.config.context_length - len(tokens)

@@ -29,6 +29,8 @@ from greenroom.engine.scheduler import Chunk, Scheduler
 from greenroom.engine.sequence import Sequence, Want
 from greenroom.errors import ContextLengthError, EngineClosedError, GreenroomError, RequestError
 from greenroom.layers.batch import KVCache
+from greenroom.placement.enforce import usage
+from greenroom.placement.placement import Placement
 
 log = logging.getLogger(__name__)
 
@@ -77,9 +79,11 @@ class Engine:
         self._store = store
         self._scheduler = Scheduler(self._blocks, config.prefill_chunk)
         self._runner = Runner(model, caches, self._blocks)
-        on_gpu = any(cache.k.is_cuda for cache in caches)
-        self._cache_part = "kv_cache.vram" if on_gpu else "kv_cache"
-        self._cache_bytes = sum(cache.k.nbytes + cache.v.nbytes for cache in caches)
+        self.placement: Placement | None = None  # what was planned, where a file was loaded
+        self._cache_bytes: Counter[str] = Counter()
+        for cache in caches:
+            part = "kv_cache.vram" if cache.k.is_cuda else "kv_cache"
+            self._cache_bytes[part] += cache.k.nbytes + cache.v.nbytes
         self._jobs: dict[Sequence, Job] = {}
         self._counts: Counter[str] = Counter()
         self._inbox: list[Callable[[], None]] = []  # what other threads want done
@@ -145,7 +149,7 @@ class Engine:
 
     def stats(self) -> dict[str, Any]:
         """Requests waiting and running, cache use in blocks, counters since the start, and
-        bytes of memory by part.
+        bytes of memory by part; on a GPU also what the driver and the allocator say of it.
         """
         pools = self._blocks.pools
         return {
@@ -168,14 +172,19 @@ class Engine:
         }
 
     def _store_stats(self) -> dict[str, Any]:
-        memory = {**self.model.memory(), self._cache_part: self._cache_bytes}
-        store = self._store
+        memory = {**self.model.memory(), **self._cache_bytes}
+        found: dict[str, Any] = {"memory": memory}
+        plan, store = self.placement, self._store
+        if plan is not None and plan.vram is not None:
+            backends = getattr(self.model, "backends", ())
+            booked = sum(getattr(backend, "booked", 0) for backend in backends)
+            found["vram"] = usage(plan.vram, booked)
         if store is None:
-            return {"memory": memory}
+            return found
         memory["prefixes.ram"] = store.bytes
         figures = {"budget": store.budget, "bytes": store.bytes, "blocks": len(store)}
         figures |= {"kept_blocks": store.kept, "restored_blocks": store.restored}
-        return {"memory": memory, "prefix_store": figures}
+        return found | {"prefix_store": figures}
 
     def _expert_stats(self) -> dict[str, Any]:
         ask = getattr(self.model, "expert_stats", None)

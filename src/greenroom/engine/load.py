@@ -23,10 +23,12 @@ from greenroom.engine.runner import ModelLike
 from greenroom.errors import BudgetError
 from greenroom.gguf import GGUFFile
 from greenroom.placement.budget import mib, parse_size
+from greenroom.placement.enforce import limit
 from greenroom.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
     from greenroom.models.config import ModelConfig
+    from greenroom.placement.hardware import Hardware
     from greenroom.placement.placement import Placement
 
 log = logging.getLogger(__name__)
@@ -60,6 +62,8 @@ def load_engine(
     with GGUFFile(path) as file:
         placement = plan(file, config)
         log.info("%s", placement.reason)
+        if placement.backend == "cuda":  # "max" leaves a margin of its own
+            limit(placement.vram if config.vram is not None else None)
         config = _within_ram(config, placement, file)
         config = _session(_decided(config, placement), read_config(file), file)
         config = with_threads(config)
@@ -80,7 +84,9 @@ def load_engine(
             progress=progress,
         )
         model = load_model(file, options)
-    return assemble(model, tokenizer, config, chat, placement.cache_room)
+    engine = assemble(model, tokenizer, config, chat, placement.cache_room)
+    engine.placement = placement
+    return engine
 
 
 def _decided(config: EngineConfig, placement: "Placement") -> EngineConfig:
@@ -136,8 +142,13 @@ def _session(config: EngineConfig, model: "ModelConfig", file: GGUFFile) -> Engi
     return replace(config, context_length=context)
 
 
-def plan(file: GGUFFile, config: EngineConfig) -> "Placement":
+def plan(file: GGUFFile, config: EngineConfig, hardware: "Hardware | None" = None) -> "Placement":
     """Which backend an engine would take, and what would go to VRAM; loads nothing.
+
+    Args:
+        file: the model.
+        config: the settings.
+        hardware: instead of this machine's.
 
     Raises:
         BudgetError, RequestError: see `placement.planner.place`.
@@ -160,7 +171,8 @@ def plan(file: GGUFFile, config: EngineConfig) -> "Placement":
         value_bytes=_TYPES[config.kv_type].itemsize,
     )
     wanted = config.backend in ("auto", "cuda") and vram != 0
-    hardware = probe() if wanted else Hardware(None, "not asked for")
+    if hardware is None:
+        hardware = probe() if wanted else Hardware(None, "not asked for")
     return place(file.tensors, read_config(file), wish, hardware)
 
 

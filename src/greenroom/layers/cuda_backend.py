@@ -99,6 +99,11 @@ class CudaBackend:
         self._courier: Courier = courier or WaitingCourier(self.device)
         self._frequencies: tuple[Rope, Tensor] | None = None
 
+    @property
+    def booked(self) -> int:
+        """Bytes on the device that stay allocated."""
+        return self.bench.ledger.used
+
     def embedding(self, weight: Weight) -> DeviceEmbedding:
         """The table stays in RAM."""
         return DeviceEmbedding(weight, self.device, copy=not self.mmap)

@@ -1,0 +1,53 @@
+"""Holds a process to its VRAM budget, and tells what it really used. Knows PyTorch's allocator
+and the driver; not what the memory is for.
+"""
+
+import os
+from typing import Any
+
+import torch
+
+
+def limit(budget: int | None, device: int = 0) -> None:
+    """Has the allocator refuse what would exceed `budget` bytes; None lifts the limit.
+
+    The driver's own context does not count; the peak is measured from here on.
+    """
+    if not torch.cuda.is_available():
+        return
+    total = torch.cuda.get_device_properties(device).total_memory
+    share = 1.0 if budget is None else min(1.0, budget / total)
+    torch.cuda.set_per_process_memory_fraction(share, device)
+    torch.cuda.reset_peak_memory_stats(device)
+
+
+def usage(budget: int | None, booked: int, device: int = 0) -> dict[str, int]:
+    """Bytes: the budget, what is booked for good, what the allocator holds now and held at most,
+    and the driver's context, where it can be told.
+    """
+    found = {"booked": booked} | ({} if budget is None else {"budget": budget})
+    if not torch.cuda.is_available():
+        return found
+    held = torch.cuda.memory_reserved(device)
+    found |= {"reserved": held, "peak_reserved": torch.cuda.max_memory_reserved(device)}
+    used = process_bytes(device)
+    return found if used is None else found | {"context": max(0, used - held)}
+
+
+def process_bytes(device: int = 0) -> int | None:
+    """VRAM of this process as the driver counts it; None where it does not say."""
+    try:
+        import pynvml
+    except ImportError:
+        return None
+    nvml: Any = pynvml
+    try:
+        nvml.nvmlInit()
+        uuid = torch.cuda.get_device_properties(device).uuid
+        handle = nvml.nvmlDeviceGetHandleByUUID(f"GPU-{uuid}")
+        running = nvml.nvmlDeviceGetComputeRunningProcesses(handle)
+    except nvml.NVMLError:
+        return None
+    # In a container the driver may count by process numbers of its own.
+    mine = [process.usedGpuMemory for process in running if process.pid == os.getpid()]
+    return int(mine[0]) if mine and mine[0] else None
