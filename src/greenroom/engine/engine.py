@@ -80,10 +80,7 @@ class Engine:
         self._scheduler = Scheduler(self._blocks, config.prefill_chunk)
         self._runner = Runner(model, caches, self._blocks)
         self.placement: Placement | None = None  # what was planned, where a file was loaded
-        self._cache_bytes: Counter[str] = Counter()
-        for cache in caches:
-            part = "kv_cache.vram" if cache.k.is_cuda else "kv_cache"
-            self._cache_bytes[part] += cache.k.nbytes + cache.v.nbytes
+        self._cache_bytes = _cache_bytes(caches)
         self._jobs: dict[Sequence, Job] = {}
         self._counts: Counter[str] = Counter()
         self._inbox: list[Callable[[], None]] = []  # what other threads want done
@@ -372,6 +369,15 @@ class Engine:
         self._drop(job, "error")
         with contextlib.suppress(Exception):  # the caller may be gone
             job.sink(error)
+
+
+def _cache_bytes(caches: Items[KVCache]) -> Counter[str]:
+    """Bytes of keys and values by where they are."""
+    found: Counter[str] = Counter()
+    for cache in caches:
+        part = "kv_cache.vram" if cache.k.is_cuda else "kv_cache"
+        found[part] += cache.k.nbytes + cache.v.nbytes
+    return found
 
 
 def _post(loop: asyncio.AbstractEventLoop, queue: asyncio.Queue[Any], item: object) -> None:
