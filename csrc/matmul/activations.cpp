@@ -2,6 +2,7 @@
 
 #include <cstdlib>
 #include <cstring>
+#include <limits>
 #include <memory>
 #include <new>
 
@@ -10,19 +11,34 @@
 namespace greenroom {
 namespace {
 
-// int8 with scale = largest magnitude / 127. What is not finite must not vanish in the rounding:
-// 0 * x is then not a number and spoils the scale, and with it every result it takes part in.
+constexpr float largest_code = 127 * 256;
+
+// 16 values times `inverse` as bytes; returns the sum of their codes. A low part of 128, exactly
+// between two high ones, becomes 127: bytes of -128 would overflow in the AVX2 dot product.
+int split(simd::Floats x, float inverse, std::int8_t* high, std::int8_t* low) {
+    using namespace simd;
+    const Floats code = x * splat(inverse);
+    const Ints upper = round(code * splat(1.0f / 256));
+    const Floats rest = fnma(to_floats(upper), splat(256.0f), code);
+    const Ints lower = round(min(splat(127.0f), max(splat(-127.0f), rest)));
+    store_i8(high, upper);
+    store_i8(low, lower);
+    return 256 * sum(upper) + sum(lower);
+}
+
+// The scale is the largest magnitude / 32512; blocks below 1e-30 count as zeros. What is not
+// finite must not vanish in the rounding: 0 * x is then not a number and spoils the scale, and
+// with it every result it takes part in.
 void quantise(const float* x, XBlock& out) {
     using namespace simd;
     const Floats a = load(x), b = load(x + 16);
     const float peak = largest(max(simd::abs(a), simd::abs(b)));
     const float poison = sum((a + b) * splat(0.0f));
-    const float scale = peak / 127.0f, inverse = peak > 0.0f ? 127.0f / peak : 0.0f;
-    const Ints p = round(a * splat(inverse)), q = round(b * splat(inverse));
-    store_i8(out.q, p);
-    store_i8(out.q + 16, q);
-    const int first = sum(p), second = sum(q);
-    out.scale = scale + poison;
+    const bool usable = peak > 1e-30f && peak <= std::numeric_limits<float>::max();
+    const float inverse = usable ? largest_code / peak : 0.0f;
+    const int first = split(a, inverse, out.high, out.low);
+    const int second = split(b, inverse, out.high + 16, out.low + 16);
+    out.scale = peak / largest_code + poison;
     out.neg_part_sum[0] = -first;
     out.neg_part_sum[1] = -second;
     out.neg_sum = -(first + second);

@@ -1,11 +1,12 @@
 // The right-hand side of a product: float32 rows (tokens), stored once in the forms the weights
 // ask for and cut into tiles of 1, 4 or simd::wide_tile tokens that one kernel call handles.
-//   quantised  int8 with one scale per 32 columns (XBlock), [tile][block][token]
+//   quantised  16-bit integers with one scale per 32 columns (XBlock), [tile][block][token]
 //   floats     float32, [tile][column][token]
 //   high, low  bfloat16 and the bfloat16 of what it leaves over, [token][column] (AMX only)
 // Knows nothing of weights; does not own its memory (see Arena).
 #pragma once
 
+#include <cstddef>
 #include <cstdint>
 
 #include "formats/layout.h"
@@ -13,18 +14,19 @@
 
 namespace greenroom {
 
-// 32 quantised values of one token and everything a kernel may need of them: one cache line.
-// x ~ scale * q. The sums serve zero points (exact integers) and minima (already scaled).
+// 32 quantised values of one token and everything a kernel may need of them: two cache lines.
+// x ~ scale * q, q = 256 high + low: two planes of bytes, so that byte dot products serve. One
+// plane alone (8 bits) moved a model's logits visibly (docs/slab-layout.md).
+// The sums serve zero points (exact integers) and minima (already scaled).
 struct alignas(64) XBlock {
-    std::int8_t q[32];
+    std::int8_t high[32], low[32];  // each from -127 to 127
     float scale;
     std::int32_t neg_sum;          // -sum(q)
     std::int32_t neg_part_sum[2];  // the same over columns 0-15 and 16-31
     float sum;                     // scale * sum(q)
     float part_sum[2];
-    float unused;
 };
-static_assert(sizeof(XBlock) == 64);
+static_assert(sizeof(XBlock) == simd::token_bytes && offsetof(XBlock, low) == simd::plane_bytes);
 
 // Which forms are wanted.
 struct Forms {

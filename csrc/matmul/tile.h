@@ -27,7 +27,7 @@ template <class F, int Tokens>
     unrolled<F::parts>([&](auto p) __attribute__((always_inline)) {
         const std::int32_t* neg = F::parts == 1 ? &x->neg_sum : &x->neg_part_sum[p];
         Ints sums[Tokens];
-        dots<F::max_code, F::zero, quads, Tokens>(codes + p * quads, x->q + p * 4 * quads, neg,
+        dots<F::max_code, F::zero, quads, Tokens>(codes + p * quads, x->high + p * 4 * quads, neg,
                                                   sums);
         unrolled<Tokens>([&](auto t) __attribute__((always_inline)) {
             acc[t] = fma(to_floats(sums[t]), scale[p] * splat(x[t].scale), acc[t]);

@@ -155,67 +155,83 @@ inline __m256i splat_word(const void* p) {
     return _mm256_set1_epi32(w);
 }
 
+// add_plane<MaxCode, N>: acc plus the sums over 4N columns of code * x, x a plane of bytes.
 #if defined(__AVXVNNI__)
-template <int MaxCode, int Zero, int N>
-Ints dot(const Codes* codes, const std::int8_t* x, const std::int32_t* neg_sum) {
-    __m256i a = _mm256_setzero_si256();
-    if constexpr (Zero >= 0) a = _mm256_slli_epi32(splat_word(neg_sum), Zero);
-    __m256i b = a;
+constexpr bool narrow_sums = false;
+
+template <int MaxCode, int N>
+Ints add_plane(Ints acc, const Codes* codes, const std::int8_t* x) {
     for (int i = 0; i < N; ++i) {
         const __m256i w = splat_word(x + 4 * i);
-        a = _mm256_dpbusd_avx_epi32(a, codes[i].a, w);
-        b = _mm256_dpbusd_avx_epi32(b, codes[i].b, w);
+        acc.a = _mm256_dpbusd_avx_epi32(acc.a, codes[i].a, w);
+        acc.b = _mm256_dpbusd_avx_epi32(acc.b, codes[i].b, w);
     }
-    return {a, b};
+    return acc;
 }
 #else
-// Codes above 127 times int8 could overflow vpmaddubsw's 16 bits: give the code's sign to x and
-// multiply by its magnitude. 128 * 127 * 2 just fits. Such formats have their zero at 128.
+constexpr bool narrow_sums = true;
+
+template <int MaxCode, int N>
+Ints add_plane(Ints acc, const Codes* codes, const std::int8_t* x) {
+    constexpr int fit = 32767 / (2 * 127 * MaxCode), run = fit < N ? fit : N;
+    const __m256i ones = _mm256_set1_epi16(1);
+    for (int i = 0; i < N; i += run) {
+        __m256i w = splat_word(x + 4 * i);
+        __m256i p = _mm256_maddubs_epi16(codes[i].a, w);
+        __m256i q = _mm256_maddubs_epi16(codes[i].b, w);
+        for (int j = i + 1; j < i + run && j < N; ++j) {
+            w = splat_word(x + 4 * j);
+            p = _mm256_add_epi16(p, _mm256_maddubs_epi16(codes[j].a, w));
+            q = _mm256_add_epi16(q, _mm256_maddubs_epi16(codes[j].b, w));
+        }
+        acc.a = _mm256_add_epi32(acc.a, _mm256_madd_epi16(p, ones));
+        acc.b = _mm256_add_epi32(acc.b, _mm256_madd_epi16(q, ones));
+    }
+    return acc;
+}
+#endif
+
+// Codes above 127 times a byte could overflow vpmaddubsw's 16 bits. Such formats have their zero
+// at 128: as signed 16-bit values, even columns and odd ones apart, they are multiplied with both
+// planes put together.
 template <int N>
 Ints dot_signed(const Codes* codes, const std::int8_t* x) {
-    const __m256i flip = _mm256_set1_epi8(-128), ones = _mm256_set1_epi16(1);
-    const auto product = [&](__m256i code, __m256i w) {
-        const __m256i value = _mm256_xor_si256(code, flip);
-        const __m256i pairs =
-            _mm256_maddubs_epi16(_mm256_abs_epi8(value), _mm256_sign_epi8(w, value));
-        return _mm256_madd_epi16(pairs, ones);
+    const __m256i zeros = _mm256_set1_epi16(128), low_byte = _mm256_set1_epi16(255);
+    Ints acc{_mm256_setzero_si256(), _mm256_setzero_si256()};
+    const auto add = [&](__m256i sum, __m256i code, __m256i even, __m256i odd) {
+        const __m256i c = _mm256_sub_epi16(_mm256_and_si256(code, low_byte), zeros);
+        const __m256i d = _mm256_sub_epi16(_mm256_srli_epi16(code, 8), zeros);
+        sum = _mm256_add_epi32(sum, _mm256_madd_epi16(c, even));
+        return _mm256_add_epi32(sum, _mm256_madd_epi16(d, odd));
     };
-    __m256i a = _mm256_setzero_si256(), b = a;
     for (int i = 0; i < N; ++i) {
-        const __m256i w = splat_word(x + 4 * i);
-        a = _mm256_add_epi32(a, product(codes[i].a, w));
-        b = _mm256_add_epi32(b, product(codes[i].b, w));
+        const __m256i high = splat_word(x + 4 * i), low = splat_word(x + plane_bytes + 4 * i);
+        const __m256i low_even = _mm256_srai_epi16(_mm256_slli_epi16(low, 8), 8);
+        const __m256i even = _mm256_add_epi16(_mm256_slli_epi16(high, 8), low_even);
+        const __m256i odd =
+            _mm256_add_epi16(_mm256_andnot_si256(low_byte, high), _mm256_srai_epi16(low, 8));
+        acc.a = add(acc.a, codes[i].a, even, odd);
+        acc.b = add(acc.b, codes[i].b, even, odd);
     }
-    return {a, b};
+    return acc;
 }
 
 template <int MaxCode, int Zero, int N>
 Ints dot(const Codes* codes, const std::int8_t* x, const std::int32_t* neg_sum) {
-    if constexpr (MaxCode > 127) {
+    if constexpr (narrow_sums && MaxCode > 127) {
         static_assert(Zero == 7);
         return dot_signed<N>(codes, x);
     } else {
-        constexpr int fit = 32767 / (2 * 127 * MaxCode), run = fit < N ? fit : N;
-        const __m256i ones = _mm256_set1_epi16(1);
-        __m256i a = _mm256_setzero_si256();
-        if constexpr (Zero >= 0) a = _mm256_slli_epi32(splat_word(neg_sum), Zero);
-        __m256i b = a;
-        for (int i = 0; i < N; i += run) {
-            __m256i w = splat_word(x + 4 * i);
-            __m256i p = _mm256_maddubs_epi16(codes[i].a, w);
-            __m256i q = _mm256_maddubs_epi16(codes[i].b, w);
-            for (int j = i + 1; j < i + run && j < N; ++j) {
-                w = splat_word(x + 4 * j);
-                p = _mm256_add_epi16(p, _mm256_maddubs_epi16(codes[j].a, w));
-                q = _mm256_add_epi16(q, _mm256_maddubs_epi16(codes[j].b, w));
-            }
-            a = _mm256_add_epi32(a, _mm256_madd_epi16(p, ones));
-            b = _mm256_add_epi32(b, _mm256_madd_epi16(q, ones));
+        const __m256i none = _mm256_setzero_si256();
+        const Ints high = add_plane<MaxCode, N>({none, none}, codes, x);
+        Ints sum = {_mm256_slli_epi32(high.a, 8), _mm256_slli_epi32(high.b, 8)};
+        if constexpr (Zero >= 0) {
+            const __m256i shift = _mm256_slli_epi32(splat_word(neg_sum), Zero);
+            sum = {_mm256_add_epi32(sum.a, shift), _mm256_add_epi32(sum.b, shift)};
         }
-        return {a, b};
+        return add_plane<MaxCode, N>(sum, codes, x + plane_bytes);
     }
 }
-#endif
 
 constexpr int interleave = 1;
 

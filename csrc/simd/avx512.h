@@ -96,24 +96,35 @@ inline int word(const std::int8_t* p) {
 
 constexpr int interleave = 4;
 
-// The tokens' chains of dependent instructions are woven into each other: in the scheduler there
-// is not room for enough of them one after the other.
-template <int MaxCode, int Zero, int N, int Tokens>
-[[gnu::always_inline]] inline void dots(const Codes* codes, const std::int8_t* x,
-                                        const std::int32_t* neg_sum, Ints* out) {
-#pragma GCC unroll 4
-    for (int t = 0; t < Tokens; ++t) {
-        out[t].v = _mm512_setzero_si512();
-        if constexpr (Zero >= 0)
-            out[t].v = _mm512_slli_epi32(_mm512_set1_epi32(neg_sum[16 * t]), Zero);
-    }
+// sums[t] += 4N columns of one plane, for each token. The tokens' chains of dependent
+// instructions are woven into each other: in the scheduler there is not room for enough of them
+// one after the other.
+template <int N, int Tokens>
+[[gnu::always_inline]] inline void add_plane(const Codes* codes, const std::int8_t* x, Ints* sums) {
 #pragma GCC unroll 8
     for (int i = 0; i < N; ++i) {
 #pragma GCC unroll 4
         for (int t = 0; t < Tokens; ++t)
-            out[t].v = _mm512_dpbusd_epi32(out[t].v, codes[i].v,
-                                           _mm512_set1_epi32(word(x + 64 * t + 4 * i)));
+            sums[t].v = _mm512_dpbusd_epi32(sums[t].v, codes[i].v,
+                                            _mm512_set1_epi32(word(x + token_bytes * t + 4 * i)));
     }
+}
+
+template <int MaxCode, int Zero, int N, int Tokens>
+[[gnu::always_inline]] inline void dots(const Codes* codes, const std::int8_t* x,
+                                        const std::int32_t* neg_sum, Ints* out) {
+#pragma GCC unroll 4
+    for (int t = 0; t < Tokens; ++t) out[t].v = _mm512_setzero_si512();
+    add_plane<N, Tokens>(codes, x, out);
+#pragma GCC unroll 4
+    for (int t = 0; t < Tokens; ++t) {
+        out[t].v = _mm512_slli_epi32(out[t].v, 8);
+        if constexpr (Zero >= 0) {
+            const __m512i sum = _mm512_set1_epi32(neg_sum[token_bytes / 4 * t]);
+            out[t].v = _mm512_add_epi32(out[t].v, _mm512_slli_epi32(sum, Zero));
+        }
+    }
+    add_plane<N, Tokens>(codes, x + plane_bytes, out);
 }
 
 // Only for measuring what the dot product's instructions can do: acc + 4 products per lane, and

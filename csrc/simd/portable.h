@@ -176,12 +176,10 @@ template <int MaxCode, int Zero, int N>
 Ints dot(const Codes* codes, const std::int8_t* x, const std::int32_t* neg_sum) {
     Ints acc;
     for (auto& a : acc.v) a = Zero >= 0 ? *neg_sum * (1 << (Zero >= 0 ? Zero : 0)) : 0;
-    for (int i = 0; i < N; ++i)
-        for (int r = 0; r < 16; ++r) {
-            const std::uint8_t* c = codes[i].v + 4 * r;
-            const std::int8_t* w = x + 4 * i;
-            acc.v[r] += c[0] * w[0] + c[1] * w[1] + c[2] * w[2] + c[3] * w[3];
-        }
+    for (int i = 0; i < 4 * N; ++i) {
+        const int value = 256 * x[i] + x[plane_bytes + i];
+        for (int r = 0; r < 16; ++r) acc.v[r] += codes[i / 4].v[4 * r + i % 4] * value;
+    }
     return acc;
 }
 

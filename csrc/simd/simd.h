@@ -8,10 +8,15 @@
 // dots<MaxCode, Zero, N, Tokens>(codes, x, neg_sum, out) is the heart: for each token and each of
 // the 16 rows it forms the sum over 4N columns of (code - 2^Zero) * x, exactly, where codes are at
 // most MaxCode and *neg_sum is minus the sum of those x. Zero < 0 means that no zero point is
-// subtracted. Tokens lie 64 bytes apart (XBlock) and are at most simd::interleave.
+// subtracted. x is 256 times the byte at x plus the byte plane_bytes further on. Tokens lie
+// token_bytes apart (XBlock) and are at most simd::interleave.
 #pragma once
 
 #include <utility>
+
+namespace greenroom::simd {
+constexpr int plane_bytes = 32, token_bytes = 128;
+}
 
 #if defined(GREENROOM_TIER_avx512) || defined(GREENROOM_TIER_amx)
 #include "simd/avx512.h"

@@ -18,12 +18,14 @@ NATIVE = (
 
 
 def quantised(x: Floats) -> Wide:
-    """What the kernels compute with: int8 with one scale per 32 columns. x: (tokens, cols)."""
+    """What the kernels compute with: 16 bits with one scale per 32 columns. x: (tokens, cols)."""
     blocks = x.reshape(len(x), -1, 32)
     peak = np.abs(blocks).max(axis=-1, keepdims=True)
-    inverse = np.divide(np.float32(127), peak, out=np.zeros_like(peak), where=peak > 0)
-    codes = np.rint(blocks * inverse)
-    return (codes.astype(np.float64) * (peak / np.float32(127))).reshape(x.shape)
+    inverse = np.divide(np.float32(32512), peak, out=np.zeros_like(peak), where=peak > 1e-30)
+    codes = blocks * inverse
+    high = np.rint(codes / 256)
+    low = np.rint(np.clip(codes - 256 * high, -127, 127))
+    return ((256.0 * high + low) * (peak / np.float32(32512))).reshape(x.shape)
 
 
 def seen_by(type: GGMLType, x: Floats) -> Wide:
