@@ -44,7 +44,9 @@ class MoeStep {
     void down_chunk(Job& job, std::int64_t chunk, int thread);
     void store_partial(const Job& job, std::int64_t row, std::int64_t groups, const float* product);
     void reduce(std::int64_t chunk);
-    bool share_x() const { return routes_.tokens == 1; }
+    bool share_x() const {
+        return routes_.tokens == 1 && slots_.size() == static_cast<std::size_t>(job_count_);
+    }
 
     Pool& pool_;
     const MoeLayer& layer_;

@@ -112,6 +112,15 @@ def test_absent_routes(lib, pool) -> None:
     assert (layer.run(x[:1], np.full((1, 2), -1, np.int32), weights[:1]) == 0).all()
 
 
+def test_one_token_may_name_an_expert_twice(lib, pool) -> None:
+    layer = Layer(lib, pool, [GGMLType.Q4_K] * 3)
+    x, _, _ = routes(1, 4, 2, 256)
+    ids = np.array([[1, 1]], np.int32)
+    weights = np.array([[0.25, 0.5]], np.float32)
+    once = layer.run(x, ids[:, :1].copy(), np.array([[0.75]], np.float32))
+    np.testing.assert_allclose(layer.run(x, ids, weights), once, rtol=1e-4, atol=1e-4)
+
+
 def test_same_bits_whatever_the_threads(lib, pool) -> None:
     layer = Layer(lib, pool, (GGMLType.Q4_K,) * 3, experts=8)
     pools = [lib.Pool(n) for n in (1, 2, 5)]

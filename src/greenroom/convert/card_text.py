@@ -29,7 +29,7 @@ with LLM("{file}") as llm:
 
 ```
 greenroom serve {file}
-curl http://127.0.0.1:8080/v1/chat/completions -H 'Content-Type: application/json' \\
+curl http://127.0.0.1:11435/v1/chat/completions -H 'Content-Type: application/json' \\
     -d '{{"model": "{file}", "messages": [{{"role": "user", "content": "Hello"}}]}}'
 ```"""
 

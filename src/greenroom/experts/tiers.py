@@ -4,6 +4,7 @@ their layouts are known. Knows memory; not policy.
 """
 
 import logging
+import weakref
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
@@ -95,3 +96,6 @@ def pin(experts: CpuExperts) -> None:
     result = runtime.cudaHostRegister(address, experts.block.nbytes, 0)
     if int(result) != 0:
         log.warning("experts could not be pinned (CUDA error %d): copies will be slow", int(result))
+        return
+    # Memory that comes to lie at the same address must not pass for pinned.
+    weakref.finalize(experts, runtime.cudaHostUnregister, address).atexit = False

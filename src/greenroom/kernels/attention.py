@@ -254,13 +254,13 @@ def attend_twin(
     outputs = []
     for sequence, context in enumerate(contexts.tolist()):
         begin, end = int(query_starts[sequence]), int(query_starts[sequence + 1])
-        column = torch.arange(context)
+        column = torch.arange(context, device=q.device)
         ids = tables[sequence, column // block].long().clamp(min=0)
         keys = k_cache[ids, :, column % block].float()  # (context, kv_heads, key)
         values = v_cache[ids, :, column % block].float()
         keys, values = (t.repeat_interleave(heads // kv_heads, 1) for t in (keys, values))
         scores = torch.einsum("thd,chd->htc", q[begin:end].float(), keys) * scale
-        position = torch.arange(context - (end - begin), context)[:, None]
+        position = torch.arange(context - (end - begin), context, device=q.device)[:, None]
         hidden = column > position
         if window is not None:
             hidden |= position - column >= window

@@ -1,7 +1,6 @@
-"""On a CUDA device: logits against the float32 CPU engine, the budget against what is reserved."""
+"""On a CUDA device: logits against the float32 CPU engine, the same text every time."""
 
 import os
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +10,6 @@ import torch
 from greenroom import LLM, SamplingParams
 from greenroom.convert.synth import Synthesis, write_synthetic
 from greenroom.convert.synth_shapes import shape_of
-from greenroom.errors import BudgetError
 
 pytestmark = pytest.mark.gpu
 
@@ -45,26 +43,6 @@ def test_logits_equal_those_of_the_cpu_in_float32(path: Path, chunk: int) -> Non
     print(f"mean KL {divergence.mean():.1e}, largest {divergence.max():.1e}, same {same:.4f}")
     assert divergence.mean() < 1e-3
     assert same >= 0.99
-
-
-@pytest.fixture
-def fresh_memory() -> Iterator[None]:
-    torch.cuda.empty_cache()
-    torch.cuda.reset_peak_memory_stats()
-    yield
-    torch.cuda.empty_cache()
-
-
-def test_memory_reserved_stays_under_the_budget(path: Path, fresh_memory: None) -> None:
-    options = {"context_length": 512, "max_sequences": 1, "prefill_chunk": 128}
-    with pytest.raises(BudgetError, match="too small") as caught:
-        LLM(path, vram="1MiB", **options)
-    budget = int(str(caught.value).split(" need ")[1].split()[0]) + 64
-    before = torch.cuda.memory_reserved()
-    with LLM(path, vram=f"{budget}MiB", **options) as llm:
-        llm.generate([TOKENS], SamplingParams(max_tokens=20, temperature=0, ignore_eos=True))
-        assert llm.engine.stats()["memory"]["kv_cache.vram"] > 0
-    assert torch.cuda.max_memory_reserved() - before < budget << 20
 
 
 def test_the_same_text_every_time_and_in_a_batch(path: Path) -> None:
