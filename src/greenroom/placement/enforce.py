@@ -2,6 +2,7 @@
 and the driver; not what the memory is for.
 """
 
+import gc
 import os
 from typing import Any
 
@@ -17,6 +18,8 @@ def limit(budget: int | None, device: int = 0) -> None:
         return
     total = torch.cuda.get_device_properties(device).total_memory
     share = 1.0 if budget is None else min(1.0, budget / total)
+    gc.collect()  # what a model closed before still holds would count
+    torch.cuda.empty_cache()
     torch.cuda.set_per_process_memory_fraction(share, device)
     torch.cuda.reset_peak_memory_stats(device)
 
