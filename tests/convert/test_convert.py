@@ -2,9 +2,6 @@
 
 import json
 import logging
-import signal
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -132,48 +129,6 @@ def test_a_missing_expert_is_named(tmp_path: Path) -> None:
     write_gguf(tmp_path / "split.gguf", {"general.architecture": "llama"}, tensors)
     with pytest.raises(ModelFileError, match=r"an expert of blk\.0\.ffn_up_exps\.weight"):
         merge_experts(tmp_path / "split.gguf", tmp_path / "out.gguf")
-
-
-def test_an_interrupted_conversion_leaves_nothing_that_looks_finished(tmp_path: Path) -> None:
-    tiny = CASES["mixtral"].make(1)
-    folder = checkpoints.save(tiny, tmp_path / "checkpoint")
-    out = tmp_path / "out.gguf"
-    stale = tmp_path / ".out.gguf.999999999.partial"  # of a run that was killed
-    stale.write_bytes(b"GGUF")
-
-    def interrupt(done: int, total: int) -> None:
-        if done > total / 2:
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        convert(Conversion(folder), out, interrupt)
-    assert [p.name for p in tmp_path.iterdir()] == ["checkpoint"]
-    calls: list[tuple[int, int]] = []
-    convert(Conversion(folder), out, lambda done, total: calls.append((done, total)))
-    assert calls[-1][0] == calls[-1][1]
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["checkpoint", "out.gguf"]
-
-
-def test_a_killed_conversion_starts_clean(tmp_path: Path) -> None:
-    tiny = CASES["mixtral"].make(1)
-    folder = checkpoints.save(tiny, tmp_path / "checkpoint")
-    out = tmp_path / "out.gguf"
-    script = (
-        "import os, signal\n"
-        "from pathlib import Path\n"
-        "from greenroom.convert.convert import Conversion, convert\n"
-        "def stop(done, total):\n"
-        "    if done > total / 2: os.kill(os.getpid(), signal.SIGKILL)\n"
-        f"convert(Conversion(Path({str(folder)!r})), Path({str(out)!r}), stop)\n"
-    )
-    done = subprocess.run([sys.executable, "-c", script], env={"PYTHONPATH": ":".join(sys.path)})
-    assert done.returncode == -signal.SIGKILL
-    assert not out.exists()
-    assert len(list(tmp_path.glob(".out.gguf.*.partial"))) == 1  # under no name that looks whole
-    convert(Conversion(folder), out)
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["checkpoint", "out.gguf"]
-    tokens = prompt(1, 20, VOCABULARY)
-    assert relative_error(logits(out, tokens), tiny.logits(tokens)) < 1e-4
 
 
 def _without(name: str) -> Callable[[Path], None]:

@@ -23,15 +23,18 @@ def convert(
     Takes gpt-oss (also OpenAI's own layout), Phi-3.5-MoE, GRIN-MoE, DeepSeek-MoE, Mixtral, Qwen2
     and Qwen3 (MoE and dense), OLMoE, Granite MoE and Llama. A GGUF file with one tensor per
     expert is written again with merged experts. Memory stays small whatever the model's size.
+    The file appears when it is whole; a run that was stopped goes on when it is run again.
     """
-    from greenroom.commands.progress import bytes_progress
+    from greenroom.commands.progress import resumable, say_resumed
     from greenroom.convert.convert import Conversion
     from greenroom.convert.convert import convert as run
     from greenroom.convert.legacy import merge_experts
 
-    with bytes_progress(f"writing {out.name}") as progress:
+    with resumable(out) as progress:
         if source.is_file():
-            merge_experts(source, out, progress)
+            found = merge_experts(source, out, progress)
         else:
-            run(Conversion(source, type, tensor_type or (), name, threads), out, progress)
+            job = Conversion(source, type, tensor_type or (), name, threads)
+            found = run(job, out, progress)
+    say_resumed(found)
     typer.echo(f"{out}: {out.stat().st_size / 2**30:.2f} GiB")

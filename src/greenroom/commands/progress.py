@@ -1,7 +1,10 @@
-"""The progress bar of commands that write or fetch many bytes; silent where nobody watches."""
+"""The progress bar of commands that write or fetch many bytes; silent where nobody watches.
+Also what such commands say of a run that was stopped and of one that goes on.
+"""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 from rich.console import Console
 from rich.progress import (
@@ -47,3 +50,30 @@ def count_progress(title: str) -> Iterator[Callable[[int, int], None]]:
     ) as bars:
         task = bars.add_task(title, total=None)
         yield lambda done, total: bars.update(task, completed=done, total=total)
+
+
+@contextmanager
+def resumable(out: Path) -> Iterator[Callable[[int, int], None]]:
+    """`bytes_progress` of a file whose writing goes on when the command is run again."""
+    from greenroom.gguf.partial import partial_path
+
+    try:
+        with bytes_progress(f"writing {out.name}") as progress:
+            yield progress
+    except KeyboardInterrupt:
+        partial = partial_path(out)
+        if partial.exists():
+            _say(
+                f"{partial} keeps what is there; run the same command again to go on, or delete it"
+            )
+        raise
+
+
+def say_resumed(found: int) -> None:
+    """Says that `found` bytes were there already, if any were."""
+    if found:
+        _say(f"went on behind {found / 2**30:.2f} GiB of an earlier run")
+
+
+def _say(text: str) -> None:
+    Console(stderr=True, soft_wrap=True).print(text, markup=False, highlight=False)

@@ -45,14 +45,15 @@ def quantize(
     the others --cold-type; --type (by default the hot one) is for everything else. Only
     Greenroom reads such files; quantised again without --hot-experts they are plain ones.
     """
-    from greenroom.commands.progress import bytes_progress
+    from greenroom.commands.progress import resumable, say_resumed
     from greenroom.convert.quantise import Quantisation, quantise_file
 
     heat = _heat(hot_experts, (hot_type, cold_type), target_size, hot_share)
     mix = type or (hot_type if heat is not None else "Q4_K_M")
     job = Quantisation(source, mix, tensor_type or (), imatrix, threads, heat)
-    with bytes_progress(f"writing {out.name}") as progress:
-        quantise_file(job, out, progress)
+    with resumable(out) as progress:
+        found = quantise_file(job, out, progress)
+    say_resumed(found)
     before, after = (path.stat().st_size / 2**30 for path in (source, out))
     typer.echo(f"{out}: {after:.2f} GiB, was {before:.2f} GiB")
 

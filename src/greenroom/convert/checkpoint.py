@@ -62,7 +62,8 @@ class Checkpoint:
         self.folder = folder
         self._maps: list[mmap.mmap] = []
         self._entries: dict[str, Entry] = {}
-        for path in _files(folder):
+        self.paths = _files(folder)
+        for path in self.paths:
             self._open(path)
 
     def _open(self, path: Path) -> None:

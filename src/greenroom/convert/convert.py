@@ -1,14 +1,11 @@
 """From a checkpoint to one GGUF file, in a small memory: read, rename, round, write.
 
-Also merges the experts of files from before April 2024. The result appears under its name when
-it is whole; an interrupted run leaves nothing under that name and starts clean.
+The result appears under its name when it is whole; a run that was stopped goes on where it was.
 """
 
 import importlib
-import os
-import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +16,7 @@ from greenroom.convert.families import FAMILIES
 from greenroom.convert.families.base import Family
 from greenroom.convert.families.gpt_oss_original import MARK
 from greenroom.convert.mixture import MIXES, Rules, check_mix, parse_override
+from greenroom.convert.origin import origin
 from greenroom.convert.quantisers import Quantisers
 from greenroom.convert.vocabulary import tokenizer_metadata
 from greenroom.errors import ModelFileError, UnsupportedModelError
@@ -46,8 +44,8 @@ class Conversion:
     threads: int | None = None
 
 
-def convert(job: Conversion, out: Path, progress: Progress | None = None) -> None:
-    """Writes the file.
+def convert(job: Conversion, out: Path, progress: Progress | None = None) -> int:
+    """Writes the file; returns the bytes an earlier run that was stopped had written of it.
 
     Raises:
         ModelFileError: the checkpoint is damaged or incomplete, or `out` cannot be written.
@@ -85,8 +83,8 @@ def convert(job: Conversion, out: Path, progress: Progress | None = None) -> Non
         "general.quantization_version": 2,
         "general.file_type": MIXES[mix].file_type if mix != "auto" else file_type(specs),
     }
-    remove_stale(out)
-    write_gguf(out, metadata, specs, progress)
+    files = [*checkpoint.paths, family.config.path]
+    return write_gguf(out, metadata, specs, progress, origin(files, replace(job, threads=None)))
 
 
 def general_metadata(architecture: str, name: str) -> dict[str, Any]:
@@ -121,22 +119,3 @@ def file_type(specs: Sequence[TensorSpec]) -> int:
         sizes[spec.type] = sizes.get(spec.type, 0) + spec.nbytes
     most = max(sizes, key=lambda type: sizes[type])
     return next((mix.file_type for mix in MIXES.values() if mix.base == most), 0)
-
-
-def remove_stale(out: Path) -> None:
-    """Deletes what a killed run left beside `out`, unless its process still runs."""
-    pattern = re.compile(re.escape(f".{out.name}.") + r"(\d+)\.partial")
-    for path in out.parent.iterdir() if out.parent.is_dir() else ():
-        match = pattern.fullmatch(path.name)
-        if match and not _runs(int(match[1])):
-            path.unlink(missing_ok=True)
-
-
-def _runs(process: int) -> bool:
-    try:
-        os.kill(process, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return True

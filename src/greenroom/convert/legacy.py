@@ -7,6 +7,7 @@ import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from greenroom.convert.origin import origin
 from greenroom.errors import ModelFileError, UnsupportedModelError
 from greenroom.gguf import GGUFFile, TensorInfo, TensorSpec, write_gguf
 from greenroom.gguf.reader import Bytes
@@ -16,8 +17,11 @@ _SPLIT = re.compile(r"blk\.(\d+)\.ffn_(gate|up|down)\.(\d+)\.weight")
 
 def merge_experts(
     source: Path, out: Path, progress: Callable[[int, int], None] | None = None
-) -> None:
+) -> int:
     """Writes `source` with the experts of a layer in one tensor.
+
+    Returns:
+        Bytes of tensors that an earlier run, which was stopped, had written.
 
     Raises:
         UnsupportedModelError: the file has no such experts, or theirs differ in type.
@@ -30,7 +34,7 @@ def merge_experts(
                 "use 'greenroom quantize' to change its types"
             )
         specs = list(_merged(file))
-        write_gguf(out, file.metadata.raw_values(), specs, progress)
+        return write_gguf(out, file.metadata.raw_values(), specs, progress, origin(file.paths))
 
 
 def _merged(file: GGUFFile) -> Iterator[TensorSpec]:

@@ -4,16 +4,16 @@ Knows files and rules; the types are chosen in `mixture`, the blocks made by `qu
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 
-from greenroom.convert.convert import remove_stale
 from greenroom.convert.encoding import tensor_spec
 from greenroom.convert.heat import EXPERTS, Classes, Heat, header_bytes, merged
 from greenroom.convert.imatrix import read_imatrix
 from greenroom.convert.mixture import FLOATS, MIXES, Rules, check_mix, parse_override
+from greenroom.convert.origin import origin
 from greenroom.convert.quantisers import Quantisers
 from greenroom.convert.values import Floats, Values
 from greenroom.errors import ModelFileError, UnsupportedModelError
@@ -43,8 +43,11 @@ class Quantisation:
 
 def quantise_file(
     job: Quantisation, out: Path, progress: Callable[[int, int], None] | None = None
-) -> None:
+) -> int:
     """Writes the file; it appears under its name when it is whole.
+
+    Returns:
+        Bytes of tensors that an earlier run, which was stopped, had written.
 
     Raises:
         ModelFileError: a file is damaged, or `out` cannot be written.
@@ -66,8 +69,10 @@ def quantise_file(
             "general.quantization_version": 2,
             "general.file_type": MIXES[mix].file_type,
         }
-        remove_stale(out)
-        write_gguf(out, metadata, specs, progress)
+        trace = job.heat.trace if job.heat is not None else None
+        files = [*file.paths, *(path for path in (job.imatrix, trace) if path is not None)]
+        made_from = origin(files, replace(job, threads=None))
+        return write_gguf(out, metadata, specs, progress, made_from)
 
 
 def all_specs(file: GGUFFile, rules: Rules, quantisers: Quantisers) -> list[TensorSpec]:

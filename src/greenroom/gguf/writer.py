@@ -4,21 +4,19 @@ The header is written first from what the tensors promise; then each tensor's by
 for in turn. The file appears under its name only when it is whole. Knows no architecture.
 """
 
-import contextlib
 import os
-import shutil
 import struct
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from greenroom.errors import ModelFileError
 from greenroom.gguf.header import MAX_ALIGNMENT, MAX_NAME_BYTES
 from greenroom.gguf.metadata import RawValue
+from greenroom.gguf.partial import Layout, replacing
 from greenroom.gguf.quantizers import quantize
 from greenroom.gguf.reader import TensorInfo
 from greenroom.gguf.types import (
@@ -83,7 +81,8 @@ def write_gguf(
     metadata: Mapping[str, Any],
     tensors: Sequence[TensorSpec],
     progress: Callable[[int, int], None] | None = None,
-) -> None:
+    source: str | None = None,
+) -> int:
     """Writes a GGUF file (version 3); an existing one is replaced when the new one is whole.
 
     Args:
@@ -94,27 +93,34 @@ def write_gguf(
             the result is one file.
         tensors: in the order they are written.
         progress: called with (bytes of tensors written, bytes of all tensors).
+        source: a description of all that decides the tensors' bytes. With it a run that was
+            stopped, in whatever way, goes on where it was; with another it starts anew.
+
+    Returns:
+        Bytes of tensors that an earlier run had written.
 
     Raises:
         ValueError: names, shapes or values that the format cannot hold, or a tensor whose
             data are of another size than its shape promises.
-        ModelFileError: the disk is full or the path cannot be written.
+        ModelFileError: the disk is full, the path cannot be written, or another process is
+            writing it.
     """
     target = Path(path)
     kept = {key: value for key, value in metadata.items() if not key.startswith("split.")}
     alignment = _alignment(kept)
     header = _header(kept, tensors, alignment)
-    total = sum(tensor.nbytes for tensor in tensors)
-    with _replacing(target, len(header) + total) as file:
-        file.write(header)
-        written = 0
-        for tensor in tensors:
+    sizes = [tensor.nbytes for tensor in tensors]
+    total = sum(sizes)
+    with replacing(target, Layout(header, sizes, alignment, source)) as partial:
+        found = written = sum(sizes[: partial.complete])
+        for tensor in tensors[partial.complete :]:
             for piece in _pieces(tensor):
-                file.write(piece)
+                partial.write(piece)
                 written += len(piece)
                 if progress is not None:
                     progress(written, total)
-            file.write(bytes(-tensor.nbytes % alignment))
+            partial.end_part()
+    return found
 
 
 def write_header(
@@ -130,27 +136,6 @@ def write_header(
     with Path(path).open("wb") as file:
         file.write(header)
         file.truncate(size)
-
-
-@contextlib.contextmanager
-def _replacing(target: Path, size: int) -> Iterator[IO[bytes]]:
-    """A file under a temporary name that takes `target`'s place if all goes well."""
-    partial = target.with_name(f".{target.name}.{os.getpid()}.partial")
-    try:
-        free = shutil.disk_usage(target.parent).free
-        if size > free:
-            raise ModelFileError(
-                f"{target}: {size / 2**30:.2f} GiB are needed, but only {free / 2**30:.2f} GiB "
-                "are free there"
-            )
-        with partial.open("wb") as file:
-            yield file
-        partial.replace(target)
-    except OSError as error:
-        raise ModelFileError(f"{target}: cannot be written: {error.strerror or error}") from error
-    finally:
-        with contextlib.suppress(OSError):
-            partial.unlink(missing_ok=True)
 
 
 def _pieces(tensor: TensorSpec) -> Iterator[memoryview]:

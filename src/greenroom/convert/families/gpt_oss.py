@@ -43,12 +43,17 @@ class GptOss(Family):
 
     def feed_forward(self, layer: int) -> Tensors:
         """Router and experts."""
-        old, new = f"model.layers.{layer}.mlp", f"blk.{layer}.ffn"
-        yield from self.copy(f"{new}_gate_inp", f"{old}.router")
-        gate_up = self.matrix(f"{old}.experts.gate_up_proj")
-        yield from self.interleaved(new, gate_up, self.take(f"{old}.experts.gate_up_proj_bias"))
-        yield f"{new}_down_exps.weight", self.matrix(f"{old}.experts.down_proj")
-        yield f"{new}_down_exps.bias", self.take(f"{old}.experts.down_proj_bias")
+        old = f"model.layers.{layer}.mlp"
+        names = f"{old}.experts.gate_up_proj", f"{old}.experts.down_proj"
+        yield from self.routed(f"blk.{layer}.ffn", f"{old}.router", *names)
+
+    def routed(self, new: str, router: str, gate_up: str, down: str) -> Tensors:
+        """Router and experts of a layer from tensors of these names, biases among them."""
+        yield from self.copy(f"{new}_gate_inp", router)
+        bias = self.take(f"{gate_up}_bias")
+        yield from self.interleaved(new, self.matrix(gate_up), bias)
+        yield f"{new}_down_exps.weight", self.matrix(down)
+        yield f"{new}_down_exps.bias", self.take(f"{down}_bias")
 
     def matrix(self, name: str) -> Values:
         """An expert matrix (experts, out, in): blocks, or numbers stored as (experts, in, out)."""

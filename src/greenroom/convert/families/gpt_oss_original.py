@@ -41,18 +41,15 @@ class GptOssOriginal(GptOss):
 
     def feed_forward(self, layer: int) -> Tensors:
         """Router and experts: mlp1 is gate and up, mlp2 is down."""
-        old, new = f"block.{layer}.mlp", f"blk.{layer}.ffn"
-        yield from self.copy(f"{new}_gate_inp", f"{old}.gate")
-        gate_up = self.matrix(f"{old}.mlp1_weight")
-        yield from self.interleaved(new, gate_up, self.take(f"{old}.mlp1_bias"))
-        yield f"{new}_down_exps.weight", self.matrix(f"{old}.mlp2_weight")
-        yield f"{new}_down_exps.bias", self.take(f"{old}.mlp2_bias")
+        old = f"block.{layer}.mlp"
+        yield from self.routed(f"blk.{layer}.ffn", f"{old}.gate", f"{old}.mlp1", f"{old}.mlp2")
 
     def matrix(self, name: str) -> Values:
         """Blocks, or numbers (experts, out, in) as they are."""
-        if f"{name}.blocks" in self.checkpoint:
-            return self.blocks(f"{name}.blocks", f"{name}.scales")
-        return self.take(name)
+        weight = f"{name}_weight"
+        if f"{weight}.blocks" in self.checkpoint:
+            return self.blocks(f"{weight}.blocks", f"{weight}.scales")
+        return self.take(weight)
 
 
 def as_hf(config: Config) -> dict[str, Any]:
