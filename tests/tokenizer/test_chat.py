@@ -236,6 +236,16 @@ def test_tool_template_is_used_with_tools() -> None:
     assert form.render_text(messages, TOOLS) == "tools"
 
 
+@pytest.mark.parametrize("mark", ["|||IP_ADDRESS|||", "[[x]]", "{(", "|*", "^$"])
+def test_tokens_that_read_like_expressions(mark: str) -> None:
+    """OLMoE's first one begins with what means "or"."""
+    tokenizer = bpe_tokenizer(control=["<|endoftext|>", mark])
+    form = ChatFormat.from_metadata({"tokenizer.chat_template": "{{ messages }}"}, tokenizer)
+    ids = form.render([{"role": "user", "content": f"a {mark} b"}])
+    assert special(ids, tokenizer) == []
+    assert tokenizer.decode(ids) == form.render_text([{"role": "user", "content": f"a {mark} b"}])
+
+
 def test_template_of_the_operator_wins() -> None:
     form = ChatFormat.from_metadata({"tokenizer.chat_template": "a"}, TOKENIZER, template="b")
     assert (form.source, form.render_text([{"role": "user", "content": "x"}])) == ("given", "b")

@@ -12,7 +12,7 @@ from greenroom.convert.config import Config, read_json
 from greenroom.convert.pre_tokenizers import recognise
 from greenroom.errors import TokenizerError
 from greenroom.gguf import Typed, ValueType
-from greenroom.tokenizer.vocabulary import TokenKind
+from greenroom.tokenizer.vocabulary import NORMALIZER, TokenKind
 
 _ADDED_SCORE = -1000.0  # as llama.cpp's converters give tokens that no merge makes
 _ROLES = {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding"}
@@ -157,9 +157,24 @@ def _byte_level(folder: Path, table: TokenTable, description: dict[str, Any]) ->
     return {
         "tokenizer.ggml.model": "gpt2",
         "tokenizer.ggml.pre": recognise(tokenizer, ignore_merges),
+        NORMALIZER: _normaliser(folder, description.get("normalizer")),
         **_listed(table, scores=False),
         "tokenizer.ggml.merges": [f"{left} {right}" for left, right in _merges(description)],
     }
+
+
+def _normaliser(folder: Path, description: dict[str, Any] | None) -> str:
+    """ "NFC", or "" for none; TokenizerError for others: the model would get wrong tokens."""
+    steps = [description] if description else []
+    if description and description.get("type") == "Sequence":
+        steps = description.get("normalizers") or []
+    kinds = {str(step.get("type")) for step in steps}
+    if kinds - {"NFC"}:
+        raise TokenizerError(
+            f"{folder}: its tokenizer normalises text by {', '.join(sorted(kinds))}, which is not "
+            "supported; NFC is"
+        )
+    return "NFC" if kinds else ""
 
 
 def _byte_fallback(table: TokenTable, description: dict[str, Any]) -> dict[str, Any]:

@@ -7,7 +7,7 @@ import gc
 from collections.abc import Sequence
 from functools import cache
 
-from tokenizers import Regex, Tokenizer, models, pre_tokenizers
+from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers
 
 from greenroom.errors import TokenizerError
 from greenroom.tokenizer.pretokenizers import pre_tokenizer
@@ -34,12 +34,18 @@ class BytePairEncoder:
             tokens are not among them: however the text reads, it cannot become one.
         merges: "left right" pairs, best first.
         pre: the name of the pre-tokenizer.
+        composes: whether text is brought into Unicode's form NFC first.
     """
 
-    def __init__(self, vocab: dict[str, int], merges: Sequence[str], pre: str) -> None:
+    def __init__(
+        self, vocab: dict[str, int], merges: Sequence[str], pre: str, composes: bool = False
+    ) -> None:
         rules = pre_tokenizer(pre)
         model = _model(vocab, merges, rules.ignore_merges)
         self._tokenizer = Tokenizer(model)
+        if composes:
+            # Not Python's: publishers' files mean this library's tables, of another Unicode.
+            self._tokenizer.normalizer = normalizers.NFC()
         splits = [
             pre_tokenizers.Split(Regex(expression), behavior="isolated")
             for expression in rules.expressions

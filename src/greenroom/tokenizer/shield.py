@@ -30,10 +30,10 @@ class _Breaks:
         texts = [text for text in texts if len(text) > 1]
         pairs = {text[:2] for text in texts} | {text[-2:] for text in texts}
         inside = [f"(?<={re.escape(p[0])})(?={re.escape(p[1])})" for p in sorted(pairs)]
-        firsts = "|".join(sorted({re.escape(text[0]) for text in texts}))
+        firsts = sorted({re.escape(text[0]) for text in texts})
         lasts = "|".join(sorted({re.escape(text[-1]) for text in texts}))
         # A template may trim white space off, so what counts as the edge is behind it.
-        edges = [rf"(?<={first})(?=\s*\Z)" for first in firsts.split("|") if first]
+        edges = [rf"(?<={first})(?=\s*\Z)" for first in firsts]
         self._breaks = re.compile("|".join([*inside, *edges])) if texts else None
         self._start = re.compile(rf"\A\s*(?=(?:{lasts}))") if texts else None
 

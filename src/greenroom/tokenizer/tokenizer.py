@@ -156,7 +156,7 @@ def _encoder(
     marks = (TokenKind.CONTROL, TokenKind.UNKNOWN, TokenKind.USER_DEFINED)
     pairs = zip(vocabulary.texts, vocabulary.kinds, strict=True)
     vocab = {text: token for token, (text, kind) in enumerate(pairs) if kind not in marks}
-    return BytePairEncoder(vocab, merges, vocabulary.pre)
+    return BytePairEncoder(vocab, merges, vocabulary.pre, vocabulary.composes)
 
 
 def _without_surrogates(text: str) -> str:

@@ -68,6 +68,8 @@ _DOCUMENT_ENDS = frozenset(
 )
 # Also ordinary text (HTML, placeholders): believed only of tokens the file sets apart.
 _AMBIGUOUS = frozenset(["</s>", "<EOT>", "_<EOT>", "[EOT]", "[EOS]", "<eos>", "[e~[", "<reponame>"])
+# Our converter's key: "NFC", or "" for a byte-level tokenizer that takes text as it is.
+NORMALIZER = "greenroom.tokenizer.normalizer"
 _END_KEYS = ("eos", "eot", "eom")
 _SPM_DEFAULTS = {"bos": 1, "eos": 2, "unknown": 0}
 
@@ -90,6 +92,7 @@ class Vocabulary:
     add_space_prefix: bool
     end_ids: frozenset[int]
     strip_after: frozenset[int]
+    composes: bool = False  # text is brought into Unicode's form NFC before it is cut
 
     @cached_property
     def marked(self) -> list[tuple[str, int, TokenKind]]:
@@ -147,7 +150,18 @@ def read_vocabulary(metadata: Mapping[str, Any]) -> Vocabulary:
         add_space_prefix=spm and bool(metadata.get("tokenizer.ggml.add_space_prefix", True)),
         end_ids=_end_ids(texts, kinds, special),
         strip_after=_strip_after(metadata, texts, kinds) if spm else frozenset(),
+        composes=not spm and _composes(metadata, pre),
     )
+
+
+def _composes(metadata: Mapping[str, Any], pre: str) -> bool:
+    """Whether the publisher's tokenizer normalises to NFC, which GGUF has no key for: our
+    converter writes one; the tokenizers of Qwen and OLMoE are known to do it."""
+    written = metadata.get(NORMALIZER)
+    if written is not None:
+        return bool(written == "NFC")
+    architecture = str(metadata.get("general.architecture", ""))
+    return (pre == "qwen2" and architecture.startswith("qwen")) or architecture == "olmoe"
 
 
 def _special_ids(
