@@ -12,8 +12,8 @@ from greenroom.convert.synth_shapes import shape_of
 from greenroom.models.config import ModelConfig
 from greenroom.placement.hardware import Gpu, Hardware
 from greenroom.placement.placement import Placement
-from greenroom.placement.planner import Wish, place
-from greenroom.placement.sizes import Sizes
+from greenroom.placement.planner import Plan, Wish, place
+from greenroom.placement.sizes import Sizes, reserved, reserved_each
 
 MIB, GIB = 1 << 20, 1 << 30
 GPU = Hardware(Gpu("a GPU", 78 * GIB, 80 * GIB))
@@ -92,10 +92,43 @@ def test_all_experts_fit_where_there_is_room(name: str) -> None:
 
 
 def test_gpt_oss_without_resident_experts_needs_1700_mib() -> None:
+    """Dense part, context, captured steps, and long enough steps for streamed experts."""
     found = placed("gpt-oss-20b", int(1.7 * GIB), context=4096)
     assert found.head_on_gpu
     assert found.layers_on_gpu == 24
-    assert found.parts["graphs"] == 64 * MIB
+    assert found.context_length == 4096
+    assert found.parts["graphs"] > 3 * 4 * 201088  # the logits of three ranges of contexts
+    assert found.staging > 0
+    assert found.prefill_chunk >= 768
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_long_steps_stream_as_soon_as_two_experts_fit(name: str) -> None:
+    tensors, config = model(name)
+    sizes = Sizes.of(tensors, config)
+    wish = Wish(vram=0, named=True, context=4096)
+    plan = Plan(sizes, config, wish)
+    two = 2 * sizes.slab + sizes.expanded
+    least = plan.need(True, config.layers) + plan.graphs + two
+    assert placed(name, least, context=4096).staging == two
+    assert placed(name, least - 1, context=4096).staging == 0
+
+
+def test_a_step_longer_than_asked_for_or_than_the_context_is_never_planned() -> None:
+    small = placed("gpt-oss-20b", int(1.7 * GIB), context=8400, chunk=8192)
+    assert small.layers_on_gpu == 24  # a named chunk is a limit, no demand
+    assert 64 < small.prefill_chunk < 8192
+    assert placed("gpt-oss-20b", 40 * GIB, context=8400, chunk=8192).prefill_chunk == 8192
+    assert placed("gpt-oss-20b", 40 * GIB, context=1000).prefill_chunk == 1024
+    assert placed("gpt-oss-20b", 40 * GIB, context=1000, chunk=40).prefill_chunk == 40
+
+
+def test_what_the_allocator_takes_for_tensors_of_one_size_is_what_each_was_planned_with() -> None:
+    for size in (700, 3 * MIB // 5, MIB, 4 * MIB, 6 * MIB, 10 * MIB, 13 * MIB):
+        taken = reserved([size] * 240)
+        assert taken - 20 * MIB <= 240 * reserved_each(size) <= taken + 20 * MIB
+    assert reserved([9 * MIB, 9 * MIB, 2 * MIB]) == 20 * MIB
+    assert reserved([512, MIB, 11 * MIB]) == 14 * MIB
 
 
 def test_what_the_next_step_needs_is_enough_for_it() -> None:

@@ -1,22 +1,27 @@
 """Sizes as people write them, the choice of a backend, and budgets against what gets allocated."""
 
 import os
+import weakref
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from greenroom import native
 from greenroom.convert.synth import Synthesis, write_synthetic
 from greenroom.convert.synth_shapes import shape_of
 from greenroom.errors import BudgetError, RequestError
 from greenroom.gguf import GGUFFile
+from greenroom.layers.batch import Batch, KVGroup
+from greenroom.layers.ledger import Ledger
 from greenroom.models import LoadOptions, load_model
 from greenroom.models.loader import read_config
 from greenroom.placement.budget import parse_size
 from greenroom.placement.hardware import Gpu, Hardware
 from greenroom.placement.placement import Placement
 from greenroom.placement.planner import Wish, place
-from greenroom.placement.sizes import Sizes
+from greenroom.placement.sizes import Sizes, step_bytes
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
@@ -109,7 +114,14 @@ def test_a_budget_too_small_computes_on_the_cpu_unless_the_gpu_was_named(file) -
         placed(file, vram=71 * GIB)
 
 
-def test_planned_bytes_are_those_that_get_booked(file) -> None:
+def test_planned_bytes_are_those_that_get_booked(file, monkeypatch) -> None:
+    booked, book = [], Ledger.book
+
+    def note(ledger: Ledger, part: str, nbytes: int) -> None:
+        book(ledger, part, nbytes)
+        booked.append((part, nbytes))
+
+    monkeypatch.setattr(Ledger, "book", note)
     plan = placed(file)
     sizes = Sizes.of(file.tensors, read_config(file))
     for layers, head in ((2, True), (1, True), (1, False)):
@@ -117,10 +129,76 @@ def test_planned_bytes_are_those_that_get_booked(file) -> None:
             backend="cuda", device=DEVICE, pool=native.lib().Pool(1), layers_on_gpu=layers,
             head_on_gpu=head, scratch_bytes=plan.scratch,
         )  # fmt: skip
+        booked.clear()
         model = load_model(file, options)
         ledger = model.blk[-1].backend.bench.ledger
         assert ledger.parts["dense"] == sum(sizes.layers[2 - layers :]) + sizes.head * head
         assert ledger.parts["workspace"] == plan.scratch
+        tensors = (*sizes.tensors[2 - layers : 2], *([sizes.tensors[-1]] if head else []))
+        dense = sorted(nbytes for part, nbytes in booked if part == "dense")
+        assert dense == sorted(n for part in tensors for n in part)
         assert model.memory()["experts"] == sizes.experts
         caches = model.new_caches([4] * len(model.kv_groups), 32, torch.float16)
         assert ledger.parts["cache"] == sum(c.k.nbytes + c.v.nbytes for c in caches[2 - layers :])
+
+
+class LiveBytes(TorchDispatchMode):
+    """Bytes of the tensors made within it that are alive, and the most there were."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = self.peak = 0
+        self.known: set[int] = set()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        found = function(*args, **(kwargs or {}))
+        known = {t.untyped_storage()._cdata for t in _tensors((args, kwargs))}
+        for storage in (t.untyped_storage() for t in _tensors(found)):
+            key = storage._cdata
+            if key not in known | self.known:
+                self.known.add(key)
+                self.now += storage.nbytes()
+                self.peak = max(self.peak, self.now)
+                weakref.finalize(storage, self.gone, key, storage.nbytes())
+        return found
+
+    def gone(self, key: int, nbytes: int) -> None:
+        self.known.discard(key)
+        self.now -= nbytes
+
+
+def _tensors(tree) -> list[torch.Tensor]:
+    return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, torch.Tensor)]
+
+
+def whole(tokens: int, groups: int) -> Batch:
+    """One sequence in one step, without logits."""
+    table = torch.arange(-(-tokens // 32), dtype=torch.int32)[None]
+    return Batch(
+        tokens=torch.arange(tokens) % 300,
+        positions=torch.arange(tokens),
+        query_starts=torch.tensor([0, tokens], dtype=torch.int32),
+        context_lengths=torch.tensor([tokens], dtype=torch.int32),
+        groups=(KVGroup(table, torch.arange(tokens)),) * groups,
+        output_rows=torch.tensor([], dtype=torch.int64),
+    )
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="counts what lives in RAM")
+def test_a_step_takes_no_more_than_was_planned(file) -> None:
+    """Each further token of a streamed step; what does not grow with it has other parts."""
+    config = read_config(file)
+    if config.moe.dense_layers:
+        pytest.skip("its only other layer's experts are not computed without logits")
+    model = load_model(file, LoadOptions(
+        backend="cuda", device=DEVICE, pool=native.lib().Pool(1), staging_bytes=8 << 20
+    ))  # fmt: skip
+    peaks, few, many = [], 33, 45
+    for tokens in (few, many):
+        groups = len(model.kv_groups)
+        caches = model.new_caches([4] * groups, 32, torch.float32)
+        with LiveBytes() as live:
+            model.forward(whole(tokens, groups), caches)
+        peaks.append(live.peak)
+    planned = step_bytes(config, many) - step_bytes(config, few)
+    assert 0.5 * planned < peaks[1] - peaks[0] <= planned

@@ -262,7 +262,10 @@ class Engine:
         self._call(partial(self._drop, job, "cancelled"))
 
     def _sequence(self, tokens: Items[int], want: Want) -> Sequence:
-        limit = max(1, _SCORED_LOGITS // self.model_config.vocabulary_size)
+        room, plan = _SCORED_LOGITS, self.placement
+        if plan is not None and plan.head_on_gpu:  # half of a step's bytes for logits and a copy
+            room = min(room, plan.parts.get("activations", 0) // 16)
+        limit = max(1, room // self.model_config.vocabulary_size)
         return Sequence(
             tokens,
             len(self._blocks.pools),

@@ -94,7 +94,7 @@ def _decided(config: EngineConfig, placement: "Placement") -> EngineConfig:
     return replace(
         config,
         backend=cast(Any, placement.backend),
-        prefill_chunk=config.prefill_chunk or placement.prefill_chunk,
+        prefill_chunk=placement.prefill_chunk or config.prefill_chunk,
         context_length=config.context_length or placement.context_length,
         cache_tokens=config.cache_tokens or placement.cache_tokens,
     )

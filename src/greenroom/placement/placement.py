@@ -12,8 +12,8 @@ class Placement:
         backend: "cuda", "native" or "reference".
         reason: one line for the log.
         vram: bytes to be used at most; None without a GPU.
-        parts: bytes of VRAM by part; empty without a GPU. "activations" and "graphs" are what
-            steps use besides what is booked for good.
+        parts: bytes of VRAM by part; empty without a GPU. "activations" are what steps use
+            besides what is booked for good, "allocator" is what nobody asked for.
         layers: of the model.
         layers_on_gpu: how many of them, the last ones, are computed by the GPU.
         head_on_gpu: whether the GPU computes the head.
@@ -45,7 +45,7 @@ class Placement:
         """Bytes of VRAM for everything but what single steps use; None without a GPU."""
         if self.vram is None:
             return None
-        return self.vram - self.parts.get("activations", 0) - self.parts.get("graphs", 0)
+        return self.vram - self.parts.get("activations", 0) - self.parts.get("allocator", 0)
 
     @property
     def cache_room(self) -> int | None:
@@ -65,6 +65,7 @@ class Placement:
             "cache": f"{self.cache_tokens} tokens, context {self.context_length}",
             "scratch": "rows expanded for long steps",
             "activations": f"steps of up to {self.prefill_chunk} tokens",
+            "allocator": "rounding, and the vendor's own",
             "graphs": "captured steps",
             "staging": "experts on their way in long steps",
             "experts": f"{self.slots} slots",

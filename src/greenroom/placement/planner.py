@@ -15,26 +15,25 @@ from greenroom.placement.budget import mib
 from greenroom.placement.hardware import Gpu, Hardware
 from greenroom.placement.placement import Placement
 from greenroom.placement.sizes import (
-    LAYER_ROUNDING,
-    ROUNDING,
+    ALLOCATOR,
+    GAPS,
     CacheShape,
     Sizes,
+    graph_bytes,
     logit_bytes,
-    token_bytes,
+    reserved,
+    reserved_each,
+    step_bytes,
 )
 
 MARGIN = 512 << 20  # of "max", left to other programs and the allocator's rounding
 LEAST_SCRATCH, MOST_SCRATCH = 16 << 20, 64 << 20
-LEAST_CHUNK, GOOD_CHUNK, MOST_CHUNK, CHUNK_STEP = (
-    64,
-    512,
-    8192,
-    64,
-)  # tokens of a step, if not named
+# Tokens of a step: the least, what comes before any expert, the most. Every expert passes
+# through VRAM in a step, so twice the tokens mean twice the speed of long prompts.
+LEAST_CHUNK, GOOD_CHUNK, MOST_CHUNK, CHUNK_STEP = 64, 2048, 8192, 64
 LEAST_CONTEXT = 4096  # tokens of a session on the GPU, if nobody asked for a number
-GRAPHS = 64 << 20  # what captured steps of up to 32 tokens keep for themselves
 MOST_STAGING = 256 << 20
-STAGED_EXPERTS = 3  # the fewest that keep the bus busy while one of them is computed
+STAGED_EXPERTS = 2  # one arrives while the other is computed
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -46,7 +45,7 @@ class Wish:
         vram: bytes, None for all there is.
         named: whether the user named the budget.
         sequences: most sequences of one step.
-        chunk: most tokens of one step, None for what suits.
+        chunk: most tokens of one step, None for 8192.
         context: most tokens of a sequence, None for what suits.
         cache_tokens: tokens of the whole cache, None for what suits.
         block_size: tokens of a cache block.
@@ -126,25 +125,47 @@ class Plan:
     def __init__(self, sizes: Sizes, config: ModelConfig, wish: Wish) -> None:
         self.sizes, self.config, self.wish = sizes, config, wish
         self.shape = CacheShape(wish.block_size, wish.sequences, wish.value_bytes)
-        self.least_chunk = wish.chunk or LEAST_CHUNK
         model_context = wish.context or config.context_length
         context = wish.context or min(config.context_length, LEAST_CONTEXT)
         self.least_tokens = wish.cache_tokens or context
         self.most_tokens = wish.cache_tokens or model_context * wish.sequences
+        whole = -(-max(self.least_tokens, self.most_tokens) // CHUNK_STEP) * CHUNK_STEP
+        self.most_chunk = min(wish.chunk or MOST_CHUNK, whole)  # a longer one cannot come
+        self.least_chunk = min(LEAST_CHUNK, self.most_chunk)
+        self._pieces: dict[tuple[bool, int], int] = {}
+        self.graphs = graph_bytes(config, wish.sequences, model_context)
 
     # What a choice costs
 
-    def activations(self, chunk: int, count: int) -> int:
-        """Bytes of what one step computes, at most, with the allocator's rounding, of that of
-        `count` layers' tensors too."""
+    def activations(self, chunk: int) -> int:
+        """Bytes the allocator holds for what one step computes, at most."""
         sequences = self.wish.sequences
-        tokens = max(chunk, sequences) * token_bytes(self.config)
-        return tokens + logit_bytes(self.config, sequences) + ROUNDING + count * LAYER_ROUNDING
+        step = step_bytes(self.config, max(chunk, sequences))
+        return int(step * GAPS) + 2 * logit_bytes(self.config, sequences)
+
+    def caches(self, count: int, tokens: int, chunk: int) -> list[int]:
+        """Bytes of keys and values of each of the last `count` layers, one by one."""
+        layers = range(self.config.layers - count, self.config.layers)
+        return [n for i in layers for n in self.shape.layer(self.config, i, tokens, chunk)]
 
     def cache(self, count: int, tokens: int, chunk: int) -> int:
         """Bytes of the keys and values of the last `count` layers."""
-        layers = range(self.config.layers - count, self.config.layers)
-        return sum(self.shape.layer(self.config, layer, tokens, chunk) for layer in layers)
+        return sum(self.caches(count, tokens, chunk))
+
+    def rounding(self, head: bool, count: int, tokens: int, chunk: int) -> int:
+        """Bytes the allocator holds beyond what it was asked for, and the vendor's own."""
+        dense, caches = self._dense_pieces(head, count), self.caches(count, tokens, chunk)
+        return dense + sum(reserved_each(n) - n for n in caches) + ALLOCATOR
+
+    def _dense_pieces(self, head: bool, count: int) -> int:
+        known = self._pieces.get((head, count))
+        if known is None:
+            *layers, last = self.sizes.tensors
+            chosen = [last] if head else []
+            chosen += reversed(layers[len(layers) - count :])
+            tensors = [n for part in chosen for n in part]
+            known = self._pieces[head, count] = reserved(tensors) - sum(tensors)
+        return known
 
     def dense_parts(self, head: bool, count: int) -> dict[str, int]:
         """Bytes by part with as little scratch, context and step as can be."""
@@ -153,7 +174,8 @@ class Plan:
             "dense": sum(layers) + (self.sizes.head if head else 0),
             "cache": self.cache(count, self.least_tokens, self.least_chunk),
             "scratch": LEAST_SCRATCH,
-            "activations": self.activations(self.least_chunk, count),
+            "activations": self.activations(self.least_chunk),
+            "allocator": self.rounding(head, count, self.least_tokens, self.least_chunk),
         }
 
     def need(self, head: bool, count: int) -> int:
@@ -207,11 +229,11 @@ class Plan:
         """
         total = self.config.layers
         rest = budget - self.need(True, total)
-        graphs = min(GRAPHS, rest)
+        graphs = min(self.graphs, rest)
         rest -= graphs
         slab = self.sizes.slab
         least = STAGED_EXPERTS * slab + self.sizes.expanded
-        staging = min(max(MOST_STAGING, 2 * least), max(rest // 3, min(least, rest // 2)))
+        staging = min(max(MOST_STAGING, 2 * least), max(rest // 3, min(least, rest)))
         rest -= staging if slab else 0
         if staging < least or not slab:
             staging = 0
@@ -226,7 +248,8 @@ class Plan:
             "dense": sum(self.sizes.layers) + self.sizes.head,
             "cache": self.cache(total, tokens, chunk),
             "scratch": LEAST_SCRATCH + scratch,
-            "activations": self.activations(chunk, total),
+            "activations": self.activations(chunk),
+            "allocator": self.rounding(True, total, tokens, chunk),
             "graphs": graphs,
             "staging": staging,
             "experts": slots * slab,
@@ -243,30 +266,31 @@ class Plan:
 
     def _tokens(self, share: int) -> tuple[int, int]:
         """Tokens of the cache within a share of bytes beyond the least, and the bytes granted."""
-        total, size = self.config.layers, self.wish.block_size
+        size = self.wish.block_size
 
         def cost(tokens: int) -> int:
-            return self.cache(total, tokens, self.least_chunk) - base
+            return self._cache_pieces(tokens, self.least_chunk) - base
 
-        base = self.cache(total, self.least_tokens, self.least_chunk)
+        base = self._cache_pieces(self.least_tokens, self.least_chunk)
         tokens = _largest(cost, share, self.least_tokens, self.most_tokens, size)
         return tokens, min(share, cost(self.most_tokens))
 
     def _chunk(self, rest: int, tokens: int) -> tuple[int, int]:
-        """Tokens of a step, and the bytes granted: half of the rest for steps in which a copied
+        """Tokens of a step, and the bytes granted: all there is for steps in which a copied
         expert pays, a quarter of what is left then for longer ones."""
-        if self.wish.chunk is not None:
-            return self.wish.chunk, 0
-        total = self.config.layers
 
         def cost(chunk: int, at: int = tokens) -> int:
-            cache = self.cache(total, at, chunk) - self.cache(total, at, LEAST_CHUNK)
-            return cache + self.activations(chunk, 0) - self.activations(LEAST_CHUNK, 0)
+            cache = self._cache_pieces(at, chunk) - self._cache_pieces(at, self.least_chunk)
+            return cache + self.activations(chunk) - self.activations(self.least_chunk)
 
         most = max(self.most_tokens, tokens)
-        first = min(rest // 2, cost(GOOD_CHUNK, most))
-        share = min(first + (rest - first) // 4, cost(MOST_CHUNK, most))
-        return _largest(cost, share, LEAST_CHUNK, MOST_CHUNK, CHUNK_STEP), share
+        first = min(rest, cost(min(GOOD_CHUNK, self.most_chunk), most))
+        share = min(first + (rest - first) // 4, cost(self.most_chunk, most))
+        return _largest(cost, share, self.least_chunk, self.most_chunk, CHUNK_STEP), share
+
+    def _cache_pieces(self, tokens: int, chunk: int) -> int:
+        """Bytes the allocator takes for all layers' keys and values."""
+        return sum(map(reserved_each, self.caches(self.config.layers, tokens, chunk)))
 
     def _placement(
         self, reason: str, budget: int, parts: Mapping[str, int], head: bool, count: int,

@@ -3,7 +3,8 @@ head, one expert, keys and values, what a step computes. Knows a file's tensors;
 """
 
 import re
-from collections.abc import Mapping
+from bisect import bisect_left, insort
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from math import prod
 
@@ -12,18 +13,24 @@ from greenroom.experts.slabs import SlabLayout, stored_type
 from greenroom.gguf import GGMLType, TensorInfo
 from greenroom.models.config import ModelConfig
 
-# The allocator hands out pieces of 2 to 20 MiB, and the vendor's products take 32 MiB for
-# themselves on Hopper.
-ROUNDING = 96 << 20
+# The allocator hands out pieces of 2 and 20 MiB, of which one each is partly used; the vendor's
+# products take 32 MiB for themselves on Hopper; attention spread over programs writes up to 9 MiB.
+ALLOCATOR = 64 << 20
 
-# Tensors above 10 MiB get whole pieces of 2 MiB each, half of one wasted on average: two
-# matrices of a layer, its keys and its values.
-LAYER_ROUNDING = 2 << 20
+# What is freed within a step leaves gaps. Steps of 8192 tokens, with room to spare, were seen to
+# take 1.85 times what lives at once; where there is none, the allocator gives back what is unused.
+GAPS = 1.5
 
+EXPERT_ROWS = 4096  # of one expert that a long step computes at a time
+KEPT_GRAPHS, GRAPH_SEQUENCES = 8, 16  # as `layers.decode_graphs` has them
+GRAPH_RANGES = (512, 4)  # its first range of contexts, and the factor to the next
+
+_MIB = 1 << 20
 _EXPERTS = re.compile(r"_exps\.|\.ffn_(gate|up|down)\.\d+\.")
 _FLOAT32 = re.compile(r"ffn_gate_inp(_shexp)?\.weight$")  # routers are kept in float32
 _NOT_PLACED = re.compile(r"^token_embd\.|^rope_f|attn_rot_embd|rotary_emb|attn\.masked_bias")
 _LAYER = re.compile(r"blk\.(\d+)\.")
+_JOINED = re.compile(r"(?:attn_[qkv]|ffn_(?:gate|up)(_shexp)?)\.(weight|bias)$")  # if of one type
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,6 +40,7 @@ class Sizes:
     Attributes:
         layers: dense tensors of each layer, shared experts and router included.
         head: the head and the norm before it.
+        tensors: the dense tensors one by one, of each layer, and of the head as the last.
         embedding: the table, as the file has it.
         slab: the largest expert; 0 for a dense model.
         expanded: two matrices of an expert in half precision.
@@ -42,6 +50,7 @@ class Sizes:
 
     layers: tuple[int, ...]
     head: int
+    tensors: tuple[tuple[int, ...], ...]
     embedding: int
     slab: int
     expanded: int
@@ -51,23 +60,32 @@ class Sizes:
     @staticmethod
     def of(tensors: Mapping[str, TensorInfo], config: ModelConfig) -> "Sizes":
         """Reads them off a file's tensors, as the backends will keep them."""
-        layers, head = [0] * config.layers, 0
+        parts: list[list[int]] = [[] for _ in range(config.layers + 1)]
+        joined: dict[tuple[int, str | None, str, bool, int], int] = {}
         for name, tensor in tensors.items():
             if _EXPERTS.search(name) or _NOT_PLACED.search(name):
                 continue
             match = _LAYER.match(name)
-            if match is None:
-                head += placed_bytes(name, tensor)
-            elif int(match[1]) < len(layers):  # the loader complains of the others
-                layers[int(match[1])] += placed_bytes(name, tensor)
+            layer = config.layers if match is None else int(match[1])
+            if layer > config.layers:  # the loader complains of it
+                continue
+            nbytes = placed_bytes(name, tensor)
+            if (several := _JOINED.search(name)) is not None:
+                key = layer, several[1], several[2], ".attn" in name, int(tensor.type)
+                joined[key] = joined.get(key, 0) + nbytes
+            else:
+                parts[layer].append(nbytes)
+        for key, nbytes in joined.items():
+            parts[key[0]].append(nbytes)
         table = tensors["token_embd.weight"]
         if "output.weight" not in tensors:  # the head is the embedding's twin
-            head += placed_bytes("output.weight", table)
+            parts[-1].append(placed_bytes("output.weight", table))
         slabs = slab_bytes(tensors, config)
         experts = 0 if config.moe is None else config.moe.experts
         return Sizes(
-            layers=tuple(layers),
-            head=head,
+            layers=tuple(sum(part) for part in parts[:-1]),
+            head=sum(parts[-1]),
+            tensors=tuple(tuple(part) for part in parts),
             embedding=table.nbytes,
             slab=max(slabs, default=0),
             expanded=4 * config.hidden_size * config.moe.width if config.moe else 0,
@@ -117,25 +135,71 @@ def _expert_name(tensors: Mapping[str, TensorInfo], layer: int, part: str) -> st
     return next((name for name in names if name in tensors), None)
 
 
-def token_bytes(config: ModelConfig) -> int:
-    """Bytes a step computes per token, at most, the logits apart."""
-    shape = config.attention
-    attention = (shape.heads + 2 * shape.kv_heads) * max(shape.key_length, shape.value_length)
-    moe = config.moe
-    inner = max(config.feed_forward_length, moe.shared_width if moe else 0)
-    # Residual, its norm and a sum; projections, their contiguous copies and the attention's
-    # output; gate and up, their copies and product.
-    width = 4 * config.hidden_size + 3 * attention + 5 * inner
-    if moe is not None:
-        # Rows in half precision and the sum, routes sorted by expert, and of the rows of one
-        # expert their copy, gate and up, their product and the output: see `experts.stream`.
-        return 4 * width + 12 * (config.hidden_size + moe.width + 4 * moe.used)
-    return 4 * width
+def step_bytes(config: ModelConfig, tokens: int) -> int:
+    """Bytes a step computes, at most, the logits apart."""
+    shape, moe, d = config.attention, config.moe, config.hidden_size
+    projected = shape.heads * shape.key_length
+    projected += shape.kv_heads * (shape.key_length + shape.value_length)
+    # Residual, what is added to it, its norm; projections and their contiguous copies.
+    widest = 3 * d + 2 * projected
+    if moe is None or moe.dense_layers:  # gate and up, and copies or activations of them
+        widest = max(widest, 4 * d + 4 * config.feed_forward_length)
+    if moe is None:
+        return 4 * widest * tokens
+    # The sum, the router's values, routes sorted by expert; rows in half precision, and of the
+    # rows of one expert gate and up, their product and the output: see `experts.stream`.
+    routed = 4 * d + 4 * moe.experts + 16 * moe.used
+    widest = max(widest, routed + 4 * moe.shared_width, routed + d // 2)
+    rows = min(tokens, EXPERT_ROWS) * (d + 5 * moe.width // 2)
+    return 4 * max(widest * tokens, (routed + d // 2) * tokens + rows)
 
 
 def logit_bytes(config: ModelConfig, sequences: int) -> int:
     """Bytes of a step's logits and one copy."""
     return 8 * sequences * config.vocabulary_size
+
+
+def graph_bytes(config: ModelConfig, sequences: int, context: int) -> int:
+    """Bytes of the memory of recorded decode steps: each keeps its logits, all share the rest.
+
+    Args:
+        config: of the model.
+        sequences: most of one step.
+        context: most tokens of a sequence.
+    """
+    end, ranges = GRAPH_RANGES[0], 1
+    while end < context:
+        end, ranges = end * GRAPH_RANGES[1], ranges + 1
+    most = min(sequences, GRAPH_SEQUENCES)
+    kinds = [count for count in range(most, 0, -1) for _ in range(ranges)][:KEPT_GRAPHS]
+    return reserved(4 * count * config.vocabulary_size for count in kinds) + 4 * _MIB
+
+
+def reserved(tensors: Iterable[int]) -> int:
+    """Bytes PyTorch's allocator takes for tensors that stay, given out in this order."""
+    total = 0
+    rests: tuple[list[int], list[int]] = [], []  # of pieces of small and of large tensors
+    for nbytes in tensors:
+        size = -(-nbytes // 512) * 512
+        rest, least = (rests[0], 512) if size <= _MIB else (rests[1], _MIB + 1)
+        at = bisect_left(rest, size)
+        if at < len(rest):
+            left = rest.pop(at) - size
+        else:
+            piece = 2 * _MIB if size <= _MIB else 20 * _MIB
+            piece = piece if size < 10 * _MIB else -(-size // (2 * _MIB)) * 2 * _MIB
+            total, left = total + piece, piece - size
+        if left >= least:
+            insort(rest, left)
+    return total
+
+
+def reserved_each(nbytes: int) -> int:
+    """Bytes the allocator takes for one of many tensors of this size."""
+    if nbytes >= 10 * _MIB:
+        return -(-nbytes // (2 * _MIB)) * 2 * _MIB
+    piece = 2 * _MIB if nbytes <= _MIB else 20 * _MIB
+    return piece // (piece // nbytes) if nbytes else 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -163,9 +227,9 @@ class CacheShape:
         full = -(-tokens // self.block_size)
         return full if window is None else min(full, self.window_blocks(window, chunk))
 
-    def layer(self, config: ModelConfig, layer: int, tokens: int, chunk: int) -> int:
-        """Bytes of one layer's keys and values."""
+    def layer(self, config: ModelConfig, layer: int, tokens: int, chunk: int) -> tuple[int, int]:
+        """Bytes of one layer's keys and of its values."""
         shape = config.attention
-        block = self.block_size * shape.kv_heads * (shape.key_length + shape.value_length)
-        count = self.blocks(config.windows[layer], tokens, chunk)
-        return count * block * self.value_bytes
+        line = self.block_size * shape.kv_heads * self.value_bytes
+        line *= self.blocks(config.windows[layer], tokens, chunk)
+        return line * shape.key_length, line * shape.value_length
