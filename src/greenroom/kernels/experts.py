@@ -10,8 +10,18 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from greenroom.kernels.lines import Walk, rows_product
+from greenroom.kernels.lines import Walk, line_products
 from greenroom.kernels.matvec import iq4_table
+from greenroom.kernels.planes import (
+    INTERPRETED,
+    PLANES,
+    in_order,
+    line_dots,
+    order,
+    room,
+    split,
+    store_planes,
+)
 
 LINES, WARPS = 64, 4  # lines a program reads at a time
 REDUCE = 256  # columns per program of the last sum
@@ -48,11 +58,33 @@ def activate(gate, up, KIND: tl.constexpr):
 
 
 @triton.jit
+def _row_products(
+    group, iq4, x, words, units, stride, cols, payload_bytes, lines, C: tl.constexpr,
+    ORDER: tl.constexpr, PLANES: tl.constexpr, ASM: tl.constexpr, LINES: tl.constexpr,
+):  # fmt: skip
+    """One group of 16 rows times one token, (16,) float32: planes where there are some, else x."""
+    acc = tl.zeros((LINES, 16), tl.float32)
+    for start in range(0, lines, LINES):
+        line = start + tl.arange(0, LINES)
+        if ORDER > 0:
+            acc += line_dots(
+                group, words, units, line, lines, stride, payload_bytes, C, PLANES, ASM
+            )
+        else:
+            acc += line_products(
+                group, iq4, x, line, lines, cols, payload_bytes,
+                C[0], C[1], C[2], C[3], C[4], C[5], C[6], C[7],
+            )  # fmt: skip
+    return tl.sum(acc, 0)
+
+
+@triton.jit
 def _gate_up(
-    memory, table, ids, seen, x, inner, iq4, slab_bytes, d, f, up_at, gate_bias, up_bias,
-    g_group, g_payload, g_lines, u_group, u_payload, u_lines, K: tl.constexpr, G: tl.constexpr,
-    U: tl.constexpr, BIAS: tl.constexpr, ACTIVATION: tl.constexpr, SEEN: tl.constexpr,
-    LINES: tl.constexpr,
+    memory, table, ids, seen, x, words, units, inner, inner_words, inner_units, iq4, slab_bytes,
+    d, f, up_at, gate_bias, up_bias, g_group, g_payload, g_lines, u_group, u_payload, u_lines,
+    K: tl.constexpr, G: tl.constexpr, U: tl.constexpr, ORDER: tl.constexpr, THEN: tl.constexpr,
+    PLANES: tl.constexpr, ASM: tl.constexpr, BIAS: tl.constexpr, ACTIVATION: tl.constexpr,
+    SEEN: tl.constexpr, LINES: tl.constexpr,
 ):  # fmt: skip
     route = tl.program_id(0)
     expert = tl.load(ids + route)
@@ -62,37 +94,56 @@ def _gate_up(
     if (expert < 0) | (slot < 0):
         return
     slab = memory + slot.to(tl.int64) * slab_bytes
-    token = x + (route // K).to(tl.int64) * d
-    gate = rows_product(slab, iq4, token, d, g_group, g_payload, g_lines, G, LINES)
-    up = rows_product(slab + up_at, iq4, token, d, u_group, u_payload, u_lines, U, LINES)
-    row = tl.program_id(1) * 16 + tl.arange(0, 16)
+    token = (route // K).to(tl.int64)
+    x += token * d
+    words += token * PLANES * (d // 4)
+    units += token * (d // 16)
+    rows = tl.program_id(1)
+    gate = _row_products(
+        slab + rows.to(tl.int64) * g_group, iq4, x, words, units, d // 4, d, g_payload, g_lines,
+        G, ORDER, PLANES, ASM, LINES,
+    )  # fmt: skip
+    up = _row_products(
+        slab + up_at + rows.to(tl.int64) * u_group, iq4, x, words, units, d // 4, d, u_payload,
+        u_lines, U, ORDER, PLANES, ASM, LINES,
+    )  # fmt: skip
+    row = rows * 16 + tl.arange(0, 16)
     if BIAS:
         biases = slab.to(tl.pointer_type(tl.float32))
         gate += tl.load(biases + gate_bias // 4 + row, mask=row < f, other=0.0)
         up += tl.load(biases + up_bias // 4 + row, mask=row < f, other=0.0)
-    tl.store(inner + route * f + row, activate(gate, up, ACTIVATION), mask=row < f)
+    out = activate(gate, up, ACTIVATION)
+    tl.store(inner + route * f + row, out, mask=row < f)
+    if THEN > 0:
+        store_planes(
+            in_order(out, THEN), inner_words + route * PLANES * (f // 4),
+            inner_units + route * (f // 16), rows * 4, f // 4, f // 4, PLANES,
+        )  # fmt: skip
 
 
 @triton.jit
 def _down(
-    memory, table, ids, inner, out, iq4, slab_bytes, d, f, down_at, bias_at, group_bytes,
-    payload_bytes, lines, C: tl.constexpr, BIAS: tl.constexpr, LINES: tl.constexpr,
+    memory, table, ids, inner, words, units, out, iq4, slab_bytes, d, f, down_at, bias_at,
+    group_bytes, payload_bytes, lines, C: tl.constexpr, ORDER: tl.constexpr, PLANES: tl.constexpr,
+    ASM: tl.constexpr, BIAS: tl.constexpr, LINES: tl.constexpr,
 ):  # fmt: skip
-    route = tl.program_id(0)
+    route = tl.program_id(0).to(tl.int64)
     expert = tl.load(ids + route)
     slot = tl.load(table + tl.maximum(expert, 0))
     if (expert < 0) | (slot < 0):
         return
     slab = memory + slot.to(tl.int64) * slab_bytes
-    y = rows_product(
-        slab + down_at, iq4, inner + route.to(tl.int64) * f, f, group_bytes, payload_bytes, lines,
-        C, LINES,
+    rows = tl.program_id(1)
+    y = _row_products(
+        slab + down_at + rows.to(tl.int64) * group_bytes, iq4, inner + route * f,
+        words + route * PLANES * (f // 4), units + route * (f // 16), f // 4, f, payload_bytes,
+        lines, C, ORDER, PLANES, ASM, LINES,
     )  # fmt: skip
-    row = tl.program_id(1) * 16 + tl.arange(0, 16)
+    row = rows * 16 + tl.arange(0, 16)
     if BIAS:
         biases = slab.to(tl.pointer_type(tl.float32))
         y += tl.load(biases + bias_at // 4 + row, mask=row < d, other=0.0)
-    tl.store(out + route.to(tl.int64) * d + row, y, mask=row < d)
+    tl.store(out + route * d + row, y, mask=row < d)
 
 
 @triton.jit
@@ -136,26 +187,35 @@ def hits(
         (tokens, d) float32; zeros where nothing hit.
     """
     tokens, k = ids.shape
-    d, f = layout.d, layout.f
+    routes, d, f = tokens * k, layout.d, layout.f
     walks = [Walk.of(int(kind), cols) for kind, cols in zip(layout.types, (d, d, f), strict=True)]
+    gate, up, down = walks
     biases = layout.biases
     (gate_bias, _), (up_bias, _), (down_bias, _) = biases or ((0, 0),) * 3
-    inner = torch.empty(tokens * k, f, device=hidden.device)
-    parts = torch.empty(tokens * k, d, device=hidden.device)
+    first, then = order(gate.constants), order(down.constants)
+    if order(up.constants) != first:  # never seen: gate and up in orders that differ
+        first = 0
+    words, units = split(hidden, first) if first else (ids, hidden)
+    inner = torch.empty(routes, f, device=hidden.device)
+    inner_words, inner_units = room(routes, f, hidden.device) if then else (ids, inner)
+    parts = torch.empty(routes, d, device=hidden.device)
     out = torch.empty(tokens, d, device=hidden.device)
     iq4 = iq4_table(hidden.device)
-    gate, up, down = walks
-    log = ids if seen is None else seen
-    _gate_up[(tokens * k, -(-f // 16))](
-        memory, table, ids, log, hidden, inner, iq4, layout.nbytes, d, f, layout.matrices[1][0],
-        gate_bias, up_bias, gate.group_bytes, gate.payload_bytes, gate.lines, up.group_bytes,
-        up.payload_bytes, up.lines, K=k, G=gate.constants, U=up.constants, BIAS=biases is not None,
-        ACTIVATION=ACTIVATIONS[activation], SEEN=seen is not None, LINES=LINES, num_warps=WARPS,
+    same: dict[str, Any] = {
+        "PLANES": PLANES, "ASM": not INTERPRETED, "BIAS": biases is not None,
+        "LINES": LINES, "num_warps": WARPS,
+    }  # fmt: skip
+    _gate_up[(routes, -(-f // 16))](
+        memory, table, ids, ids if seen is None else seen, hidden, words, units, inner,
+        inner_words, inner_units, iq4, layout.nbytes, d, f, layout.matrices[1][0], gate_bias,
+        up_bias, gate.group_bytes, gate.payload_bytes, gate.lines, up.group_bytes,
+        up.payload_bytes, up.lines, K=k, G=gate.constants, U=up.constants, ORDER=first, THEN=then,
+        ACTIVATION=ACTIVATIONS[activation], SEEN=seen is not None, **same,
     )  # fmt: skip
-    _down[(tokens * k, -(-d // 16))](
-        memory, table, ids, inner, parts, iq4, layout.nbytes, d, f, layout.matrices[2][0],
-        down_bias, down.group_bytes, down.payload_bytes, down.lines, C=down.constants,
-        BIAS=biases is not None, LINES=LINES, num_warps=WARPS,
+    _down[(routes, -(-d // 16))](
+        memory, table, ids, inner, inner_words, inner_units, parts, iq4, layout.nbytes, d, f,
+        layout.matrices[2][0], down_bias, down.group_bytes, down.payload_bytes, down.lines,
+        C=down.constants, ORDER=then, **same,
     )  # fmt: skip
     _reduce[(tokens, -(-d // REDUCE))](table, ids, weights, parts, out, d, K=k, BLOCK=REDUCE)
     return out
