@@ -7,7 +7,7 @@ from greenroom import LLM, SamplingParams
 from greenroom.convert.synth import Synthesis, write_synthetic
 from greenroom.convert.synth_shapes import shape_of
 
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+pytestmark = pytest.mark.gpu
 
 MIB = 1 << 20
 PROMPT = list(range(100, 420))
