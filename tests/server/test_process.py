@@ -20,9 +20,10 @@ import typer
 import typer.main
 
 from greenroom.commands import serve
-from greenroom.errors import ModelFileError, RequestError
+from greenroom.errors import GreenroomError, ModelFileError, RequestError
 from greenroom.server.launch import Listen, bind
 from greenroom.server.logs import JsonFormatter
+from greenroom.server.registry import ModelSource
 
 FAKE = Path(__file__).with_name("serve_fake.py")
 BODY = {"messages": [{"role": "user", "content": "x"}]}
@@ -184,6 +185,22 @@ def test_options_become_settings():
     assert (settings.caps.choices, settings.keep_alive) == (3, 60)
     assert settings.allowed_hosts == ("a",)
     assert serve.listening(values).port == 11435
+
+
+def test_budgets_reach_the_engine(tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr(
+        "greenroom.engine.load.load_engine", lambda path, config: asked.append(config)
+    )
+    monkeypatch.setenv("GREENROOM_VRAM", "6GiB")
+    values = parse(["--ram", "24GiB", "--context", "64", "--prefix-ram", "1GiB", "m"])
+    serve._loader(values)(ModelSource("m", tmp_path))
+    (config,) = asked
+    assert (config.vram, config.ram, config.prefix_ram) == ("6GiB", "24GiB", "1GiB")
+    assert (config.context_length, config.max_sequences, config.backend) == (64, 8, "auto")
+    for wrong in (["--ram", "much"], ["--vram", "-1"]):
+        with pytest.raises(GreenroomError, match=wrong[0][2:]):
+            serve._loader(parse([*wrong, "m"]))  # when it starts, not on first use
 
 
 def test_missing_model_is_one_line(tmp_path, monkeypatch):

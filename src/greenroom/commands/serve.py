@@ -81,6 +81,9 @@ PrefixRam = Annotated[
 Vram = Annotated[
     str | None, _option("VRAM", "GPU memory: 6GiB, max, or 0: the CPU only.  [default: max]")
 ]
+Ram = Annotated[
+    str | None, _option("RAM", "RAM a model may take: 24GiB or max.  [default: what is free]")
+]
 Reference = Annotated[bool, _option("REFERENCE", "Plain float32 torch: slow, exact.")]
 KvType = Annotated[str, _option("KV_TYPE", "Keys and values as f16 or f32.")]
 Threads = Annotated[int | None, _option("THREADS", "Computing threads.  [default: physical cores]")]
@@ -116,6 +119,7 @@ def serve(
     prefix_ram: PrefixRam = "0",
     kv_type: KvType = "f16",
     vram: Vram = None,
+    ram: Ram = None,
     reference: Reference = False,
     threads: Threads = None,
     mmap: Mmap = False,
@@ -202,6 +206,7 @@ def _loader(values: dict[str, Any]) -> Any:
         prefix_ram=values["prefix_ram"],
         kv_type=values["kv_type"],
         vram=values["vram"],
+        ram=values["ram"],
         backend="reference" if values["reference"] else "auto",
         threads=values["threads"],
         mmap=values["mmap"],
