@@ -1,36 +1,27 @@
-"""Request bodies: read, checked against their model, described in the OpenAPI document."""
+"""Request bodies: read, checked against their model, described in the OpenAPI document.
+
+Large ones are read in a process of their own and worked on in threads: neither may hold up the
+event loop.
+"""
 
 import asyncio
 import json
+from collections.abc import Callable
 from typing import Any, TypeVar
 
 from pydantic import ValidationError
 from pydantic.json_schema import models_json_schema
 from starlette.requests import ClientDisconnect, Request
 
+from greenroom.server.body_models import REQUESTS
+from greenroom.server.body_reader import shared_reader
 from greenroom.server.errors import validation_error
-from greenroom.server.protocol import anthropic, local, ollama, openai, responses
 from greenroom.server.protocol.base import Strict
 from greenroom.server.stream import ClientGoneError
 
 B = TypeVar("B", bound=Strict)
-REQUESTS: tuple[type[Strict], ...] = (
-    openai.ChatCompletionRequest,
-    openai.CompletionRequest,
-    openai.EmbeddingsRequest,
-    responses.ResponsesRequest,
-    anthropic.MessagesRequest,
-    anthropic.CountTokensRequest,
-    ollama.ChatRequest,
-    ollama.GenerateRequest,
-    ollama.EmbedRequest,
-    ollama.EmbeddingRequest,
-    ollama.ShowRequest,
-    local.TokenizeRequest,
-    local.DetokenizeRequest,
-)
-
-_LARGE = 1 << 16  # bytes; larger ones are read in a thread
+T = TypeVar("T")
+_LARGE = 1 << 15  # bytes; a smaller one is read within a few milliseconds, right or wrong
 
 
 async def read(request: Request, model: type[B]) -> B:
@@ -44,12 +35,21 @@ async def read(request: Request, model: type[B]) -> B:
         raw = await request.body()
     except ClientDisconnect:
         raise ClientGoneError from None
+    if len(raw) > _LARGE:
+        values = request.app.state.server.settings.caps.values
+        found: B = await shared_reader().read(model.__name__, raw, values)
+        return found
     try:
-        if len(raw) <= _LARGE:
-            return model.model_validate_json(raw)
-        return await asyncio.to_thread(model.model_validate_json, raw)
+        return model.model_validate_json(raw)
     except ValidationError as error:
-        raise validation_error(error, _loaded(raw) if len(raw) <= _LARGE else None) from None
+        raise validation_error(error, _loaded(raw)) from None
+
+
+async def apart(request: Request, work: Callable[..., T], *args: Any) -> T:
+    """`work(*args)` on a body that was read: in a thread where the body is large."""
+    if len(await request.body()) > _LARGE:
+        return await asyncio.to_thread(work, *args)
+    return work(*args)
 
 
 def _loaded(raw: bytes) -> Any:

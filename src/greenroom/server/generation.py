@@ -6,9 +6,9 @@ the same for each. Knows nothing of their formats.
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeVar
 
 from greenroom.engine.output import TokenOutput
 from greenroom.engine.params import SamplingParams
@@ -30,6 +30,8 @@ from greenroom.server.reading import (
 from greenroom.server.registry import Registry
 from greenroom.server.served import Served
 from greenroom.server.settings import Caps
+
+T = TypeVar("T")
 
 
 @dataclass(slots=True)
@@ -59,6 +61,7 @@ class Generation:
     Attributes:
         served: the model that answers.
         choices: its sequences; `Piece.choice` indexes them.
+        scored: whether log-probabilities were asked for.
         usage: tokens so far, complete after the last piece.
         started: time.perf_counter() when the request was admitted.
         first: the same for the first token, or None.
@@ -69,6 +72,7 @@ class Generation:
     ) -> None:
         self.served, self.choices = served, choices
         self.usage = Usage(prompt=sum(len(c.tokens) for c in _first_of_each_prompt(choices)))
+        self.scored = any(choice.params.logprobs is not None for choice in choices)
         self.keep_alive: float | None = None
         self.started = time.perf_counter()
         self.first: float | None = None
@@ -157,6 +161,12 @@ class Generation:
         self._generated.inc()
         if piece.finish_reason:
             metrics.finished.labels(name, piece.finish_reason).inc()
+
+    async def written(self, write: Callable[..., T], *args: Any) -> T:
+        """`write(*args)`, in a worker if log-probabilities make it much."""
+        if not self.scored:
+            return write(*args)
+        return await self.served.in_worker(write, *args)
 
     async def close(self) -> None:
         """Cancels what still runs and gives everything back; may be called twice."""

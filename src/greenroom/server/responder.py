@@ -12,6 +12,7 @@ from starlette.responses import Response
 from greenroom.server.call import Call
 from greenroom.server.errors import api_error, error_body
 from greenroom.server.generation import Generation, Runner
+from greenroom.server.large import large_response
 from greenroom.server.metrics import Metrics
 from greenroom.server.registry import Registry
 from greenroom.server.settings import ServerSettings
@@ -55,7 +56,8 @@ async def whole(
     """Runs a call to its end and writes one JSON body; stops when the client leaves."""
     generation = await state(request).runner.start(call, keep_alive)
     try:
-        return Json(await unless_gone(request, write(generation)))
+        found = await unless_gone(request, write(generation))
+        return await large_response(found) if generation.scored else Json(found)
     finally:
         await generation.close()
 

@@ -10,6 +10,7 @@ class Caps:
     """Limits of one request. A request beyond one is refused with both numbers."""
 
     body_bytes: int = 8 << 20
+    values: int = 1 << 18  # texts, numbers, lists and objects in a body
     choices: int = 16  # prompts x n of one request
     prompts: int = 256  # prompts of one completions or embeddings request
     schema_bytes: int = 128 << 10  # JSON schema or grammar text

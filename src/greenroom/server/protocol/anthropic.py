@@ -12,6 +12,7 @@ from greenroom.server.protocol.base import (
     JsonObject,
     Name,
     Probability,
+    Several,
     StopString,
     Strict,
     TopK,
@@ -29,7 +30,7 @@ class TextBlock(Strict):
     type: Literal["text"]
     text: str
     cache_control: CacheControl | None = None
-    citations: Annotated[list[Any], Field(max_length=0)] | None = None
+    citations: Annotated[Several[Any], Field(max_length=0)] | None = None
 
 
 class ThinkingBlock(Strict):
@@ -50,7 +51,7 @@ class ToolUseBlock(Strict):
 class ToolResultBlock(Strict):
     type: Literal["tool_result"]
     tool_use_id: str
-    content: str | list[TextBlock] | None = None
+    content: str | Several[TextBlock] | None = None
     is_error: bool | None = None
     cache_control: CacheControl | None = None
 
@@ -62,7 +63,7 @@ Block = Annotated[
 
 class Message(Strict):
     role: Literal["user", "assistant"]
-    content: str | list[Block]
+    content: str | Several[Block]
 
 
 class Tool(Strict):
@@ -106,9 +107,9 @@ class CountTokensRequest(Strict):
     """`POST /v1/messages/count_tokens`."""
 
     model: Name | None = None
-    messages: Annotated[list[Message], Field(min_length=1, max_length=MAX_MESSAGES)]
-    system: str | list[TextBlock] | None = None
-    tools: Annotated[list[Tool], Field(max_length=MAX_TOOLS)] | None = None
+    messages: Annotated[Several[Message], Field(min_length=1, max_length=MAX_MESSAGES)]
+    system: str | Several[TextBlock] | None = None
+    tools: Annotated[Several[Tool], Field(max_length=MAX_TOOLS)] | None = None
     tool_choice: ToolChoice | None = None
     thinking: Thinking | None = None
     output_config: OutputConfig | None = None
@@ -123,6 +124,6 @@ class MessagesRequest(CountTokensRequest):
     temperature: Probability | None = None
     top_p: Probability | None = None
     top_k: TopK | None = None
-    stop_sequences: Annotated[list[StopString], Field(max_length=MAX_STOP_STRINGS)] | None = None
+    stop_sequences: Annotated[Several[StopString], Field(max_length=MAX_STOP_STRINGS)] | None = None
     metadata: Metadata | None = None
     service_tier: Literal["auto", "standard_only"] | None = None

@@ -3,10 +3,11 @@
 It knows JSON and limits; what the fields mean is decided in `routes`.
 """
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints
 
+T = TypeVar("T")
 MAX_STOP_STRINGS = 16
 MAX_STOP_CHARACTERS = 1000
 MAX_LOGIT_BIAS = 1024
@@ -23,11 +24,14 @@ class Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", allow_inf_nan=False, frozen=True)
 
 
+# A list that is read up to its first wrong item: a finding for each of a hundred thousand would
+# take a second to write.
+Several = Annotated[list[T], Field(fail_fast=True)]
 StopString = Annotated[str, StringConstraints(min_length=1, max_length=MAX_STOP_CHARACTERS)]
-Stop = StopString | Annotated[list[StopString], Field(max_length=MAX_STOP_STRINGS)]
+Stop = StopString | Annotated[Several[StopString], Field(max_length=MAX_STOP_STRINGS)]
 LogitBias = Annotated[dict[str, float], Field(max_length=MAX_LOGIT_BIAS)]
 TokenIds = Annotated[
-    list[Annotated[int, Field(ge=0, lt=2**31)]], Field(min_length=1, max_length=MAX_TOKEN_IDS)
+    Several[Annotated[int, Field(ge=0, lt=2**31)]], Field(min_length=1, max_length=MAX_TOKEN_IDS)
 ]
 Temperature = Annotated[float, Field(ge=0, le=100)]
 Probability = Annotated[float, Field(ge=0, le=1)]

@@ -4,7 +4,7 @@ from typing import Annotated
 
 from pydantic import Field
 
-from greenroom.server.protocol.base import MAX_MESSAGES, MAX_TOOLS, Name, Strict, TokenIds
+from greenroom.server.protocol.base import MAX_MESSAGES, MAX_TOOLS, Name, Several, Strict, TokenIds
 from greenroom.server.protocol.openai import Message, Tool
 
 
@@ -13,8 +13,10 @@ class TokenizeRequest(Strict):
 
     model: Name | None = None
     prompt: str | None = None
-    messages: Annotated[list[Message], Field(min_length=1, max_length=MAX_MESSAGES)] | None = None
-    tools: Annotated[list[Tool], Field(max_length=MAX_TOOLS)] | None = None
+    messages: Annotated[Several[Message], Field(min_length=1, max_length=MAX_MESSAGES)] | None = (
+        None
+    )
+    tools: Annotated[Several[Tool], Field(max_length=MAX_TOOLS)] | None = None
     add_special_tokens: bool = True
     add_generation_prompt: bool = True
     return_token_strs: bool = False
@@ -24,4 +26,4 @@ class DetokenizeRequest(Strict):
     """`POST /detokenize`."""
 
     model: Name | None = None
-    tokens: TokenIds | Annotated[list[int], Field(max_length=0)]
+    tokens: TokenIds | Annotated[Several[int], Field(max_length=0)]

@@ -15,6 +15,7 @@ from greenroom.server.protocol.base import (
     Probability,
     RepetitionPenalty,
     Seed,
+    Several,
     Stop,
     Strict,
     Temperature,
@@ -56,10 +57,10 @@ class Message(Strict):
     role: Literal["system", "user", "assistant", "tool"]
     content: str | None = None
     thinking: str | None = None
-    tool_calls: Annotated[list[ToolCall], Field(max_length=MAX_TOOLS)] | None = None
+    tool_calls: Annotated[Several[ToolCall], Field(max_length=MAX_TOOLS)] | None = None
     tool_name: str | None = None
     tool_call_id: str | None = None
-    images: Annotated[list[Any], Field(max_length=0)] | None = None
+    images: Annotated[Several[Any], Field(max_length=0)] | None = None
 
 
 class Generation(Strict):
@@ -80,8 +81,8 @@ class Generation(Strict):
 class ChatRequest(Generation):
     """`POST /api/chat`."""
 
-    messages: Annotated[list[Message], Field(max_length=MAX_MESSAGES)] | None = None
-    tools: Annotated[list[Tool], Field(max_length=MAX_TOOLS)] | None = None
+    messages: Annotated[Several[Message], Field(max_length=MAX_MESSAGES)] | None = None
+    tools: Annotated[Several[Tool], Field(max_length=MAX_TOOLS)] | None = None
 
 
 class GenerateRequest(Generation):
@@ -91,14 +92,14 @@ class GenerateRequest(Generation):
     system: str | None = None
     raw: bool | None = None
     suffix: Literal[""] | None = None
-    images: Annotated[list[Any], Field(max_length=0)] | None = None
+    images: Annotated[Several[Any], Field(max_length=0)] | None = None
 
 
 class EmbedRequest(Strict):
     """`POST /api/embed`; a text that is too long is refused, never cut."""
 
     model: Name
-    input: str | Annotated[list[str], Field(max_length=MAX_TEXTS)]
+    input: str | Annotated[Several[str], Field(max_length=MAX_TEXTS)]
     truncate: Literal[False] | None = None
     dimensions: Count | None = Field(default=None, description="the model's own width only")
     keep_alive: float | str | None = None

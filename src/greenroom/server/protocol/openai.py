@@ -17,6 +17,7 @@ from greenroom.server.protocol.base import (
     Probability,
     RepetitionPenalty,
     Seed,
+    Several,
     Stop,
     Strict,
     Temperature,
@@ -25,8 +26,8 @@ from greenroom.server.protocol.base import (
     TopLogprobs,
 )
 
-Texts = Annotated[list[str], Field(max_length=MAX_TEXTS)]
-ListOfTokenIds = Annotated[list[TokenIds], Field(max_length=MAX_TEXTS)]
+Texts = Annotated[Several[str], Field(max_length=MAX_TEXTS)]
+ListOfTokenIds = Annotated[Several[TokenIds], Field(max_length=MAX_TEXTS)]
 
 
 class TextPart(Strict):
@@ -37,6 +38,9 @@ class TextPart(Strict):
 class RefusalPart(Strict):
     type: Literal["refusal"]
     refusal: str
+
+
+Part = Annotated[TextPart | RefusalPart, Field(discriminator="type")]
 
 
 class CalledFunction(Strict):
@@ -55,15 +59,15 @@ class Message(Strict):
     """One message. Several APIs' extra keys for a model's reasoning are understood."""
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: str | list[TextPart | RefusalPart] | None = None
+    content: str | Several[Part] | None = None
     name: str | None = None
-    tool_calls: Annotated[list[ToolCall], Field(max_length=MAX_TOOLS)] | None = None
+    tool_calls: Annotated[Several[ToolCall], Field(max_length=MAX_TOOLS)] | None = None
     tool_call_id: str | None = None
     reasoning_content: str | None = None
     reasoning: str | None = None
     refusal: None = None
     audio: None = None
-    annotations: Annotated[list[Any], Field(max_length=0)] | None = None
+    annotations: Annotated[Several[Any], Field(max_length=0)] | None = None
     function_call: None = None
 
 
@@ -141,7 +145,7 @@ class ChatCompletionRequest(Neutral, Sampling):
     """`POST /v1/chat/completions`."""
 
     model: Name | None = None
-    messages: Annotated[list[Message], Field(min_length=1, max_length=MAX_MESSAGES)]
+    messages: Annotated[Several[Message], Field(min_length=1, max_length=MAX_MESSAGES)]
     max_tokens: Count | None = None
     max_completion_tokens: Count | None = None
     n: Count = 1
@@ -149,7 +153,7 @@ class ChatCompletionRequest(Neutral, Sampling):
     stream_options: StreamOptions | None = None
     logprobs: bool | None = None
     top_logprobs: TopLogprobs | None = None
-    tools: Annotated[list[Tool], Field(max_length=MAX_TOOLS)] | None = None
+    tools: Annotated[Several[Tool], Field(max_length=MAX_TOOLS)] | None = None
     tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
     parallel_tool_calls: bool | None = None
     response_format: ResponseFormat | None = None
@@ -157,7 +161,7 @@ class ChatCompletionRequest(Neutral, Sampling):
     chat_template_kwargs: dict[str, bool | int | float | str] | None = Field(
         default=None, description="variables for the model's own chat template"
     )
-    modalities: list[Literal["text"]] | None = None
+    modalities: Several[Literal["text"]] | None = None
 
 
 class CompletionRequest(Sampling):

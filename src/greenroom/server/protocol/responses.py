@@ -12,6 +12,7 @@ from greenroom.server.protocol.base import (
     JsonObject,
     Name,
     Probability,
+    Several,
     Strict,
     Temperature,
     TopLogprobs,
@@ -21,14 +22,14 @@ from greenroom.server.protocol.base import (
 class TextContent(Strict):
     type: Literal["input_text", "output_text", "text"]
     text: str
-    annotations: list[Any] | None = None
-    logprobs: list[Any] | None = None
+    annotations: Several[Any] | None = None
+    logprobs: Several[Any] | None = None
 
 
 class InputMessage(Strict):
     type: Literal["message"] = "message"
     role: Literal["user", "assistant", "system", "developer"]
-    content: str | list[TextContent]
+    content: str | Several[TextContent]
     id: str | None = None
     status: str | None = None
     phase: str | None = None
@@ -46,7 +47,7 @@ class FunctionCall(Strict):
 class FunctionCallOutput(Strict):
     type: Literal["function_call_output"]
     call_id: str
-    output: str | list[TextContent]
+    output: str | Several[TextContent]
     id: str | None = None
     status: str | None = None
 
@@ -58,8 +59,8 @@ class ReasoningText(Strict):
 
 class ReasoningItem(Strict):
     type: Literal["reasoning"]
-    summary: list[ReasoningText] | None = None
-    content: list[ReasoningText] | None = None
+    summary: Several[ReasoningText] | None = None
+    content: Several[ReasoningText] | None = None
     id: str | None = None
     encrypted_content: None = None
     status: str | None = None
@@ -117,7 +118,7 @@ class ResponsesRequest(Strict):
     """`POST /v1/responses`. The whole conversation travels in `input`."""
 
     model: Name | None = None
-    input: str | Annotated[list[InputItem], Field(min_length=1, max_length=MAX_MESSAGES)]
+    input: str | Annotated[Several[InputItem], Field(min_length=1, max_length=MAX_MESSAGES)]
     instructions: str | None = None
     max_output_tokens: Count | None = None
     temperature: Temperature | None = None
@@ -125,12 +126,12 @@ class ResponsesRequest(Strict):
     top_logprobs: TopLogprobs | None = None
     stream: bool | None = None
     stream_options: ResponseStreamOptions | None = None
-    tools: Annotated[list[FunctionTool], Field(max_length=MAX_TOOLS)] | None = None
+    tools: Annotated[Several[FunctionTool], Field(max_length=MAX_TOOLS)] | None = None
     tool_choice: Literal["none", "auto", "required"] | NamedFunctionTool | None = None
     parallel_tool_calls: bool | None = None
     text: TextConfig | None = None
     reasoning: Reasoning | None = None
-    include: list[Literal["message.output_text.logprobs"]] | None = None
+    include: Several[Literal["message.output_text.logprobs"]] | None = None
     # What follows is accepted only where it changes nothing.
     user: str | None = None
     metadata: dict[str, str] | None = None

@@ -10,7 +10,7 @@ from starlette.responses import Response
 
 from greenroom.errors import RequestError
 from greenroom.server.answer import Answer, Block, collect, new_id
-from greenroom.server.body import read, takes
+from greenroom.server.body import apart, read, takes
 from greenroom.server.call import Call, given
 from greenroom.server.generation import Generation
 from greenroom.server.grammar import json_grammar
@@ -213,7 +213,7 @@ async def _events(generation: Generation) -> AsyncIterator[bytes]:
 async def messages(request: Request) -> Response:
     """A message, whole or streamed."""
     body = await read(request, MessagesRequest)
-    call = messages_call(body)
+    call = await apart(request, messages_call, body)
     if body.stream:
         return await streamed(request, call, _events)
     return await whole(request, call, _whole)
@@ -222,7 +222,8 @@ async def messages(request: Request) -> Response:
 @router.post("/v1/messages/count_tokens", **takes(CountTokensRequest))
 async def count_tokens(request: Request) -> Response:
     """How many tokens a request's prompt would have."""
-    call = messages_call(await read(request, CountTokensRequest))
+    body = await read(request, CountTokensRequest)
+    call = await apart(request, messages_call, body)
     server = state(request)
     served = await server.registry.lease(call.model)
     try:

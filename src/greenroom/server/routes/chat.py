@@ -10,7 +10,7 @@ from starlette.responses import Response
 
 from greenroom.errors import RequestError
 from greenroom.server.answer import Answer, Block, collect, new_id
-from greenroom.server.body import read, takes
+from greenroom.server.body import apart, read, takes
 from greenroom.server.call import Call, bias_by_id, given
 from greenroom.server.generation import Generation, Usage
 from greenroom.server.grammar import GrammarSpec, json_grammar
@@ -153,19 +153,23 @@ def _logprobs(generation: Generation, call: Call, tokens: Any) -> dict[str, Any]
 
 async def _completion(generation: Generation, call: Call) -> dict[str, Any]:
     answers = await collect(generation)
-    choices = [
-        {
-            "index": index,
-            "message": _message(answer),
-            "logprobs": _logprobs(generation, call, answer.tokens),
-            "finish_reason": answer.finish_reason,
+
+    def written() -> dict[str, Any]:
+        choices = [
+            {
+                "index": index,
+                "message": _message(answer),
+                "logprobs": _logprobs(generation, call, answer.tokens),
+                "finish_reason": answer.finish_reason,
+            }
+            for index, answer in enumerate(answers)
+        ]
+        return _head(generation, "chat.completion") | {
+            "choices": choices,
+            "usage": usage_body(generation.usage),
         }
-        for index, answer in enumerate(answers)
-    ]
-    return _head(generation, "chat.completion") | {
-        "choices": choices,
-        "usage": usage_body(generation.usage),
-    }
+
+    return await generation.written(written)
 
 
 def _head(generation: Generation, kind: str) -> dict[str, Any]:
@@ -221,7 +225,7 @@ async def _chunks(
 async def chat_completions(request: Request) -> Response:
     """A chat completion, whole or streamed."""
     body = await read(request, ChatCompletionRequest)
-    call = chat_call(body)
+    call = await apart(request, chat_call, body)
     if not body.stream:
         return await whole(request, call, lambda generation: _completion(generation, call))
     with_usage = bool(body.stream_options and body.stream_options.include_usage)

@@ -11,7 +11,7 @@ from starlette.responses import Response
 from greenroom.engine.output import TokenLogprob, TokenOutput
 from greenroom.errors import RequestError
 from greenroom.server.answer import collect, new_id
-from greenroom.server.body import read, takes
+from greenroom.server.body import apart, read, takes
 from greenroom.server.call import Call, given
 from greenroom.server.generation import Generation
 from greenroom.server.logprobs import completion_logprobs
@@ -138,7 +138,7 @@ async def _chunks(generation: Generation, body: CompletionRequest) -> AsyncItera
 async def completions(request: Request) -> Response:
     """Text completions, whole or streamed."""
     body = await read(request, CompletionRequest)
-    call = completion_call(body)
+    call = await apart(request, completion_call, body)
     if not body.stream:
         return await whole(request, call, lambda generation: _completion(generation, body))
     if body.max_tokens == 0:

@@ -18,9 +18,10 @@ from starlette.responses import Response
 
 from greenroom.errors import RequestError
 from greenroom.server.body import read, takes
+from greenroom.server.large import large_response
 from greenroom.server.protocol.ollama import EmbeddingRequest, EmbedRequest
 from greenroom.server.protocol.openai import EmbeddingsRequest
-from greenroom.server.responder import Json, state
+from greenroom.server.responder import state
 from greenroom.server.routes.ollama import seconds_of
 from greenroom.server.served import Served
 from greenroom.server.stream import unless_gone
@@ -118,12 +119,17 @@ async def embeddings(request: Request) -> Response:
             return base64.b64encode(vector.astype("<f4").tobytes()).decode()
         return _numbers(vector)
 
-    data = [
-        {"object": "embedding", "index": i, "embedding": written(_unit(v))}
-        for i, v in enumerate(found.vectors)
-    ]
+    def all_written() -> list[dict[str, Any]]:
+        return [
+            {"object": "embedding", "index": i, "embedding": written(_unit(v))}
+            for i, v in enumerate(found.vectors)
+        ]
+
+    data = await asyncio.to_thread(all_written)
     usage = {"prompt_tokens": found.tokens, "total_tokens": found.tokens}
-    return Json({"object": "list", "data": data, "model": found.model, "usage": usage})
+    return await large_response(
+        {"object": "list", "data": data, "model": found.model, "usage": usage}
+    )
 
 
 @router.post("/api/embed", tags=["Ollama"], **takes(EmbedRequest))
@@ -137,11 +143,12 @@ async def ollama_embed(request: Request) -> Response:
     found = await _embed(request, body.model, inputs, "input", seconds_of(body.keep_alive))
     if found.vectors:
         _check_width(body.dimensions, found.vectors)
+    units = await asyncio.to_thread(lambda: [_numbers(_unit(vector)) for vector in found.vectors])
     now = time.perf_counter()
-    return Json(
+    return await large_response(
         {
             "model": found.model,
-            "embeddings": [_numbers(_unit(vector)) for vector in found.vectors],
+            "embeddings": units,
             "total_duration": int((now - found.started) * 1e9),
             "load_duration": int((found.loaded - found.started) * 1e9),
             "prompt_eval_count": found.tokens,
@@ -155,4 +162,4 @@ async def ollama_embeddings(request: Request) -> Response:
     body = await read(request, EmbeddingRequest)
     keep_alive = seconds_of(body.keep_alive)
     found = await _embed(request, body.model, [body.prompt], "prompt", keep_alive)
-    return Json({"embedding": _numbers(found.vectors[0])})
+    return await large_response({"embedding": _numbers(found.vectors[0])})

@@ -9,7 +9,8 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from greenroom.errors import RequestError
-from greenroom.server.body import read, takes
+from greenroom.server.body import apart, read, takes
+from greenroom.server.large import large_response
 from greenroom.server.placement import placement_picture
 from greenroom.server.protocol.local import DetokenizeRequest, TokenizeRequest
 from greenroom.server.responder import Json, state
@@ -50,6 +51,15 @@ async def _leased(request: Request, name: str | None) -> AsyncIterator[Served]:
         registry.release(served)
 
 
+Dicts = list[dict[str, Any]]
+
+
+def _conversation(body: TokenizeRequest) -> tuple[Dicts, Dicts]:
+    """Messages and tools as the chat template takes them."""
+    messages = [template_message(message) for message in body.messages or ()]
+    return messages, [tool.model_dump(exclude_none=True) for tool in body.tools or ()]
+
+
 @router.post("/tokenize", **takes(TokenizeRequest))
 async def tokenize(request: Request) -> Response:
     """Token ids of a text, or of messages as the model's chat template writes them."""
@@ -58,8 +68,7 @@ async def tokenize(request: Request) -> Response:
         raise RequestError("prompt: give either prompt or messages", "prompt")
     async with _leased(request, body.model) as served:
         if body.messages is not None:
-            messages = [template_message(message) for message in body.messages]
-            tools = [tool.model_dump(exclude_none=True) for tool in body.tools or ()]
+            messages, tools = await apart(request, _conversation, body)
             tokens = await served.render(messages, tools, None, body.add_generation_prompt)
         else:
             tokens = await served.tokenize(body.prompt or "", body.add_special_tokens)
@@ -69,7 +78,7 @@ async def tokenize(request: Request) -> Response:
             names = await served.in_worker(lambda: [tokenizer.decode([t]) for t in tokens])
         length = served.context_length
     found = {"count": len(tokens), "max_model_len": length, "tokens": tokens}
-    return Json(found | {"token_strs": names})
+    return await large_response(found | {"token_strs": names})
 
 
 @router.post("/detokenize", **takes(DetokenizeRequest))

@@ -13,7 +13,7 @@ from starlette.responses import Response
 
 from greenroom.errors import RequestError
 from greenroom.server.answer import Answer, collect
-from greenroom.server.body import read, takes
+from greenroom.server.body import apart, read, takes
 from greenroom.server.call import Call, given
 from greenroom.server.generation import Generation
 from greenroom.server.grammar import GrammarSpec, json_grammar
@@ -187,6 +187,12 @@ class _Writer:
             "eval_duration": int((now - first) * _NANO),
         }
 
+    def whole(self) -> dict[str, Any]:
+        """All in one."""
+        answer = self.answer
+        body = self.line(answer.text("content"), answer.text("reasoning"), self.calls())
+        return body | self.last() | self.logprobs(answer.tokens)
+
     def logprobs(self, tokens: Any) -> dict[str, Any]:
         if not self.body.logprobs:
             return {}
@@ -207,9 +213,7 @@ async def _lines(writer: _Writer) -> AsyncIterator[bytes]:
 
 async def _whole(writer: _Writer) -> dict[str, Any]:
     (writer.answer,) = await collect(writer.generation)
-    answer = writer.answer
-    body = writer.line(answer.text("content"), answer.text("reasoning"), writer.calls())
-    return body | writer.last() | writer.logprobs(answer.tokens)
+    return await writer.generation.written(writer.whole)
 
 
 async def _respond(request: Request, body: Body, call: Call, started: float) -> Response:
@@ -248,7 +252,8 @@ async def chat(request: Request) -> Response:
     found = await _loaded(request, body, not body.messages)
     if isinstance(found, Response):
         return found
-    return await _respond(request, body, _chat_call(body, found), started)
+    call = await apart(request, _chat_call, body, found)
+    return await _respond(request, body, call, started)
 
 
 @router.post("/api/generate", **takes(GenerateRequest))
@@ -259,4 +264,5 @@ async def generate(request: Request) -> Response:
     found = await _loaded(request, body, not body.prompt)
     if isinstance(found, Response):
         return found
-    return await _respond(request, body, _generate_call(body, found), started)
+    call = await apart(request, _generate_call, body, found)
+    return await _respond(request, body, call, started)

@@ -10,7 +10,7 @@ from starlette.responses import Response
 
 from greenroom.errors import RequestError
 from greenroom.server.answer import Answer, Block, collect, new_id
-from greenroom.server.body import read, takes
+from greenroom.server.body import apart, read, takes
 from greenroom.server.call import Call, given
 from greenroom.server.generation import Generation
 from greenroom.server.grammar import GrammarSpec, json_grammar
@@ -188,6 +188,15 @@ class _Writer:
             items[-1]["status"] = status
         return self.response(status, items)
 
+    def closed(self, index: int) -> list[bytes]:
+        """The events that end a block."""
+        return list(_closed(self, self.answer.blocks[index], index))
+
+    def last(self) -> bytes:
+        """The event that ends the response."""
+        final = self.final()
+        return self.event(f"response.{final['status']}", response=final)
+
 
 def _opened(writer: _Writer, block: Block, index: int) -> Iterator[bytes]:
     item = writer.item(block, "in_progress")
@@ -243,7 +252,7 @@ async def _events(generation: Generation, body: ResponsesRequest) -> AsyncIterat
         for block, delta, opened in answer.add(piece):
             index = len(answer.blocks) - 1
             if opened and index:
-                for chunk in _closed(writer, answer.blocks[index - 1], index - 1):
+                for chunk in await generation.written(writer.closed, index - 1):
                     yield chunk
             if opened:
                 for chunk in _opened(writer, block, index):
@@ -251,23 +260,22 @@ async def _events(generation: Generation, body: ResponsesRequest) -> AsyncIterat
             if delta.text:
                 yield _changed(writer, block, index, delta.text)
     if answer.blocks:
-        for chunk in _closed(writer, answer.blocks[-1], len(answer.blocks) - 1):
+        for chunk in await generation.written(writer.closed, len(answer.blocks) - 1):
             yield chunk
-    final = writer.final()
-    yield writer.event(f"response.{final['status']}", response=final)
+    yield await generation.written(writer.last)
 
 
 async def _whole(generation: Generation, body: ResponsesRequest) -> dict[str, Any]:
     writer = _Writer(generation, body)
     (writer.answer,) = await collect(generation)
-    return writer.final()
+    return await generation.written(writer.final)
 
 
 @router.post("/v1/responses", **takes(ResponsesRequest))
 async def responses(request: Request) -> Response:
     """A response, whole or streamed. Nothing is stored."""
     body = await read(request, ResponsesRequest)
-    call = responses_call(body)
+    call = await apart(request, responses_call, body)
     if body.stream:
         return await streamed(request, call, lambda generation: _events(generation, body))
     return await whole(request, call, lambda generation: _whole(generation, body))
