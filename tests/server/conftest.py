@@ -66,6 +66,7 @@ class FakeEngine:
     delay: float = 0.0
     tokenizer: Any = None
     chat: Any = None
+    width: int = 3
     running: int = 0
     cancelled: int = 0
     closed: bool = False
@@ -149,7 +150,9 @@ class FakeEngine:
         )
 
     async def embed(self, tokens: list[int]) -> np.ndarray:
-        return np.array([len(tokens), 3.0, 4.0], dtype=np.float32)
+        vector = np.zeros(self.width, dtype=np.float32)
+        vector[:3] = len(tokens), 3.0, 4.0
+        return vector
 
     def stats(self) -> dict[str, Any]:
         return {

@@ -175,60 +175,6 @@ def test_a_model_in_use_is_not_unloaded(make_client, make_engine, tmp_path):
     assert [sent[0]["status"] for sent in client.run(both())] == [200] * 4
 
 
-LARGE_SCHEMA = {"type": "object", "properties": {f"p{i}": {"type": "string"} for i in range(500)}}
-HEAVY: dict[str, tuple[str, Any]] = {
-    "chat": (CHAT, {**BODY, "messages": [{"role": "user", "content": "word " * 700}]}),
-    "schema": (
-        CHAT,
-        BODY
-        | {"max_tokens": 3}
-        | {"response_format": {"type": "json_schema", "json_schema": {"schema": LARGE_SCHEMA}}},
-    ),
-    "text beyond the context": (
-        CHAT,
-        {"messages": [{"role": "user", "content": "a b " * 200_000}]},
-    ),
-    "messages without end": (CHAT, {"messages": BODY["messages"] * 20_000}),
-    "wrong messages": (CHAT, {"messages": [{"role": "user", "zz": 1}] * 20_000}),
-    "token ids": ("/v1/completions", {"prompt": [5] * 100_000}),
-    "scored prompt": (
-        "/v1/completions",
-        {"prompt": "word " * 700, "max_tokens": 1, "echo": True, "logprobs": 5},
-    ),
-    "tokenize": ("/tokenize", {"prompt": "word " * 20_000, "return_token_strs": True}),
-    "detokenize": ("/detokenize", {"tokens": [65] * 100_000}),
-}
-
-
-@pytest.mark.parametrize("name", HEAVY)
-def test_the_event_loop_stays_free(client, monkeypatch, name):
-    """No callback takes the loop's thread 20 ms of its own CPU time: reading, rendering,
-    tokenising and grammars run in workers. The time other threads and processes take is not
-    in it, so that a busy machine does not change the result; the least of three counts, since
-    a garbage collection may fall into any callback.
-    """
-    path, body = HEAVY[name]
-    raw = json.dumps(body).encode()
-    client.run(ask(client.app, raw, path))  # starts workers and reads the vocabulary
-    longest = 0.0
-    run = asyncio.events.Handle._run
-
-    def timed(handle: Any) -> None:
-        nonlocal longest
-        started = time.thread_time()
-        run(handle)
-        longest = max(longest, time.thread_time() - started)
-
-    monkeypatch.setattr(asyncio.events.Handle, "_run", timed)
-    found = []
-    for _ in range(3):
-        longest = 0.0
-        sent = client.run(ask(client.app, raw, path))
-        assert sent[0]["status"] in (200, 400)
-        found.append(longest)
-    assert min(found) < 0.02, found
-
-
 def test_a_client_that_leaves_within_its_body_is_no_error(client, caplog):
     scope = {
         "type": "http",

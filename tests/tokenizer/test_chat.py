@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from greenroom.errors import ChatTemplateError, RequestError
-from greenroom.tokenizer import ChatFormat, Tokenizer
+from greenroom.errors import ChatTemplateError, ContextLengthError, RequestError
+from greenroom.tokenizer import ChatFormat, Tokenizer, bpe, shield
 
 from .templates import CONVERSATIONS, TEMPLATES, TOOLS
 from .vocabularies import HARMONY, bpe_metadata, bpe_tokenizer, published, spm_metadata
@@ -286,3 +286,30 @@ def test_phi3_prompt_has_the_published_ids() -> None:
     form = ChatFormat.from_metadata({"general.architecture": "phimoe"}, tokenizer)
     ids = form.render([{"role": "user", "content": "Hello"}])
     assert ids == [1, 32010, *tokenizer.encode("Hello"), 32007, 32001]
+
+
+@pytest.mark.parametrize("part", [1, 2, 3, 7])
+def test_long_texts_are_protected_in_parts_as_they_would_be_at_once(
+    monkeypatch: pytest.MonkeyPatch, part: int
+) -> None:
+    breaks = shield._Breaks(["<|end|>", "[INST]", "</s>"])
+    texts = ["", " ", "<|", " a<|end|>b", "<<||>>", "x</s>  ", "]\n", "  ]", "[IN[INST]ST]", " >< "]
+    at_once = [breaks.apply(text, "!") for text in texts]
+    monkeypatch.setattr(shield, "_PART", part)
+    for text, expected in zip(texts, at_once, strict=True):
+        assert breaks.apply(text, "!") == expected
+        assert shield.without(expected, "!") == text
+
+
+def test_texts_beyond_the_limit_are_refused_before_their_ids_are_made(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    tokenizer = bpe_tokenizer()
+    text = "many words " * 200
+    tokens = len(tokenizer.encode(text))
+    monkeypatch.setattr(bpe, "_PART", 1000)
+    tokenizer.refuse_beyond(tokens)
+    assert len(tokenizer.encode(text)) == tokens
+    tokenizer.refuse_beyond(tokens // 2)
+    with pytest.raises(ContextLengthError, match=str(tokens // 2)):
+        tokenizer.encode(text)

@@ -82,6 +82,7 @@ def _lifespan(registry: Callable[[], Registry], settings: ServerSettings) -> Any
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         found = registry()
+        await found.prepare()
         metrics = Metrics(found.stats)
         runner = Runner(found, metrics, settings.caps)
         app.state.server = State(found, runner, metrics, settings)

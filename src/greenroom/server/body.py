@@ -36,8 +36,9 @@ async def read(request: Request, model: type[B]) -> B:
     except ClientDisconnect:
         raise ClientGoneError from None
     if len(raw) > _LARGE:
-        values = request.app.state.server.settings.caps.values
-        found: B = await shared_reader().read(model.__name__, raw, values)
+        caps = request.app.state.server.settings.caps
+        limits = (caps.values, caps.numbers)
+        found: B = await shared_reader().read(model.__name__, raw, limits)
         return found
     try:
         return model.model_validate_json(raw)

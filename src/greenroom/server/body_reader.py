@@ -31,14 +31,19 @@ class BodyReader:
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="greenroom-bodies")
         self._process: subprocess.Popen[bytes] | None = None
 
-    async def read(self, name: str, raw: bytes, values: int) -> Any:
+    async def read(self, name: str, raw: bytes, limits: tuple[int, int]) -> Any:
         """The body as the request model of this name.
+
+        Args:
+            name: of a model of `body_models`.
+            raw: the body.
+            limits: most texts, lists and objects; most numbers.
 
         Raises:
             ApiError: 400, what is wrong with it.
         """
         loop = asyncio.get_running_loop()
-        return await loop.run_in_executor(self._thread, self._read, name, raw, values)
+        return await loop.run_in_executor(self._thread, self._read, name, raw, limits)
 
     def close(self) -> None:
         """Ends the worker; the next body starts another."""
@@ -51,19 +56,19 @@ class BodyReader:
             if pipe is not None:
                 pipe.close()
 
-    def _read(self, name: str, raw: bytes, values: int) -> Any:
-        kind, content = self._ask(name.encode(), raw, values)
+    def _read(self, name: str, raw: bytes, limits: tuple[int, int]) -> Any:
+        kind, content = self._ask(name.encode(), raw, limits)
         if kind == READ:
             return pickle.loads(content)  # written by our own code from a checked body
         message, field, code = json.loads(content)
         raise ApiError(400, message, field=field, code=code)
 
-    def _ask(self, name: bytes, raw: bytes, values: int) -> tuple[bytes, bytes]:
+    def _ask(self, name: bytes, raw: bytes, limits: tuple[int, int]) -> tuple[bytes, bytes]:
         process = self._running()
         assert process.stdin is not None
         assert process.stdout is not None
         try:
-            process.stdin.write(REQUEST.pack(values, len(name), len(raw)) + name)
+            process.stdin.write(REQUEST.pack(*limits, len(name), len(raw)) + name)
             process.stdin.write(raw)
             process.stdin.flush()
             head = process.stdout.read(ANSWER.size)

@@ -19,47 +19,54 @@ from pydantic import ValidationError
 from greenroom.server.body_models import REQUESTS
 from greenroom.server.errors import ApiError, validation_error
 
-REQUEST = struct.Struct(">III")  # most values, bytes of the name, bytes of the body
+# Most values, most numbers, bytes of the name, bytes of the body.
+REQUEST = struct.Struct(">IIII")
 ANSWER = struct.Struct(">cI")  # READ or REFUSED, bytes
 READ, REFUSED = b"r", b"e"
 _MODELS = {model.__name__: model for model in REQUESTS}
 
 
-def values_in(value: Any) -> int:
-    """Objects, lists, texts and numbers in a JSON value, keys not counted."""
-    count, left = 0, [value]
+def contents(value: Any) -> tuple[int, int]:
+    """How many objects, lists and texts a JSON value has, keys not counted; how many numbers."""
+    values, numbers, left = 0, 0, [value]
     while left:
         item = left.pop()
-        count += 1
+        if isinstance(item, int | float):
+            numbers += 1
+            continue
+        values += 1
         if isinstance(item, dict):
             left += item.values()
         elif isinstance(item, list):
             left += item
-    return count
+    return values, numbers
 
 
-def checked(name: str, raw: bytes, limit: int) -> Any:
+def checked(name: str, raw: bytes, limits: tuple[int, int]) -> Any:
     """The body as its model.
 
     Raises:
-        ApiError: it is not JSON, breaks the model's rules, or has more values than the limit.
+        ApiError: it is not JSON, breaks the model's rules, or has more values than the limits.
     """
     try:
         value = json.loads(raw)
     except (ValueError, RecursionError):
         value = None  # the model says what is wrong
-    if (count := values_in(value)) > limit:
-        raise ApiError(400, f"the body has {count} values, at most {limit}", code="invalid_value")
+    what = ("texts, lists and objects", "numbers")
+    for count, limit, kind in zip(contents(value), limits, what, strict=True):
+        if count > limit:
+            message = f"the body has {count} {kind}, at most {limit}"
+            raise ApiError(400, message, code="invalid_value")
     try:
         return _MODELS[name].model_validate_json(raw)
     except ValidationError as error:
         raise validation_error(error, value) from None
 
 
-def answer(name: str, raw: bytes, limit: int) -> tuple[bytes, bytes]:
+def answer(name: str, raw: bytes, limits: tuple[int, int]) -> tuple[bytes, bytes]:
     """Kind and content of the answer."""
     try:
-        return READ, pickle.dumps(checked(name, raw, limit), pickle.HIGHEST_PROTOCOL)
+        return READ, pickle.dumps(checked(name, raw, limits), pickle.HIGHEST_PROTOCOL)
     except ApiError as error:
         return REFUSED, json.dumps([error.message, error.field, error.code]).encode()
 
@@ -72,12 +79,12 @@ def main() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the server decides when this ends
     source, sink = sys.stdin.buffer, sys.stdout.buffer
     while head := source.read(REQUEST.size):
-        limit, name_bytes, body_bytes = REQUEST.unpack(head)
+        values, numbers, name_bytes, body_bytes = REQUEST.unpack(head)
         name, raw = source.read(name_bytes).decode(), source.read(body_bytes)
         # The timer has no handler: its default ends the process, whatever runs in it. It counts
         # this process's own time, so that a busy machine refuses nothing.
         signal.setitimer(signal.ITIMER_PROF, seconds)
-        kind, content = answer(name, raw, limit)
+        kind, content = answer(name, raw, (values, numbers))
         signal.setitimer(signal.ITIMER_PROF, 0)
         sink.write(ANSWER.pack(kind, len(content)) + content)
         sink.flush()

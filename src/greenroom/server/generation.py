@@ -16,7 +16,7 @@ from greenroom.errors import RequestError
 from greenroom.server.call import Call, check_bias
 from greenroom.server.deferral import after_reasoning
 from greenroom.server.errors import ApiError
-from greenroom.server.grammar import GrammarSpec
+from greenroom.server.grammar import GrammarConstraint, GrammarSpec
 from greenroom.server.metrics import Metrics
 from greenroom.server.reading import (
     FamilyParser,
@@ -263,28 +263,33 @@ class Runner:
         prompts = await self.prompts(served, call)
         for tokens in prompts:
             served.check_prompt(tokens, params.max_tokens, call.context, field)
+        grammar = await self._grammar(served, call)
         choices: list[Choice] = []
         for number, tokens in enumerate(prompts):
             for index in range(call.n):
-                choices.append(
-                    await self._choice(served, call, len(choices), (number, index), tokens)
-                )
+                constraint = self._constraint(served, call, grammar, tokens)
+                reader = self._reader(served, call, len(choices), tokens, params.stop)
+                sampled = self._params(call, params, index, tokens)
+                choices.append(Choice(number, tokens, sampled, constraint, reader))
+                await asyncio.sleep(0)  # sixteen long prompts take their time
         return choices
 
-    async def _choice(
-        self, served: Served, call: Call, position: int, at: tuple[int, int], tokens: list[int]
-    ) -> Choice:
-        params = SamplingParams(**call.sampling)
-        if params.seed is not None and at[1]:
-            params = replace(params, seed=params.seed + at[1])
+    def _params(
+        self, call: Call, params: SamplingParams, index: int, tokens: list[int]
+    ) -> SamplingParams:
+        """Of one choice: a seed of its own, and what the call's own context leaves."""
+        if params.seed is not None and index:
+            params = replace(params, seed=params.seed + index)
         if call.context is not None and params.max_tokens is None:
             params = replace(params, max_tokens=call.context - len(tokens))
+        return params
+
+    def _reader(
+        self, served: Served, call: Call, position: int, tokens: list[int], stop: Sequence[str]
+    ) -> Reader:
         parser = self._parser(served, call, tokens)
-        constraint = await self._constraint(served, call, tokens)
-        reader = Reader(
-            position, parser, params.stop, served.engine.tokenizer, not call.parallel_tools
-        )
-        return Choice(at[0], tokens, params, constraint, reader)
+        tokenizer = served.engine.tokenizer
+        return Reader(position, parser, stop, tokenizer, not call.parallel_tools)
 
     def _parser(self, served: Served, call: Call, tokens: list[int]) -> Parser:
         if not call.messages:
@@ -293,14 +298,22 @@ class Runner:
         parser = FamilyParser(served.engine.chat.parser(tokens, list(tools)))
         return ForcedToolParser(parser) if call.forced_tools else parser
 
-    async def _constraint(self, served: Served, call: Call, tokens: list[int]) -> Any:
-        """The grammar of one choice; in a chat it holds after the reasoning only."""
+    async def _grammar(self, served: Served, call: Call) -> GrammarConstraint | None:
+        """The call's grammar, compiled."""
         forced = call.forced_tools
-        spec = forced_tool_grammar(forced) if forced else call.grammar
+        spec = await served.in_worker(forced_tool_grammar, forced) if forced else call.grammar
         if spec is None:
             return None
         self._check_size(spec)
-        constraint = await served.compile(spec, self.caps.compile_seconds)
+        return await served.compile(spec, self.caps.compile_seconds)
+
+    def _constraint(
+        self, served: Served, call: Call, grammar: GrammarConstraint | None, tokens: list[int]
+    ) -> Any:
+        """The grammar of one choice; in a chat it holds after the reasoning only."""
+        if grammar is None:
+            return None
+        constraint = grammar.copy()
         if not call.messages:
             return constraint
         return after_reasoning(constraint, served.engine.tokenizer, tokens)

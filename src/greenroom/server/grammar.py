@@ -111,6 +111,11 @@ class GrammarConstraint:
         self._end_ids = np.fromiter(end_ids, dtype=np.int64)
         self._bits = np.zeros(-(-vocabulary_size // _WORD), dtype=np.int32)
 
+    def copy(self) -> "GrammarConstraint":
+        """Another one at the same place, for an answer of its own."""
+        ends = frozenset(int(token) for token in self._end_ids)
+        return GrammarConstraint(self._matcher.deep_copy(), self._size, ends, self._spec)
+
     def mask(self) -> NDArray[np.bool_]:
         """(vocabulary,) bool, True where the token keeps to the grammar.
 
@@ -163,8 +168,13 @@ class GrammarCompiler:
         self._lock = threading.Lock()
         self._prepared: Any = None
 
+    def prepare(self) -> None:
+        """Makes what the first grammar needs. A vocabulary of 200,000 tokens takes a second of
+        it, half of that with the interpreter lock held: do it when the model is loaded."""
+        self._vocabulary()
+
     def _vocabulary(self) -> Any:
-        """The vocabulary in llguidance's form, made on first use: it takes a second or two."""
+        """The vocabulary in llguidance's form, made once."""
         import llguidance
 
         with self._lock:

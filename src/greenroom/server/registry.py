@@ -114,7 +114,14 @@ class Registry:
         started = time.perf_counter()
         engine = await loop.run_in_executor(self.workers, self._load, source)
         log.info("loaded %s in %.1f s", source.name, time.perf_counter() - started)
-        return self.adopt(source.name, engine)
+        served = self.adopt(source.name, engine)
+        await served.in_worker(served.grammars.prepare)
+        return served
+
+    async def prepare(self) -> None:
+        """Prepares the models that were loaded before."""
+        for served in self.loaded.values():
+            await served.in_worker(served.grammars.prepare)
 
     def adopt(self, name: str, engine: Any) -> Served:
         """Takes in an engine that is loaded already, under a source's name."""

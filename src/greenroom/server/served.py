@@ -14,6 +14,7 @@ from greenroom.server.errors import ApiError
 from greenroom.server.grammar import GrammarCompiler, GrammarConstraint, GrammarSpec
 
 T = TypeVar("T")
+_TOKENS = 1 << 18  # of a text: as many as may be counted where the context has less
 
 
 class Served:
@@ -30,6 +31,8 @@ class Served:
         self.name, self.engine, self.workers = name, engine, workers
         self.created = int(time.time())
         self.grammars = GrammarCompiler(engine.tokenizer, _logit_columns(engine))
+        if refuse := getattr(engine.tokenizer, "refuse_beyond", None):
+            refuse(max(self.context_length, _TOKENS))
         self.users = 0  # leases held; see the registry
         self.expires: float | None = None  # time.time() at which it may be unloaded
         self._slots = engine.config.max_sequences

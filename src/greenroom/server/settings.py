@@ -10,7 +10,8 @@ class Caps:
     """Limits of one request. A request beyond one is refused with both numbers."""
 
     body_bytes: int = 8 << 20
-    values: int = 1 << 18  # texts, numbers, lists and objects in a body
+    values: int = 1 << 16  # texts, lists and objects in a body
+    numbers: int = 1 << 18  # in a body
     choices: int = 16  # prompts x n of one request
     prompts: int = 256  # prompts of one completions or embeddings request
     schema_bytes: int = 128 << 10  # JSON schema or grammar text

@@ -9,10 +9,12 @@ from functools import cache
 
 from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers
 
-from greenroom.errors import TokenizerError
+from greenroom.errors import ContextLengthError, TokenizerError
 from greenroom.tokenizer.pretokenizers import pre_tokenizer
 
 _LONG = 512  # characters
+_PART = 1 << 18  # characters
+_CUT = 64  # more tokens than a cut through a text can make of it
 
 
 @cache
@@ -43,6 +45,7 @@ class BytePairEncoder:
         rules = pre_tokenizer(pre)
         model = _model(vocab, merges, rules.ignore_merges)
         self._tokenizer = Tokenizer(model)
+        self.limit: int | None = None  # ids of one text
         if composes:
             # Not Python's: publishers' files mean this library's tables, of another Unicode.
             self._tokenizer.normalizer = normalizers.NFC()
@@ -54,13 +57,32 @@ class BytePairEncoder:
         self._tokenizer.pre_tokenizer = pre_tokenizers.Sequence([*splits, alphabet])
 
     def encode(self, text: str) -> list[int]:
-        """Ids of a piece of text without special tokens."""
+        """Ids of a piece of text without special tokens.
+
+        Raises ContextLengthError for clearly more than `limit`: to free what the library makes
+        of millions keeps the interpreter lock, which no server can have for a text that is
+        refused anyway.
+        """
         if len(text) < _LONG:
             ids: list[int] = self._tokenizer.encode(text, add_special_tokens=False).ids
             return ids
         # `encode` keeps the interpreter lock, seconds for a long text; a batch gives it up.
+        self._refuse_long(text)
         (found,) = self._tokenizer.encode_batch_fast([text], add_special_tokens=False)
         return list(found.ids)
+
+    def _refuse_long(self, text: str) -> None:
+        """Counts the tokens of parts, each by itself."""
+        if self.limit is None or len(text) <= _PART:
+            return
+        count = 0
+        for at in range(0, len(text), _PART):
+            part = [text[at : at + _PART]]
+            (found,) = self._tokenizer.encode_batch_fast(part, add_special_tokens=False)
+            count += len(found) - _CUT
+            if count > self.limit:
+                message = f"a text of more than {count} tokens, at most {self.limit}"
+                raise ContextLengthError(message)
 
     @staticmethod
     def piece_bytes(text: str) -> bytes:

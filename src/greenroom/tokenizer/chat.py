@@ -25,7 +25,7 @@ from greenroom.tokenizer.messages import (
     with_written_arguments,
 )
 from greenroom.tokenizer.parsers import TextFormat, TextParser
-from greenroom.tokenizer.shield import Shield, escaped
+from greenroom.tokenizer.shield import Shield, escaped, without
 from greenroom.tokenizer.template import TemplateTypeError, shared_renderer
 from greenroom.tokenizer.tokenizer import Tokenizer
 
@@ -99,7 +99,7 @@ class ChatFormat:
         """
         text, sentinel = self._text(messages, tools, add_generation_prompt, template_vars)
         pieces = self._tokenizer.partition(text, parse_special=True)
-        clean = [p if isinstance(p, int) else p.replace(sentinel, "") for p in pieces]
+        clean = [p if isinstance(p, int) else without(p, sentinel) for p in pieces]
         ids = self._tokenizer.encode_pieces(piece for piece in clean if piece != "")
         bos = self._tokenizer.bos_id
         if self._tokenizer.vocabulary.add_bos and bos is not None and ids[:1] != [bos]:
@@ -116,7 +116,7 @@ class ChatFormat:
         """The prompt as text, to look at: tokenising it would read what users wrote as special
         tokens, which `render` does not."""
         text, sentinel = self._text(messages, tools, add_generation_prompt, template_vars)
-        return text.replace(sentinel, "")
+        return without(text, sentinel)
 
     def parser(
         self, prompt: Sequence[int] | None = None, tools: Messages | None = None

@@ -6,7 +6,8 @@ it are then tokenised together, as they would be without it. It knows token text
 """
 
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from itertools import pairwise
 from typing import Any
 
 from greenroom.errors import ChatTemplateError
@@ -16,6 +17,9 @@ from greenroom.tokenizer.vocabulary import TokenKind, Vocabulary
 # (runs of spaces, joined words) are only a shorter spelling.
 _MARKUP = re.compile(r"[<\[{|｜].+[>\]}|｜]", re.DOTALL)
 _PLAIN = re.compile(r"\w*")
+# Characters looked at in one call: one call for megabytes keeps the interpreter lock for half a
+# second.
+_PART = 1 << 14
 _FIRST_SENTINEL, _SENTINELS = 0xE000, 0x1900  # private use: no text means anything by it
 
 
@@ -34,14 +38,23 @@ class _Breaks:
         lasts = "|".join(sorted({re.escape(text[-1]) for text in texts}))
         # A template may trim white space off, so what counts as the edge is behind it.
         edges = [rf"(?<={first})(?=\s*\Z)" for first in firsts]
+        self._inside = re.compile("|".join(inside)) if texts else None
         self._breaks = re.compile("|".join([*inside, *edges])) if texts else None
         self._start = re.compile(rf"\A\s*(?=(?:{lasts}))") if texts else None
 
     def apply(self, text: str, sentinel: str) -> str:
-        if self._breaks is None or self._start is None:
+        if self._breaks is None or self._inside is None or self._start is None:
             return text
-        text = self._breaks.sub(sentinel, text)
-        return self._start.sub(lambda match: match[0] + sentinel, text)
+        end = max(0, len(text.rstrip()) - 1)  # only from here on can it be an edge
+        cuts = [*range(0, end, _PART), *range(end, len(text), _PART), len(text)]
+        done = []
+        for begin, stop in pairwise(cuts):
+            before = text[begin - 1 : begin] if begin else ""
+            breaks = self._breaks if begin == end else self._inside
+            done.append(breaks.sub(sentinel, before + text[begin:stop])[len(before) :])
+        text = "".join(done)
+        spaces = max(0, len(text) - len(text.lstrip()) - _PART)
+        return text[:spaces] + self._start.sub(lambda m: m[0] + sentinel, text[spaces:])
 
 
 class Shield:
@@ -61,7 +74,10 @@ class Shield:
     def sentinel_for(self, *values: object) -> str:
         """A character that no string in the values has, neither itself nor escaped."""
         texts = [text for value in values for text in _strings(value)]
-        used = set().union(*texts) if texts else set()
+        used: set[str] = set()
+        for text in texts:
+            for part in _parts(text):
+                used.update(part)
         for code in range(_FIRST_SENTINEL, _FIRST_SENTINEL + _SENTINELS):
             if chr(code) not in used and not any(escaped(chr(code)) in text for text in texts):
                 return chr(code)
@@ -84,6 +100,15 @@ class Shield:
         if "tool_calls" in message:
             shielded["tool_calls"] = self.protect(message["tool_calls"], sentinel)
         return {"role": message["role"], **shielded}
+
+
+def without(text: str, sentinel: str) -> str:
+    """The text as it was before it was protected."""
+    return "".join([part.replace(sentinel, "") for part in _parts(text)])
+
+
+def _parts(text: str) -> Iterator[str]:
+    return (text[at : at + _PART] for at in range(0, len(text), _PART))
 
 
 def escaped(sentinel: str) -> str:

@@ -6,6 +6,7 @@ how to ask and what the answers mean, not what is in a template.
 
 import atexit
 import json
+import marshal
 import os
 import signal
 import subprocess
@@ -56,7 +57,7 @@ class TemplateRenderer:
         forbids, or needs more time or memory than it may have.
         """
         try:
-            request = json.dumps({"template": template, "variables": variables}).encode()
+            request = marshal.dumps((template, _plain(variables)))
         except (TypeError, ValueError, RecursionError) as error:
             raise ChatTemplateError(
                 f"the messages cannot be given to the chat template: {_line(error)}"
@@ -90,14 +91,17 @@ class TemplateRenderer:
         assert process.stdin is not None
         assert process.stdout is not None
         try:
-            process.stdin.write(len(request).to_bytes(_LENGTH_BYTES, "big") + request)
+            process.stdin.write(len(request).to_bytes(_LENGTH_BYTES, "big"))
+            process.stdin.write(request)
             process.stdin.flush()
-            header = process.stdout.read(_LENGTH_BYTES)
-            answer = process.stdout.read(int.from_bytes(header, "big"))
+            header = process.stdout.read(1 + _LENGTH_BYTES)
+            answer = process.stdout.read(int.from_bytes(header[1:], "big"))
         except OSError:
             header = answer = b""
         if not header:
             self._explain_death(process)
+        if header[:1] == b"t":
+            return {"text": answer.decode("utf-8", "surrogatepass")}
         found: dict[str, str] = json.loads(answer)
         return found
 
@@ -136,6 +140,21 @@ class TemplateRenderer:
             )
         except OSError as error:
             raise ChatTemplateError(f"cannot start a process for the template: {error}") from None
+
+
+def _plain(value: Any) -> Any:
+    """A copy of a JSON value. It travels in Python's own form, since JSON of a long text takes
+    several times as long, with the interpreter lock held.
+
+    Raises TypeError for anything else.
+    """
+    if value is None or isinstance(value, str | int | float):
+        return value
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    raise TypeError(f"a {type(value).__name__} is no JSON value")
 
 
 @cache

@@ -2,11 +2,13 @@
 
 A template comes with a downloaded model, so it is untrusted code: it runs in Jinja's immutable
 sandbox, under a limit of memory and an alarm that kills this process. The environment is the one
-transformers' `apply_chat_template` defines. Requests and answers are JSON behind a four-byte
-length. It imports nothing of ours, so that it starts fast and has little to reach for.
+transformers' `apply_chat_template` defines. A request is marshalled template and variables
+behind a four-byte length; an answer a byte, a length, and the text or an error as JSON. It
+imports nothing of ours, so that it starts fast and has little to reach for.
 """
 
 import json
+import marshal
 import resource
 import signal
 import struct
@@ -25,6 +27,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.utils import Namespace
 
 LENGTH = struct.Struct(">I")
+TEXT, ERROR = b"t", b"e"
 
 
 class GenerationTag(Extension):
@@ -117,10 +120,10 @@ def _compiled(template: str) -> jinja2.Template:
     return _environment().from_string(template)
 
 
-def _render(request: Mapping[str, Any]) -> dict[str, str]:
+def _render(template: str, variables: Mapping[str, Any]) -> dict[str, str]:
     """`{"text": ...}`, or `{"error": ..., "kind": ...}`."""
     try:
-        return {"text": _compiled(request["template"]).render(request["variables"])}
+        return {"text": _compiled(template).render(variables)}
     except Refusal as error:
         return {"kind": "refused", "error": str(error)}
     except jinja2.TemplateSyntaxError as error:
@@ -136,11 +139,14 @@ def _render(request: Mapping[str, Any]) -> dict[str, str]:
         return {"kind": "failed", "error": f"{type(error).__name__}: {error}"}
 
 
-def _answer(request: Mapping[str, Any]) -> bytes:
+def _answer(template: str, variables: Mapping[str, Any]) -> tuple[bytes, bytes]:
     try:
-        return json.dumps(_render(request)).encode()
-    except MemoryError:  # the text fitted, its JSON did not
-        return b'{"kind": "memory", "error": ""}'
+        found = _render(template, variables)
+        if "text" in found:
+            return TEXT, found["text"].encode("utf-8", "surrogatepass")
+        return ERROR, json.dumps(found).encode()
+    except MemoryError:  # the text fitted, its bytes did not
+        return ERROR, b'{"kind": "memory", "error": ""}'
 
 
 def main() -> None:
@@ -151,12 +157,13 @@ def main() -> None:
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     source, sink = sys.stdin.buffer, sys.stdout.buffer
     while header := source.read(LENGTH.size):
-        request = json.loads(source.read(*LENGTH.unpack(header)))
+        request = marshal.loads(source.read(*LENGTH.unpack(header)))
         # The alarm has no handler: its default ends the process, whatever runs in it.
         signal.setitimer(signal.ITIMER_REAL, seconds)
-        answer = _answer(request)
+        kind, answer = _answer(*request)
         signal.setitimer(signal.ITIMER_REAL, 0)
-        sink.write(LENGTH.pack(len(answer)) + answer)
+        sink.write(kind + LENGTH.pack(len(answer)))
+        sink.write(answer)
         sink.flush()
 
 

@@ -58,6 +58,12 @@ class Tokenizer:
         """The same from metadata that was read already."""
         return cls(read_vocabulary(metadata), metadata)
 
+    def refuse_beyond(self, tokens: int) -> None:
+        """From now on long texts of more tokens raise ContextLengthError, where the encoder can
+        tell before it has made the ids."""
+        if isinstance(self._encoder, BytePairEncoder):
+            self._encoder.limit = tokens
+
     @property
     def vocabulary_size(self) -> int:
         """Number of tokens in the vocabulary; the model's output may be padded beyond it."""
