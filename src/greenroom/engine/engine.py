@@ -331,7 +331,8 @@ class Engine:
             return self._runner.run(chunks)
         except Exception as error:
             if len(chunks) == 1:
-                log.exception("a request failed in the model")
+                if not isinstance(error, GreenroomError):
+                    log.exception("a request failed in the model")
                 return [error]
         # One of them is to blame; alone, it fails alone. Positions are written again, which
         # changes nothing.

@@ -2,6 +2,7 @@
 rows. Does not know what they are used for, nor how chunks were chosen.
 """
 
+import logging
 from collections.abc import Sequence as Items
 from typing import Any, Protocol
 
@@ -12,7 +13,10 @@ from torch import Tensor
 
 from greenroom.engine.kv_cache import BlockCache
 from greenroom.engine.scheduler import Chunk
+from greenroom.errors import BudgetError
 from greenroom.layers.batch import Batch, KVCache, KVGroup
+
+log = logging.getLogger(__name__)
 
 Rows = NDArray[np.float32]  # (rows, vocabulary) logits or (rows, hidden) states
 
@@ -57,6 +61,7 @@ class Runner:
         self.caches = caches
         self.blocks = blocks
         self._step_done = getattr(model, "step_done", None)
+        self._relieved = 0  # bytes given back
 
     def run(self, chunks: Items[Chunk]) -> list[Rows]:
         """Computes the chunks; returns the rows each one's sequence wants, maybe none."""
@@ -68,9 +73,43 @@ class Runner:
                 if (chunk.sequence.want == "hidden") == hidden
             ]
             if part:
-                rows = self._run([chunk for _, chunk in part], hidden)
+                rows = self._relieving([chunk for _, chunk in part], hidden)
                 results.update(zip((index for index, _ in part), rows, strict=True))
         return [results[index] for index in range(len(chunks))]
+
+    def _relieving(self, chunks: Items[Chunk], hidden: bool) -> list[Rows]:
+        """`_run`, again with less of the experts in VRAM as long as memory does not suffice."""
+        while (rows := self._attempt(chunks, hidden)) is None:
+            freed = getattr(self.model, "relieve", int)()
+            if not freed:
+                raise BudgetError(
+                    "a step found no VRAM, and no expert is left there to make room; another "
+                    "program may have taken it: close that, or lower --vram or --context"
+                )
+            if not self._relieved:
+                log.warning(
+                    "VRAM ran out in a step; %d MiB of experts left it. Another program may "
+                    "have taken memory.", freed >> 20,
+                )  # fmt: skip
+            self._relieved += freed
+        return rows
+
+    def _attempt(self, chunks: Items[Chunk], hidden: bool) -> list[Rows] | None:
+        """`_run`, or None where memory did not suffice; the error's frames are gone then, and
+        with them the tensors they held."""
+        try:
+            return self._run(chunks, hidden)
+        except torch.OutOfMemoryError:
+            self._abandon()
+            return None
+        except Exception:
+            self._abandon()
+            raise
+
+    def _abandon(self) -> None:
+        forget = getattr(self.model, "abandon", None)
+        if forget is not None:
+            forget()
 
     @torch.inference_mode()
     def _run(self, chunks: Items[Chunk], hidden: bool) -> list[Rows]:

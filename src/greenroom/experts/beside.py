@@ -99,6 +99,9 @@ class Courier(Protocol):
             The ids, with -1 for rows that only pad the batch.
         """
 
+    def abandon(self) -> None:
+        """Forgets a layer that was sent and will not be fetched."""
+
     def fetch(self, hits: Tensor | None, shared: Tensor | None) -> Tensor:
         """The CPU's sum plus what the device computed, (tokens, d) float32 on the device."""
 
@@ -135,6 +138,10 @@ class WaitingCourier:
             self._event.record()
         self._work = experts, there
         return ids
+
+    def abandon(self) -> None:
+        """See `Courier.abandon`."""
+        self._work = None
 
     def fetch(self, hits: Tensor | None, shared: Tensor | None) -> Tensor:
         """See `Courier.fetch`."""
@@ -201,6 +208,12 @@ class ExpertsBeside:
         table = None if slots is None else slots.table
         live = self._courier.send(self.cpu, hidden, ids, weights, table)
         self._hits = None if slots is None else slots.hits(hidden, live, weights)
+
+    def abandon(self) -> None:
+        """Forgets a `start` whose step failed before `finish`."""
+        self._done = self._hits = None
+        self.cpu.abandon()
+        self._courier.abandon()
 
     def finish(self, shared: Tensor | None = None) -> Tensor:
         """The result of the last `start` plus `shared`: (tokens, d) float32 on the device."""

@@ -165,6 +165,12 @@ class CpuExperts:
             raise NativeError("experts: submit called again before wait")
         self._pending = _background().submit(self, hidden, ids, weights)
 
+    def abandon(self) -> None:
+        """Ends what `submit` began, if nobody waited for it."""
+        if self._pending is not None:
+            pending, self._pending = self._pending, None
+            pending.exception()
+
     def wait(self) -> Tensor:
         """The result of the last submit: (tokens, d) float32."""
         if self._pending is None:

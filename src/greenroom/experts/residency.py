@@ -104,6 +104,19 @@ class Residency:
         self.slot_of[move.layer, move.expert] = move.slot
         return left
 
+    def shrink(self, slots: int) -> None:
+        """Leaves the first `slots`; whoever sat in another has none any more."""
+        for slot in range(slots, self.slots):
+            self.vacate(slot)
+        self._holder = self._holder[:slots].copy()
+
+    @property
+    def held(self) -> list[Move]:
+        """Who sits where, as the moves that would bring it about."""
+        taken = np.flatnonzero(self._holder != EMPTY)
+        width = self.heat.shape[1]
+        return [Move(*divmod(int(self._holder[slot]), width), int(slot)) for slot in taken]
+
     def warm(self, heat: NDArray[np.floating]) -> None:
         """Starts from a saved heat table (layers, experts) instead of from nothing."""
         if heat.shape != self.heat.shape:

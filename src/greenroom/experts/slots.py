@@ -37,6 +37,8 @@ class Account(Protocol):
 
     def empty(self, part: str, shape: Sequence[int], dtype: torch.dtype) -> Tensor: ...
 
+    def release(self, part: str, nbytes: int) -> None: ...
+
 
 class LayerSlots:
     """The slots as one layer sees them.
@@ -150,8 +152,31 @@ class Arena:
         self, account: Account, layers: list[int], banks: list[CpuExperts], count: int
     ) -> None:
         self.layers, self.banks = layers, banks
+        self._account = account
         self.memory = account.empty("slots", [count, banks[0].layout.nbytes], torch.uint8)
         self.residency = Residency(len(layers), banks[0].experts, count)
+
+    def shrink(self) -> int:
+        """Gives half of the slots back, but not the last; returns the bytes.
+
+        The rest is allocated anew and filled again: part of a tensor cannot be freed.
+        """
+        count, slab = self.memory.shape
+        if count < 2:
+            return 0
+        kept, device = count // 2, self._account.device
+        self.memory = torch.empty(0, slab, dtype=torch.uint8, device=device)
+        self._account.release("slots", count * slab)
+        free_cached(device)
+        try:
+            self.memory = self._account.empty("slots", [kept, slab], torch.uint8)
+        except torch.OutOfMemoryError:  # somebody was faster
+            self._account.release("slots", kept * slab)
+            kept = 0
+        self.residency.shrink(kept)
+        for move in self.residency.held:
+            self.copy(move)
+        return int((count - kept) * slab)
 
     def copy(self, move: Move) -> int:
         """Begins the copy of one slab; returns its bytes."""
@@ -279,6 +304,26 @@ class Slots:
             self._said = True
         self._rate = rate
 
+    def shrink(self) -> int:
+        """Between two steps: gives back half of every layout's slots; returns the bytes."""
+        self._moving = None  # who was on the way has left its slot and not entered another
+        if self._cuda:
+            torch.cuda.synchronize()
+        freed = 0
+        for arena in self.arenas:
+            for i in arena.layers:  # nobody else may hold the memory that is given back
+                layer = self.layers[i]
+                assert layer is not None
+                layer.memory = torch.empty(0)
+            freed += arena.shrink()
+            for i, places in zip(arena.layers, arena.residency.slot_of, strict=True):
+                self.seats[i, : len(places)] = places
+                layer = self.layers[i]
+                assert layer is not None
+                layer.memory, layer.full = arena.memory, bool((places != EMPTY).all())
+        self._publish()
+        return freed
+
     def report(self) -> dict[str, Any]:
         """What `engine.stats()["experts"]` says."""
         peak = max((arena.residency.heat.max() for arena in self.arenas), default=0.0) or 1.0
@@ -325,6 +370,12 @@ class Slots:
             done = event()
             done.record(self._stream)
         self._moving = done, moves
+
+
+def free_cached(device: torch.device) -> None:
+    """Has the allocator give back to the driver what it keeps for later."""
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
 
 
 def _stream(device: torch.device) -> Any:

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from greenroom.experts.beside import ExpertsBeside
 from greenroom.experts.cpu import CpuExperts
-from greenroom.experts.slots import Account, LayerSlots, Slots
+from greenroom.experts.slots import Account, LayerSlots, Slots, free_cached
 from greenroom.experts.stream import LayerStream, Ring
 
 log = logging.getLogger(__name__)
@@ -46,6 +46,7 @@ class Tiers:
         self._layers: list[ExpertsBeside] = []
         self._pins: list[Future[None]] = []
         self._worker: ThreadPoolExecutor | None = None
+        self._staged = 0  # bytes of staging slabs and their scratch
         self.slots: Slots | None = None
 
     def add(self, experts: ExpertsBeside) -> None:
@@ -72,6 +73,23 @@ class Tiers:
                 layer.slots = slots
         self._stage(banks)
 
+    def relieve(self) -> int:
+        """After an allocation failed: gives back half of the slots, or the staging slabs where
+        there are no slots to give. Long steps are the CPU's then.
+
+        Returns:
+            Bytes that are free now; 0 if nothing is left.
+        """
+        freed = 0 if self.slots is None else self.slots.shrink()
+        if freed or not self._staged:
+            return freed
+        for layer in self._layers:
+            layer.stream = None
+        freed, self._staged = self._staged, 0
+        self._account.release("staging", freed)
+        free_cached(self._account.device)
+        return freed
+
     def _stage(self, banks: Sequence[CpuExperts]) -> None:
         slab = max(bank.layout.nbytes for bank in banks)
         numbers = 2 * max(bank.layout.d * bank.layout.f for bank in banks)
@@ -81,6 +99,7 @@ class Tiers:
         scratch = self._account.empty("staging", [numbers], torch.float16)
         count = min(count, len(banks) * banks[0].experts)
         ring = Ring(self._account.empty("staging", [count, slab], torch.uint8))
+        self._staged = scratch.nbytes + count * slab
         none: list[LayerSlots | None] = [None] * len(banks)
         for layer, seats in zip(
             self._layers, none if self.slots is None else self.slots.layers, strict=True

@@ -102,6 +102,9 @@ class Graphs(Protocol):
     ) -> Tensor | None:
         """Logits (sequences, vocabulary) float32, or None to leave the step to the caller."""
 
+    def clear(self) -> None:
+        """Forgets what was recorded, because memory it reads is given back."""
+
 
 class Backend(Protocol):
     """Prepares the parts of a model and runs attention.
@@ -138,6 +141,9 @@ class Backend(Protocol):
 
     def step_done(self, tokens: int) -> None:
         """Called between two steps with the tokens of the last one."""
+
+    def relieve(self) -> int:
+        """After an allocation failed: gives back what can be done without; returns the bytes."""
 
     def expert_stats(self) -> dict[str, Any]:
         """Hits, misses and residency of experts; empty if they have one place only."""
@@ -189,6 +195,10 @@ class InRam:
 
     def step_done(self, tokens: int) -> None:
         """Nothing moves."""
+
+    def relieve(self) -> int:
+        """There is nothing to give back."""
+        return 0
 
     def expert_stats(self) -> dict[str, Any]:
         """All experts are in RAM."""

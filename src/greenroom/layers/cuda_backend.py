@@ -148,6 +148,10 @@ class CudaBackend:
         if self.tiers.slots is not None:
             self.tiers.slots.step_done(tokens)
 
+    def relieve(self) -> int:
+        """See `Tiers.relieve`."""
+        return self.tiers.relieve()
+
     def expert_stats(self) -> dict[str, Any]:
         """See `Slots.report`."""
         return {} if self.tiers.slots is None else self.tiers.slots.report()

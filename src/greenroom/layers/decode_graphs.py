@@ -114,6 +114,10 @@ class DecodeGraphs:
         known.graph.replay()
         return known.logits
 
+    def clear(self) -> None:
+        """See `Graphs.clear`."""
+        self._graphs.clear()
+
     def _step(self, batch: Batch, longest: int, block: int) -> DeviceStep:
         step = self._backend.step(widened(batch, -(-longest // block)), self._rope)
         return replace(step, longest=longest)

@@ -311,6 +311,20 @@ class Model:
         for backend in self.backends:
             backend.step_done(tokens)
 
+    def abandon(self) -> None:
+        """After a step failed: forgets what it left half done."""
+        for blk in self.blk:
+            forget = getattr(getattr(blk.ffn, "experts", None), "abandon", None)
+            if forget is not None:
+                forget()
+
+    def relieve(self) -> int:
+        """After an allocation failed and `abandon`: gives back half of the experts' slots, or
+        what else can be done without; returns the bytes, 0 if there is nothing."""
+        if self.graphs is not None:
+            self.graphs.clear()
+        return sum(backend.relieve() for backend in self.backends)
+
     def expert_stats(self) -> dict[str, Any]:
         """Hits, misses and who sits where, if experts have more than one place to be."""
         return {k: v for backend in self.backends for k, v in backend.expert_stats().items()}
