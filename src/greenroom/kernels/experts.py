@@ -23,7 +23,7 @@ from greenroom.kernels.planes import (
     store_planes,
 )
 
-LINES, WARPS = 64, 4  # lines a program reads at a time
+LINES, WARPS = 128, 4  # lines a program reads at a time
 REDUCE = 256  # columns per program of the last sum
 ACTIVATIONS = {"silu": 0, "gpt-oss": 1}
 
@@ -58,24 +58,36 @@ def activate(gate, up, KIND: tl.constexpr):
 
 
 @triton.jit
-def _row_products(
-    group, iq4, x, words, units, stride, cols, payload_bytes, lines, C: tl.constexpr,
+def _rows(
+    first, second, iq4, x, words, units, stride, cols, payload_bytes, lines, C: tl.constexpr,
     ORDER: tl.constexpr, PLANES: tl.constexpr, ASM: tl.constexpr, LINES: tl.constexpr,
+    TWO: tl.constexpr,
 ):  # fmt: skip
-    """One group of 16 rows times one token, (16,) float32: planes where there are some, else x."""
+    """Two groups of 16 rows of one format times one token, (16,) float32 each: from planes where
+    there are some, else from x. Without TWO the second is left out."""
     acc = tl.zeros((LINES, 16), tl.float32)
+    acc2 = acc
     for start in range(0, lines, LINES):
         line = start + tl.arange(0, LINES)
         if ORDER > 0:
-            acc += line_dots(
-                group, words, units, line, lines, stride, payload_bytes, C, PLANES, ASM
+            one, two = line_dots(
+                first, second, words, units, line, lines, stride, payload_bytes, C, PLANES, ASM, TWO
             )
         else:
-            acc += line_products(
-                group, iq4, x, line, lines, cols, payload_bytes,
+            one = line_products(
+                first, iq4, x, line, lines, cols, payload_bytes,
                 C[0], C[1], C[2], C[3], C[4], C[5], C[6], C[7],
             )  # fmt: skip
-    return tl.sum(acc, 0)
+            two = one
+            if TWO:
+                two = line_products(
+                    second, iq4, x, line, lines, cols, payload_bytes,
+                    C[0], C[1], C[2], C[3], C[4], C[5], C[6], C[7],
+                )  # fmt: skip
+        acc += one
+        if TWO:
+            acc2 += two
+    return tl.sum(acc, 0), tl.sum(acc2, 0)
 
 
 @triton.jit
@@ -84,7 +96,7 @@ def _gate_up(
     d, f, up_at, gate_bias, up_bias, g_group, g_payload, g_lines, u_group, u_payload, u_lines,
     K: tl.constexpr, G: tl.constexpr, U: tl.constexpr, ORDER: tl.constexpr, THEN: tl.constexpr,
     PLANES: tl.constexpr, ASM: tl.constexpr, BIAS: tl.constexpr, ACTIVATION: tl.constexpr,
-    SEEN: tl.constexpr, LINES: tl.constexpr,
+    SEEN: tl.constexpr, SAME: tl.constexpr, LINES: tl.constexpr,
 ):  # fmt: skip
     route = tl.program_id(0)
     expert = tl.load(ids + route)
@@ -97,16 +109,19 @@ def _gate_up(
     token = (route // K).to(tl.int64)
     x += token * d
     words += token * PLANES * (d // 4)
-    units += token * (d // 16)
+    units += token * (d // 8)
     rows = tl.program_id(1)
-    gate = _row_products(
-        slab + rows.to(tl.int64) * g_group, iq4, x, words, units, d // 4, d, g_payload, g_lines,
-        G, ORDER, PLANES, ASM, LINES,
+    gate_rows = slab + rows.to(tl.int64) * g_group
+    up_rows = slab + up_at + rows.to(tl.int64) * u_group
+    gate, up = _rows(
+        gate_rows, up_rows, iq4, x, words, units, d // 4, d, g_payload, g_lines, G, ORDER, PLANES,
+        ASM, LINES, SAME,
     )  # fmt: skip
-    up = _row_products(
-        slab + up_at + rows.to(tl.int64) * u_group, iq4, x, words, units, d // 4, d, u_payload,
-        u_lines, U, ORDER, PLANES, ASM, LINES,
-    )  # fmt: skip
+    if not SAME:
+        up, _ = _rows(
+            up_rows, up_rows, iq4, x, words, units, d // 4, d, u_payload, u_lines, U, ORDER,
+            PLANES, ASM, LINES, False,
+        )  # fmt: skip
     row = rows * 16 + tl.arange(0, 16)
     if BIAS:
         biases = slab.to(tl.pointer_type(tl.float32))
@@ -117,7 +132,7 @@ def _gate_up(
     if THEN > 0:
         store_planes(
             in_order(out, THEN), inner_words + route * PLANES * (f // 4),
-            inner_units + route * (f // 16), rows * 4, f // 4, f // 4, PLANES,
+            inner_units + route * (f // 8), rows * 4, f // 4, f // 4, PLANES,
         )  # fmt: skip
 
 
@@ -134,10 +149,11 @@ def _down(
         return
     slab = memory + slot.to(tl.int64) * slab_bytes
     rows = tl.program_id(1)
-    y = _row_products(
-        slab + down_at + rows.to(tl.int64) * group_bytes, iq4, inner + route * f,
-        words + route * PLANES * (f // 4), units + route * (f // 16), f // 4, f, payload_bytes,
-        lines, C, ORDER, PLANES, ASM, LINES,
+    group = slab + down_at + rows.to(tl.int64) * group_bytes
+    y, _ = _rows(
+        group, group, iq4, inner + route * f, words + route * PLANES * (f // 4),
+        units + route * (f // 8), f // 4, f, payload_bytes, lines, C, ORDER, PLANES, ASM, LINES,
+        False,
     )  # fmt: skip
     row = rows * 16 + tl.arange(0, 16)
     if BIAS:
@@ -187,35 +203,47 @@ def hits(
         (tokens, d) float32; zeros where nothing hit.
     """
     tokens, k = ids.shape
-    routes, d, f = tokens * k, layout.d, layout.f
-    walks = [Walk.of(int(kind), cols) for kind, cols in zip(layout.types, (d, d, f), strict=True)]
-    gate, up, down = walks
-    biases = layout.biases
-    (gate_bias, _), (up_bias, _), (down_bias, _) = biases or ((0, 0),) * 3
-    first, then = order(gate.constants), order(down.constants)
-    if order(up.constants) != first:  # never seen: gate and up in orders that differ
-        first = 0
-    words, units = split(hidden, first) if first else (ids, hidden)
-    inner = torch.empty(routes, f, device=hidden.device)
-    inner_words, inner_units = room(routes, f, hidden.device) if then else (ids, inner)
-    parts = torch.empty(routes, d, device=hidden.device)
+    d, f = layout.d, layout.f
+    walk = Walk.of(int(layout.types[2]), f)
+    then = order(walk.constants)
+    inner = _activations(memory, table, layout, hidden, ids, activation, seen, then)
+    parts = torch.empty(tokens * k, d, device=hidden.device)
     out = torch.empty(tokens, d, device=hidden.device)
-    iq4 = iq4_table(hidden.device)
-    same: dict[str, Any] = {
-        "PLANES": PLANES, "ASM": not INTERPRETED, "BIAS": biases is not None,
-        "LINES": LINES, "num_warps": WARPS,
-    }  # fmt: skip
-    _gate_up[(routes, -(-f // 16))](
-        memory, table, ids, ids if seen is None else seen, hidden, words, units, inner,
-        inner_words, inner_units, iq4, layout.nbytes, d, f, layout.matrices[1][0], gate_bias,
-        up_bias, gate.group_bytes, gate.payload_bytes, gate.lines, up.group_bytes,
-        up.payload_bytes, up.lines, K=k, G=gate.constants, U=up.constants, ORDER=first, THEN=then,
-        ACTIVATION=ACTIVATIONS[activation], SEEN=seen is not None, **same,
-    )  # fmt: skip
-    _down[(routes, -(-d // 16))](
-        memory, table, ids, inner, inner_words, inner_units, parts, iq4, layout.nbytes, d, f,
-        layout.matrices[2][0], down_bias, down.group_bytes, down.payload_bytes, down.lines,
-        C=down.constants, ORDER=then, **same,
+    _down[(tokens * k, -(-d // 16))](
+        memory, table, ids, *inner, parts, iq4_table(hidden.device), layout.nbytes, d, f,
+        layout.matrices[2][0], layout.biases[2][0] if layout.biases else 0, walk.group_bytes,
+        walk.payload_bytes, walk.lines, C=walk.constants, ORDER=then, PLANES=PLANES,
+        ASM=not INTERPRETED, BIAS=layout.biases is not None, LINES=LINES, num_warps=WARPS,
     )  # fmt: skip
     _reduce[(tokens, -(-d // REDUCE))](table, ids, weights, parts, out, d, K=k, BLOCK=REDUCE)
     return out
+
+
+def _activations(
+    memory: Tensor,
+    table: Tensor,
+    layout: Layout,
+    hidden: Tensor,
+    ids: Tensor,
+    activation: str,
+    seen: Tensor | None,
+    then: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gate, up and activation of `hits`: (routes, f) float32, and its planes and units in the
+    order `then`, unless that is 0."""
+    (tokens, k), d, f, device = ids.shape, layout.d, layout.f, hidden.device
+    gate, up = (Walk.of(int(kind), d) for kind in layout.types[:2])
+    first = order(gate.constants) if order(gate.constants) == order(up.constants) else 0
+    words, units = split(hidden, first) if first else (ids, hidden)
+    inner = torch.empty(tokens * k, f, device=device)
+    planes = room(tokens * k, f, device) if then else (ids, inner)
+    gate_bias, up_bias = (layout.biases[0][0], layout.biases[1][0]) if layout.biases else (0, 0)
+    _gate_up[(tokens * k, -(-f // 16))](
+        memory, table, ids, ids if seen is None else seen, hidden, words, units, inner, *planes,
+        iq4_table(device), layout.nbytes, d, f, layout.matrices[1][0], gate_bias, up_bias,
+        gate.group_bytes, gate.payload_bytes, gate.lines, up.group_bytes, up.payload_bytes,
+        up.lines, K=k, G=gate.constants, U=up.constants, ORDER=first, THEN=then, PLANES=PLANES,
+        ASM=not INTERPRETED, BIAS=layout.biases is not None, ACTIVATION=ACTIVATIONS[activation],
+        SEEN=seen is not None, SAME=gate.constants == up.constants, LINES=LINES, num_warps=WARPS,
+    )  # fmt: skip
+    return inner, *planes

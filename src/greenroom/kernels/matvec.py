@@ -16,7 +16,9 @@ from greenroom.kernels.packed import FORMATS, IQ4_VALUES, code, factors, number
 
 BLOCKS = 32  # blocks of 32 columns read at a time
 SINGLE = 2  # tokens up to which each walks the lines by itself: wider loads, fewer instructions
-LINES, WARPS = 128, 8  # of that walk
+MANY = 1024  # groups of rows from which there are programs enough to fill a GPU several times
+FEW_LINES, FEW_WARPS = 256, 4  # of that walk below MANY: much to wait for at a time
+LINES, WARPS = 64, 2  # and above
 
 
 @triton.jit
@@ -113,11 +115,12 @@ def matvec(
     tokens = x.shape[0]
     out = torch.empty(tokens, rows, device=x.device, dtype=torch.float32)
     if tokens <= SINGLE:
-        walk = Walk.of(kind, cols)
-        _walk[(tokens, -(-rows // 16))](
+        walk, groups = Walk.of(kind, cols), -(-rows // 16)
+        lines, warps = (LINES, WARPS) if groups > MANY else (FEW_LINES, FEW_WARPS)
+        _walk[(tokens, groups)](
             packed, x, x if bias is None else bias, out, iq4_table(x.device), rows, cols,
             walk.group_bytes, walk.payload_bytes, walk.lines, C=walk.constants,
-            BIAS=bias is not None, LINES=LINES, num_warps=WARPS,
+            BIAS=bias is not None, LINES=lines, num_warps=warps,
         )  # fmt: skip
         return out
     per_program = min(4, triton.next_power_of_2(tokens))

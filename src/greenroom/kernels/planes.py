@@ -1,8 +1,9 @@
 """Activations as planes of bytes, and their products with packed codes by the four-byte dot
 instruction: exact integers within a line of weights, so that only scales are ever rounded.
 
-Sixteen columns share a scale; three planes keep 23 bits of the largest of them, as many as a
-float32 has. A word is four columns of one plane. Where codes are looked up in a table of sixteen,
+Sixteen columns share a unit; three planes keep 23 bits of the largest of them, as many as a
+float32 has. Beside the unit stands the columns' sum, for codes that count from a zero of their
+own. A word is four columns of one plane. Where codes are looked up in a table of sixteen,
 words take the order in which the byte permutation yields them: of eight columns k..k+7 first
 k, k+4, k+1, k+5, then k+2, k+6, k+3, k+7. Knows formats; not what is computed with them.
 """
@@ -15,7 +16,7 @@ from torch import Tensor
 from greenroom.kernels.packed import E2M1, IQ4, factors
 
 PLANES = 3
-PER_SCALE = 16  # columns
+PER_UNIT = 16  # columns
 COLUMNS = 1024  # of a program
 INTERPRETED = triton.knobs.runtime.interpret
 NATURAL, PERMUTED = 1, 2  # orders of columns; 0: activations stay float32
@@ -31,16 +32,25 @@ def order(constants: tuple[int, ...]) -> int:
 
 
 @triton.jit
-def _dp4a(codes, x, acc, ASM: tl.constexpr):
-    """acc plus the sum over four unsigned codes times four signed bytes."""
+def _dp4a(codes, x, acc, SIGNED: tl.constexpr, ASM: tl.constexpr):
+    """acc plus the sum over four codes, signed bytes or not, times four signed bytes."""
     if ASM:
-        acc = tl.inline_asm_elementwise(
-            "dp4a.u32.s32 $0, $1, $2, $3;", "=r,r,r,r", [codes, x, acc], dtype=tl.int32,
-            is_pure=True, pack=1,
-        )  # fmt: skip
+        if SIGNED:
+            acc = tl.inline_asm_elementwise(
+                "dp4a.s32.s32 $0, $1, $2, $3;", "=r,r,r,r", [codes, x, acc], dtype=tl.int32,
+                is_pure=True, pack=1,
+            )  # fmt: skip
+        else:
+            acc = tl.inline_asm_elementwise(
+                "dp4a.u32.s32 $0, $1, $2, $3;", "=r,r,r,r", [codes, x, acc], dtype=tl.int32,
+                is_pure=True, pack=1,
+            )  # fmt: skip
     else:
         for byte in tl.static_range(4):
-            acc += ((codes >> (8 * byte)) & 255) * ((x << (24 - 8 * byte)) >> 24)
+            code = (codes << (24 - 8 * byte)) >> 24
+            if not SIGNED:
+                code &= 255
+            acc += code * ((x << (24 - 8 * byte)) >> 24)
     return acc
 
 
@@ -91,10 +101,10 @@ def in_order(value, ORDER: tl.constexpr):
 
 
 @triton.jit
-def store_planes(value, words, scales, first, stride, inside, PLANES: tl.constexpr):
+def store_planes(value, words, units, first, stride, inside, PLANES: tl.constexpr):
     """Stores (W, 4) float32, columns as `columns_of`, from word `first` on.
 
-    words: pointer to int32 planes, `stride` words each; scales: pointer to float32.
+    words: pointer to int32 planes, `stride` words each; units: pointer to float32 pairs.
     """
     WORDS: tl.constexpr = value.shape[0]
     groups = tl.reshape(value, (WORDS // 4, 16))
@@ -113,18 +123,19 @@ def store_planes(value, words, scales, first, stride, inside, PLANES: tl.constex
         tl.store(at + (PLANES - 1 - i) * stride, packed, mask=first + word < inside)
         rest = (rest - low) >> 8
     group = first // 4 + tl.arange(0, WORDS // 4)
-    tl.store(scales + group, unit, mask=group < inside // 4)
+    tl.store(units + group * 2, unit, mask=group < inside // 4)
+    tl.store(units + group * 2 + 1, tl.sum(groups, 1), mask=group < inside // 4)
 
 
 @triton.jit
-def _split(x, words, scales, cols, ORDER: tl.constexpr, PLANES: tl.constexpr, BLOCK: tl.constexpr):
+def _split(x, words, units, cols, ORDER: tl.constexpr, PLANES: tl.constexpr, BLOCK: tl.constexpr):
     token = tl.program_id(0).to(tl.int64)
     first = tl.program_id(1) * BLOCK // 4
     column = columns_of(first + tl.arange(0, BLOCK // 4), ORDER)
     value = tl.load(x + token * cols + column, mask=column < cols, other=0.0)
     stride = cols // 4
     store_planes(
-        value, words + token * PLANES * stride, scales + token * (cols // 16), first, stride,
+        value, words + token * PLANES * stride, units + token * (cols // 8), first, stride,
         stride, PLANES,
     )  # fmt: skip
 
@@ -132,7 +143,7 @@ def _split(x, words, scales, cols, ORDER: tl.constexpr, PLANES: tl.constexpr, BL
 def room(tokens: int, cols: int, device: torch.device) -> tuple[Tensor, Tensor]:
     """Memory for what `split` returns."""
     words = torch.empty(tokens, PLANES, cols // 4, dtype=torch.int32, device=device)
-    return words, torch.empty(tokens, cols // PER_SCALE, device=device)
+    return words, torch.empty(tokens, cols // PER_UNIT, 2, device=device)
 
 
 def split(x: Tensor, kind: int) -> tuple[Tensor, Tensor]:
@@ -144,86 +155,134 @@ def split(x: Tensor, kind: int) -> tuple[Tensor, Tensor]:
 
     Returns:
         (tokens, PLANES, cols / 4) int32, most significant plane first, and
-        (tokens, cols / 16) float32, the unit of the last plane.
+        (tokens, cols / 16, 2) float32: the unit of the last plane, and the columns' sum.
     """
     tokens, cols = x.shape
-    words, scales = room(tokens, cols, x.device)
+    words, units = room(tokens, cols, x.device)
     _split[(tokens, -(-cols // COLUMNS))](
-        x, words, scales, cols, ORDER=kind, PLANES=PLANES, BLOCK=COLUMNS
+        x, words, units, cols, ORDER=kind, PLANES=PLANES, BLOCK=COLUMNS
     )
-    return words, scales
+    return words, units
 
 
 def split_twin(x: Tensor, kind: int) -> tuple[Tensor, Tensor]:
     """`split` in plain torch; the truth it is held against."""
     tokens, cols = x.shape
-    groups = x.view(tokens, -1, PER_SCALE)
+    groups = x.view(tokens, -1, PER_UNIT)
     unit = groups.abs().amax(-1) / (127 * (1 << (8 * PLANES - 8)))
     whole = torch.where(unit > 0, 1 / unit, 0.0)[..., None] * groups
     rest = torch.floor(whole + 0.5).int().view(tokens, cols)
     if kind == PERMUTED:
         places = torch.tensor([0, 4, 1, 5, 2, 6, 3, 7])
         rest = rest.view(tokens, -1, 8)[..., places.to(x.device)].reshape(tokens, cols)
-    planes = []
+    planes: list[Tensor] = []
     for _ in range(PLANES - 1):
         low = ((rest + 128) & 255) - 128
         planes.insert(0, low)
         rest = (rest - low) >> 8
     planes.insert(0, rest)
     bytes_ = torch.stack(planes, 1).to(torch.int8)
-    return bytes_.view(torch.int32), unit
+    return bytes_.view(torch.int32), torch.stack([unit, groups.sum(-1)], -1)
+
+
+@triton.jit
+def _codes(group, line, C: tl.constexpr):
+    """Words of lines (L,): the low plane's and, if there is a second, that one's, (L, 16)."""
+    LOW: tl.constexpr = C[1]
+    HIGH: tl.constexpr = C[2]
+    here = group.to(tl.pointer_type(tl.int32)) + tl.arange(0, 16)[None, :]
+    if HIGH == 0:
+        word = tl.load(here + (line * 16)[:, None])
+        high = word
+    else:
+        PER: tl.constexpr = 8 // HIGH
+        block = line // LOW * C[0]
+        first = line % LOW * (8 // LOW)
+        word = tl.load(here + (block + line % LOW * 16)[:, None])
+        high = tl.load(here + (block + (LOW + first // PER) * 16)[:, None])
+        high = high >> ((first % PER) * HIGH)[:, None]
+    return word, high
+
+
+@triton.jit
+def _quad(word, high, quad: tl.constexpr, C: tl.constexpr, ASM: tl.constexpr):
+    """The codes of a line's `quad`-th four columns, as bytes."""
+    LOW: tl.constexpr = C[1]
+    HIGH: tl.constexpr = C[2]
+    MASK: tl.constexpr = ((1 << LOW) - 1) * 0x01010101
+    if C[4] == 1:
+        codes = _e2m1(word >> (16 * quad), ASM)
+    elif LOW == 8:
+        codes = word ^ -2139062144  # 0x80808080: from 0..255 around 128 to signed
+    else:
+        codes = (word >> (LOW * quad)) & MASK
+        if HIGH > 0:
+            H_MASK: tl.constexpr = ((1 << HIGH) - 1) * 0x01010101
+            codes |= ((high >> (HIGH * quad)) & H_MASK) << LOW
+    return codes
+
+
+@triton.jit
+def _scaled(value, unit, total, records, line, C: tl.constexpr):
+    """Sums of codes (L, 16) with scales, minima and zeros; unit, total: (L,)."""
+    LOW: tl.constexpr = C[1]
+    first = line % LOW * (8 // LOW)
+    part = first // 4 if C[6] == 2 else first * 0
+    row = tl.arange(0, 16)[None, :]
+    scale, low = factors(records, (line // LOW)[:, None], row, part[:, None], C[5])
+    if C[4] == 1:  # codes are twice the value plus 12
+        scale *= 0.5
+    ZERO: tl.constexpr = 12 if C[4] == 1 else (0 if LOW == 8 else C[3])
+    out = value * (scale * unit[:, None])
+    if ZERO > 0:
+        low += ZERO * scale
+    if ZERO > 0 or (C[5] == 1 or C[5] == 4 or C[5] == 5):  # the last three have a minimum
+        out -= total[:, None] * low
+    return out
 
 
 @triton.jit
 def line_dots(
-    group, words, scales, line, lines, stride, payload_bytes, C: tl.constexpr, PLANES: tl.constexpr,
-    ASM: tl.constexpr,
+    first, second, words, units, line, lines, stride, payload_bytes, C: tl.constexpr,
+    PLANES: tl.constexpr, ASM: tl.constexpr, TWO: tl.constexpr,
 ):  # fmt: skip
-    """Products of each line's columns, (L, 16) float32; see `line_products`. words, scales:
-    pointers to one token's planes of `stride` words and to its units."""
+    """Products of each line's columns in two groups of rows of one format, (L, 16) float32 each;
+    see `line_products`. words, units: one token's planes of `stride` words and its units. Without
+    TWO the second is left out.
+    """
     LOW: tl.constexpr = C[1]
-    HIGH: tl.constexpr = C[2]
     QUADS: tl.constexpr = 8 // LOW
-    MASK: tl.constexpr = ((1 << LOW) - 1) * 0x01010101
-    TABLE: tl.constexpr = C[4]
-    ZERO: tl.constexpr = 12 if TABLE == 1 else C[3]
-    row = tl.arange(0, 16)
     live = line < lines
     at = tl.where(live, line, 0)
-    block = at // LOW
-    first = at % LOW * QUADS  # of the line's quads of columns within its block
-    here = group.to(tl.pointer_type(tl.int32)) + block * C[0]
-    word = tl.load(here[:, None] + (at % LOW * 16)[:, None] + row[None, :])
-    if HIGH > 0:
-        PER: tl.constexpr = 8 // HIGH
-        H_MASK: tl.constexpr = ((1 << HIGH) - 1) * 0x01010101
-        high = tl.load((here + (LOW + first // PER) * 16)[:, None] + row[None, :])
-        high = high >> ((first % PER) * HIGH)[:, None]
-    out = tl.zeros((line.shape[0], 16), tl.float32)
-    sums = tl.zeros((line.shape[0],), tl.float32)
+    word, high = _codes(first, at, C)
+    word2, high2 = word, high
+    if TWO:
+        word2, high2 = _codes(second, at, C)
+    value = tl.zeros((line.shape[0], 16), tl.float32)
+    value2 = value
     for plane in tl.static_range(PLANES):
         acc = tl.zeros((line.shape[0], 16), tl.int32)
-        total = tl.zeros((line.shape[0],), tl.int32)
+        acc2 = acc
         for quad in tl.static_range(QUADS):
-            x = tl.load(words + plane * stride + block * 8 + first + quad, mask=live, other=0)
-            if TABLE == 1:
-                codes = _e2m1(word >> (16 * quad), ASM)
-            elif LOW == 8:
-                codes = word
+            if quad % 2 == 0:
+                if QUADS == 1:
+                    x = tl.load(words + plane * stride + at, mask=live, other=0)
+                else:  # two words at once
+                    pair = (words + plane * stride).to(tl.pointer_type(tl.int64))
+                    both = tl.load(pair + at * (QUADS // 2) + quad // 2, mask=live, other=0)
+                    x = both.to(tl.int32)
             else:
-                codes = (word >> (LOW * quad)) & MASK
-                if HIGH > 0:
-                    codes |= ((high >> (HIGH * quad)) & H_MASK) << LOW
-            acc = _dp4a(codes, x[:, None], acc, ASM)
-            total = _dp4a(total * 0 + 0x01010101, x, total, ASM)
-        if ZERO > 0:
-            acc -= ZERO * total[:, None]
-        out = out * 256.0 + _float(acc)
-        sums = sums * 256.0 + _float(total)
-    part = first // 4 if C[6] == 2 else first * 0
-    scale, low = factors(group + payload_bytes, block[:, None], row[None, :], part[:, None], C[5])
-    unit = tl.load(scales + block * 2 + first // 4, mask=live, other=0.0)
-    out *= scale * (unit * (0.5 if TABLE == 1 else 1.0))[:, None]
-    if C[5] == 1 or C[5] == 4 or C[5] == 5:  # formats with a minimum
-        out -= (sums * unit)[:, None] * low
-    return tl.where(live[:, None], out, 0.0)
+                x = (both >> 32).to(tl.int32)
+            acc = _dp4a(_quad(word, high, quad, C, ASM), x[:, None], acc, LOW == 8, ASM)
+            if TWO:
+                acc2 = _dp4a(_quad(word2, high2, quad, C, ASM), x[:, None], acc2, LOW == 8, ASM)
+        value = value * 256.0 + _float(acc)
+        if TWO:
+            value2 = value2 * 256.0 + _float(acc2)
+    group = at * QUADS // 4  # of sixteen columns; their sum counts once
+    unit = tl.load(units + group * 2, mask=live, other=0.0)
+    total = tl.load(units + group * 2 + 1, mask=live & (at * QUADS % 4 == 0), other=0.0)
+    value = _scaled(value, unit, total, first + payload_bytes, at, C)
+    if TWO:
+        value2 = _scaled(value2, unit, total, second + payload_bytes, at, C)
+    return value, value2
