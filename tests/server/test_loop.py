@@ -7,9 +7,11 @@ import time
 from typing import Any
 
 import pytest
+import uvicorn
 
 from greenroom.server import Caps, ServerSettings
 from greenroom.server.body_reader import BodyReader
+from greenroom.server.connection import Connection
 from greenroom.server.errors import ApiError
 from greenroom.server.large import large_json
 from greenroom.server.stream import encode
@@ -206,3 +208,42 @@ def test_large_json_is_what_the_encoder_writes():
         3: "three",
     }
     assert large_json(value) == encode(value)
+
+
+HEAD = (
+    b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\n\r\n"
+)
+
+
+async def connected(app: Any, sent: bytes) -> bytes:
+    """What a real connection gives back."""
+    config = uvicorn.Config(app, http=Connection, lifespan="off", log_config=None)
+    config.load()
+    state = uvicorn.server.ServerState()
+    loop = asyncio.get_running_loop()
+    server = await loop.create_server(lambda: Connection(config, state, {}), "127.0.0.1", 0)
+    reader, writer = await asyncio.open_connection(*server.sockets[0].getsockname())
+    writer.write(sent)
+    found = await asyncio.wait_for(reader.read(100), 30)
+    writer.close()
+    server.close()
+    return found
+
+
+@pytest.mark.parametrize("chunk", [b"1\r\n \r\n", b"1000\r\n" + b" " * 4096 + b"\r\n"])
+def test_chunks_do_not_hold_the_loop_up(client, chunk):
+    sent = HEAD + chunk * 50_000 if len(chunk) < 10 else HEAD + chunk * 500
+    sent += b"0\r\n\r\n"
+    found = []
+    for _ in range(3):
+        answer, longest = client.run(longest_pause(connected(client.app, sent)))
+        assert answer.startswith(b"HTTP/1.1 400 ")
+        found.append(longest)
+    assert min(found) < 0.02, found
+
+
+def test_a_connection_without_a_request_is_closed(client, monkeypatch):
+    monkeypatch.setattr(Connection, "silent_seconds", 0.05)
+    assert client.run(connected(client.app, b"GET /health HTTP/1.1\r\nHost: loc")) == b""
+    whole = b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n"
+    assert client.run(connected(client.app, whole)).startswith(b"HTTP/1.1 200")

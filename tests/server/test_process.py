@@ -22,7 +22,7 @@ import typer.main
 from greenroom.commands import serve
 from greenroom.errors import GreenroomError, ModelFileError, RequestError
 from greenroom.server.launch import Listen, bind
-from greenroom.server.logs import JsonFormatter
+from greenroom.server.logs import JsonFormatter, LineFormatter
 from greenroom.server.registry import ModelSource
 
 FAKE = Path(__file__).with_name("serve_fake.py")
@@ -224,3 +224,17 @@ def test_json_log_lines():
     )
     fields = json.loads(JsonFormatter().format(record))
     assert (fields["method"], fields["path"], fields["status"]) == ("GET", "/p", 200)
+
+
+def test_a_log_record_is_one_line_whatever_is_in_it():
+    formatter = LineFormatter("%(levelname)s %(message)s")
+    text = "x\n2026-01-01 ERROR forged\x1b[2J\r"
+    record = logging.LogRecord("greenroom", logging.INFO, "", 0, "%s", (text,), None)
+    assert formatter.format(record) == "INFO x\\x0a2026-01-01 ERROR forged\\x1b[2J\\x0d"
+    try:
+        raise ValueError(text)
+    except ValueError as error:
+        record.exc_info = (ValueError, error, error.__traceback__)
+    lines = formatter.format(record).splitlines()
+    assert all(line.startswith("    ") for line in lines[1:])
+    assert len(json.loads(JsonFormatter().format(record))["message"]) == len(text)

@@ -227,3 +227,20 @@ def test_ollamas_files_are_not_ours_to_delete(home):
     with pytest.raises(ModelFileError, match="ollama rm"):
         hub.remove(source)
     assert (home / "x.gguf").exists()
+
+
+def test_rm_of_a_link_leaves_what_it_leads_to(home):
+    elsewhere = model(home / "elsewhere" / "mine.gguf")
+    for link in (home / "lm/m.gguf", home / "hub/models--a--b/snapshots/1/m.gguf"):
+        link.parent.mkdir(parents=True)
+        link.symlink_to(elsewhere)
+        assert hub.remove(hub.ModelSource("m", link, 100)) == 0
+        assert not link.is_symlink()
+        assert elsewhere.exists()
+
+
+@pytest.mark.parametrize("name", ["../../x.gguf", "/tmp/x.gguf", "a/../../x.gguf", "..\\x.gguf"])
+def test_names_that_lead_out_of_the_cache_are_not_pulled(name):
+    assert hub.remote_models("a/b", [(name, 4), ("good.gguf", 4)]) == hub.remote_models(
+        "a/b", [("good.gguf", 4)]
+    )

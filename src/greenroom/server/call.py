@@ -11,6 +11,8 @@ from greenroom.errors import RequestError
 from greenroom.server.grammar import GrammarSpec
 
 Message = dict[str, Any]
+_RESERVED = {"self", "messages", "tools", "documents", "add_generation_prompt"}
+_RESERVED |= {f"{name}_token" for name in ("bos", "eos", "unk")}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,6 +50,9 @@ class Call:
     def __post_init__(self) -> None:
         if not self.messages and not self.prompts:
             raise RequestError("messages: there is nothing to answer", "messages")
+        if reserved := _RESERVED & set(self.variables):
+            field = f"chat_template_kwargs.{min(reserved)}"
+            raise RequestError(f"{field}: this name is not the client's to set", field)
         names = {tool["function"]["name"] for tool in self.tools}
         if self.tool_choice == "required" and not names:
             raise RequestError("tool_choice: 'required' needs tools", "tool_choice")

@@ -198,7 +198,10 @@ class GrammarCompiler:
             verbose_errors=False,
         )
         try:
-            matcher = llguidance.LLMatcher(self._vocabulary(), _grammar(spec), limits=limits)
+            # No log: it would write what clients send to standard error.
+            matcher = llguidance.LLMatcher(
+                self._vocabulary(), _grammar(spec), log_level=0, limits=limits
+            )
         except ValueError as error:
             raise _refused(spec, str(error)) from None
         if matcher.is_error():

@@ -48,6 +48,8 @@ def remote_models(repo: str, files: Sequence[tuple[str, int]]) -> list[RemoteMod
     sets: dict[str, list[tuple[str, int]]] = {}
     for name, size in sorted(files):
         path = PurePosixPath(name)
+        if path.is_absolute() or ".." in path.parts or "\\" in name:
+            continue  # a hostile repository's
         if path.suffix.lower() != ".gguf" or "mmproj" in path.name.lower():
             continue
         stem = _SPLIT_PART.sub("", path.stem)
@@ -129,15 +131,30 @@ def remove(source: ModelSource) -> int:
         raise ModelFileError(f"{source.name} belongs to Ollama; use 'ollama rm {source.name}'")
     freed = 0
     for file in parts(source.path):
-        blob = file.resolve()
-        freed += blob.stat().st_size
+        blob = _own_blob(file)
+        if blob is None:
+            freed += 0 if file.is_symlink() else file.stat().st_size
+            file.unlink()
+            continue
+        size = blob.stat().st_size
         file.unlink()
-        if blob != file and not _still_linked(file, blob):
+        if not _still_linked(file, blob):
             blob.unlink()
+            freed += size
     return freed
+
+
+def _own_blob(file: Path) -> Path | None:
+    """The file of the hub's cache that a link in it stands for. Where other links lead is
+    somebody else's, and stays."""
+    repo = next((p.parent for p in file.parents if p.name == "snapshots"), None)
+    if repo is None or not file.is_symlink():
+        return None
+    blob = file.resolve()
+    return blob if blob.parent == (repo / "blobs").resolve() and blob.is_file() else None
 
 
 def _still_linked(file: Path, blob: Path) -> bool:
     """Whether another revision of the hub's cache still shows this blob."""
-    repo = next(p for p in file.parents if p.name == "snapshots")
-    return any(path.is_symlink() and path.resolve() == blob for path in repo.rglob("*.gguf"))
+    snapshots = next(p for p in file.parents if p.name == "snapshots")
+    return any(path.is_symlink() and path.resolve() == blob for path in snapshots.rglob("*.gguf"))

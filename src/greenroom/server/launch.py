@@ -15,6 +15,7 @@ import uvicorn
 from fastapi import FastAPI
 
 from greenroom.errors import GreenroomError, RequestError
+from greenroom.server.connection import Connection
 from greenroom.server.logs import log_config
 from greenroom.server.security import KeyRing
 
@@ -126,6 +127,8 @@ def run(app: FastAPI, listen: Listen, keys: KeyRing, announce: Callable[[str], N
         url = f"{'https' if listen.certificate else 'http'}://{host}:{port}"
         config = uvicorn.Config(
             app,
+            http=Connection,
+            ws="none",
             log_config=log_config(listen.log_format, listen.log_level),
             access_log=listen.access_log,
             ssl_certfile=listen.certificate,

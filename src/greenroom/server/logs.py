@@ -9,6 +9,20 @@ from typing import Any
 _ACCESS = ("client", "method", "path", "http_version", "status")
 
 
+_CONTROL = {code: f"\\x{code:02x}" for code in (*range(32), *range(127, 160)) if code != 9}
+
+
+class LineFormatter(logging.Formatter):
+    """A record is one line, whatever a client put into it; a traceback's lines are indented."""
+
+    def formatMessage(self, record: logging.LogRecord) -> str:
+        return super().formatMessage(record).translate(_CONTROL)
+
+    def formatException(self, ei: Any) -> str:
+        lines = super().formatException(ei).split("\n")
+        return "\n".join("    " + line.translate(_CONTROL) for line in lines)
+
+
 class JsonFormatter(logging.Formatter):
     """One JSON object per record; an access record's parts are fields of their own."""
 
@@ -34,9 +48,8 @@ def log_config(form: str, level: str) -> dict[str, Any]:
         form: "text" or "json".
         level: "debug", "info", "warning" or "error".
     """
-    formatter: dict[str, Any] = {"format": "%(asctime)s %(levelname)s %(message)s"}
-    if form == "json":
-        formatter = {"()": f"{__name__}.JsonFormatter"}
+    kind = "JsonFormatter" if form == "json" else "LineFormatter"
+    formatter = {"()": f"{__name__}.{kind}", "fmt": "%(asctime)s %(levelname)s %(message)s"}
     loggers = ("greenroom", "uvicorn", "uvicorn.access", "uvicorn.error")
     each = {"handlers": ["out"], "level": level.upper(), "propagate": False}
     return {

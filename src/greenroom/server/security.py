@@ -3,6 +3,7 @@
 Plain ASGI middleware around the whole application, so that no route can forget it.
 """
 
+import asyncio
 import base64
 import binascii
 import contextlib
@@ -11,6 +12,7 @@ import hmac
 import ipaddress
 import logging
 import os
+import re
 import socket
 import stat
 from collections.abc import Iterable
@@ -26,7 +28,9 @@ from greenroom.server.settings import ServerSettings
 
 log = logging.getLogger("greenroom.server")
 OPEN_PATHS = frozenset({"/health"})
+_PAGES = frozenset({"/", "/docs"})  # links from elsewhere may lead here
 _METHODS = "GET, POST, OPTIONS"
+_HEADER_NAMES = re.compile(r"[A-Za-z0-9-]+(, ?[A-Za-z0-9-]+)*")
 
 
 class KeyRing:
@@ -38,7 +42,9 @@ class KeyRing:
     """
 
     def __init__(self, keys: Iterable[str] = (), file: Path | None = None) -> None:
-        self._given = frozenset(keys)
+        self._given = frozenset(key.strip() for key in keys)
+        if "" in self._given:
+            raise RequestError("an API key is empty; leave the option out, or give a key")
         self._file = file
         self._hashes: frozenset[bytes] = frozenset()
         self.reload()
@@ -138,11 +144,13 @@ class Guard:
         self.hosts = HostCheck(settings.allowed_hosts)
         self.origins = frozenset(settings.allowed_origins)
         self.body_bytes = settings.caps.body_bytes
+        self.body_seconds = settings.body_seconds
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
+        send = _counted(scope, send)
         headers = Headers(scope=scope)
         origin = headers.get("origin")
         allowed = origin is not None and (origin in self.origins or "*" in self.origins)
@@ -160,7 +168,7 @@ class Guard:
             await refusal(scope, receive, _with_origin(send, origin) if allowed else send)
             return
         send = _with_origin(send, origin) if allowed else send
-        await self.app(scope, _capped(receive, self.body_bytes), send)
+        await self.app(scope, _capped(receive, self.body_bytes, self.body_seconds), send)
 
     def _check_origin(
         self, scope: Scope, headers: Headers, origin: str | None, allowed: bool
@@ -171,7 +179,13 @@ class Guard:
         if not self.hosts.accepts(host):
             message = f"host {host[:200]!r} is not allowed; see --allowed-host"
             raise ApiError(403, message)
-        if origin is None or allowed or origin == f"{scope['scheme']}://{host}":
+        if origin is None:
+            # What a page elsewhere embeds, an image or a script, comes without an origin.
+            site = headers.get("sec-fetch-site", "none")
+            if site in ("none", "same-origin") or scope["path"] in _PAGES:
+                return
+            raise ApiError(403, f"a page of another site ({site[:20]!r}) may not ask for this")
+        if allowed or origin == f"{scope['scheme']}://{host}":
             return
         raise ApiError(403, f"origin {origin[:200]!r} is not allowed; see --allowed-origin")
 
@@ -195,13 +209,19 @@ def _too_large(size: int, limit: int) -> ApiError:
     return ApiError(413, f"the body has {size} bytes or more, at most {limit}")
 
 
-def _capped(receive: Receive, limit: int) -> Receive:
-    """Counts what comes without a Content-Length."""
-    total = 0
+def _capped(receive: Receive, limit: int, seconds: float) -> Receive:
+    """Counts what comes without a Content-Length, and does not wait for a body for ever."""
+    total, complete = 0, False
 
     async def counted() -> Message:
-        nonlocal total
-        message = await receive()
+        nonlocal total, complete
+        if complete:  # what comes now is the news that the client has left
+            return await receive()
+        try:
+            message = await asyncio.wait_for(receive(), seconds)
+        except TimeoutError:
+            raise ApiError(408, f"nothing more of the body came for {seconds:g} s") from None
+        complete = not message.get("more_body", False)
         total += len(message.get("body", b""))
         if total > limit:
             raise _too_large(total, limit)
@@ -211,12 +231,26 @@ def _capped(receive: Receive, limit: int) -> Receive:
 
 
 def _preflight(headers: Headers) -> dict[str, str]:
-    asked = headers.get("access-control-request-headers", "authorization, content-type")
+    asked = headers.get("access-control-request-headers", "")
+    if not _HEADER_NAMES.fullmatch(asked):
+        asked = "authorization, content-type"
     return {
         "Access-Control-Allow-Methods": _METHODS,
         "Access-Control-Allow-Headers": asked[:1000],
         "Access-Control-Max-Age": "600",
     }
+
+
+def _counted(scope: Scope, send: Send) -> Send:
+    """Counts refusals."""
+
+    async def sending(message: Message) -> None:
+        if message["type"] == "http.response.start" and 400 <= message["status"] < 500:
+            metrics = scope["app"].state.server.metrics
+            metrics.rejected.labels(str(message["status"])).inc()
+        await send(message)
+
+    return sending
 
 
 def _with_origin(send: Send, origin: str | None) -> Send:

@@ -32,6 +32,7 @@ class ServerSettings:
         max_loaded: models that may be loaded at once.
         drain_seconds: how long running requests may go on after SIGTERM.
         workers: threads for tokenising, rendering and grammars.
+        body_seconds: longest wait for the next piece of a request's body.
         first_event_seconds: how long a stream's head is held back, so that an early
             error still becomes an HTTP status.
         ping_seconds: a stream that is silent this long gets a comment, so that proxies
@@ -46,5 +47,6 @@ class ServerSettings:
     max_loaded: int = 1
     drain_seconds: float = 30.0
     workers: int = 2
+    body_seconds: float = 30.0
     first_event_seconds: float = 0.5
     ping_seconds: float = 15.0
