@@ -22,6 +22,7 @@ GREENROOM_MODULE(GREENROOM_TIER, m) {
     greenroom::bind_ops(m);
     greenroom::bind_matmul(m);
     greenroom::bind_moe(m);
+    greenroom::bind_rendezvous(m);
     greenroom::bind_quantise(m);
     greenroom::bind_ceilings(m);
 }
