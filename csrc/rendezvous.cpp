@@ -114,13 +114,18 @@ void Rendezvous::check_ids(std::size_t layer) {
     const Mailbox& box = boxes_[layer];
     const auto& experts = box.layer->experts;
     ids_.assign(box.ids, box.ids + tokens_ * k_);
-    for (const std::int32_t id : ids_) {
+    const auto known = static_cast<std::int64_t>(experts.size());
+    for (std::int64_t i = 0; i < tokens_ * k_; ++i) {
+        const std::int32_t id = ids_[static_cast<std::size_t>(i)];
         if (id == -1) continue;
-        const auto known = static_cast<std::int64_t>(experts.size());
-        if (id >= 0 && id < known && experts[static_cast<std::size_t>(id)].present()) continue;
+        bool good = id >= 0 && id < known && experts[static_cast<std::size_t>(id)].present();
+        // The native step shares one token's activations: an expert may have it once only.
+        for (std::int64_t j = i - i % k_; good && j < i; ++j)
+            good = ids_[static_cast<std::size_t>(j)] != id;
+        if (good) continue;
         throw std::runtime_error("rendezvous: MoE layer " + std::to_string(layer) +
                                  " was sent expert id " + std::to_string(id) +
-                                 ", which is not in memory");
+                                 ", which is not in memory or came twice for one token");
     }
 }
 

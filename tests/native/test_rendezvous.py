@@ -31,7 +31,7 @@ class Desk:
     def write(self, layer: int, seed: int) -> None:
         rng = np.random.default_rng(seed)
         self.hidden[layer] = rng.standard_normal((TOKENS, D))
-        self.ids[layer] = rng.integers(-1, 4, (TOKENS, K))
+        self.ids[layer] = [rng.permutation(5)[:K] - 1 for _ in range(TOKENS)]
         self.weights[layer] = rng.random((TOKENS, K))
 
     def expected(self, layer: int, tokens: int) -> np.ndarray:
@@ -74,16 +74,17 @@ def test_a_layer_without_misses_is_left_alone(desk: Desk) -> None:
     assert (desk.done[:, 0] == 2**31 - 1).all()
 
 
-@pytest.mark.parametrize("bad", [-2, 4, 2**31 - 1, -(2**31)])
+@pytest.mark.parametrize("bad", [-2, 4, 2**31 - 1, -(2**31), 0])
 def test_hostile_ids_fail_the_step_once(desk: Desk, bad: int) -> None:
-    desk.ids[1, 0, 1] = bad
+    desk.ids[:] = [0, 1]
+    desk.ids[1, 0, 1] = bad  # 0: the same expert twice
     desk.ring[:, 0] = 7
     desk.native.begin(7, TOKENS)
     with pytest.raises(RuntimeError, match=f"MoE layer 1 was sent expert id {bad},"):
         desk.native.wait(20)
     assert desk.native.wait(0)
     assert (desk.done[:, 0] == FAILED + 7).all()
-    desk.ids[1] = 0
+    desk.ids[:] = [0, 1]
     desk.ring[:, 0] = 8
     desk.native.begin(8, TOKENS)
     assert desk.native.wait(20)
