@@ -1,5 +1,6 @@
 """Mixed precision by heat: the classes, the file, the engine on both backends, and the way back."""
 
+import itertools
 from pathlib import Path
 
 import numpy as np
@@ -8,10 +9,12 @@ import torch
 
 from greenroom.commands import main
 from greenroom.commands.inspect import describe
-from greenroom.convert.heat import Heat, choose
+from greenroom.convert.allocation import rounding_errors, spend
+from greenroom.convert.heat import Heat, room_for
 from greenroom.convert.quantise import Quantisation, quantise_file
+from greenroom.convert.quantisers import Quantisers
 from greenroom.errors import ModelFileError, UnsupportedModelError
-from greenroom.gguf import GGMLType, GGUFFile, TensorSpec, write_gguf
+from greenroom.gguf import GGMLType, GGUFFile, TensorSpec, dequantize, write_gguf
 from greenroom.models import LoadOptions, load_model
 
 from ..models.cases import CASES
@@ -81,16 +84,77 @@ def test_the_engine_runs_a_mixed_file(tmp_path: Path, case: str) -> None:
     assert torch.equal(logits(out, "native"), logits(out, "native", mmap=True))
 
 
-def test_hot_experts_are_those_with_most_routes_per_byte() -> None:
-    counts = np.array([[5, 1, 1, 3], [9, 0, 0, 1]])
+@pytest.mark.parametrize("seed", range(20))
+def test_bytes_go_where_they_save_most(seed: int) -> None:
+    """Against every choice there is, on small cases with three candidates."""
+    rng = np.random.default_rng(seed)
+    errors = np.sort(rng.random((2, 3, 3)) ** 3, axis=-1)
+    bytes_of = np.array([[6, 4, 2], [9, 6, 3]])
+    room = int(rng.integers(0, 24))
+    layer = np.repeat(np.arange(2), 3)
+
+    def used(chosen: np.ndarray) -> int:
+        return int((bytes_of[layer, chosen] - bytes_of[layer, 2]).sum())
+
+    def saved(chosen: np.ndarray) -> float:
+        flat = errors.reshape(6, 3)
+        return float((flat[:, 2] - flat[np.arange(6), chosen]).sum())
+
+    of = spend(errors, bytes_of, room).ravel()
+    assert used(of) <= room
+    choices = (np.array(c) for c in itertools.product(range(3), repeat=6))
+    best = max(saved(c) for c in choices if used(c) <= room)
+    assert saved(of) >= 0.75 * best  # greedy, not exact
+
+
+def test_hot_experts_are_those_with_most_routes() -> None:
+    share = np.array([[0.5, 0.1, 0.1, 0.3], [0.9, 0.0, 0.0, 0.1]])
     bytes_of = np.array([[8, 4], [8, 4]])
-    of = choose(counts, bytes_of, Heat(Path(), "", "", share=0.25), 0)
-    assert (of == 0).tolist() == [[True, False, False, False], [True, False, False, False]]
-    size = 100 + 8 * 4 + 3 * 4  # everything cold, and three finer ones
-    of = choose(counts, bytes_of, Heat(Path(), "", "", size=size), 100)
-    assert (of == 0).tolist() == [[True, False, False, True], [True, False, False, False]]
+    cost = share[..., None] * np.array([0.0, 1.0])
+    for wanted, hot in ((None, [[0], [0]]), (0.375, [[0, 3], [0]])):
+        room = room_for(bytes_of, 4, Heat(Path(), "Q8_0", "Q4_0", share=wanted), 0)
+        of = spend(cost, bytes_of, room)
+        assert [np.flatnonzero(row == 0).tolist() for row in of] == hot
     with pytest.raises(UnsupportedModelError, match="cannot be reached"):
-        choose(counts, bytes_of, Heat(Path(), "", "", size=120), 100)
+        room_for(bytes_of, 4, Heat(Path(), "Q8_0", "Q4_0", size=120), 100)
+
+
+def test_rounding_errors_are_those_of_the_blocks(tmp_path: Path) -> None:
+    values = np.random.default_rng(1).normal(size=(3, 40, 64)).astype(np.float32)
+    values[1] *= 100  # relative errors do not see it
+    values[2] = np.rint(values[2] * 20) / 16
+    importance = {"e": np.repeat([[1.0, 3.0]], 32, 1).reshape(64).astype(np.float32)}
+    write_gguf(tmp_path / "e.gguf", {}, [TensorSpec.of("e", GGMLType.F16, values)])
+    with GGUFFile(tmp_path / "e.gguf") as file:
+        types = [GGMLType.Q8_0, GGMLType.Q4_0, GGMLType.F16]
+        plain = rounding_errors(file.tensors["e"], types, Quantisers(1))
+        weighed = rounding_errors(file.tensors["e"], types, Quantisers(1, importance))
+        stored = file.tensors["e"].dequantize().reshape(values.shape)
+    for i, type in enumerate(types[:2]):
+        lost = stored - dequantize(type, Quantisers(1).quantise(type, stored))
+        exact = (lost**2).sum((1, 2)) / (stored**2).sum((1, 2))
+        assert np.allclose(plain[:, i], exact, rtol=0.1)  # 32 of 40 rows
+    assert (plain[:, 2] == 0).all()
+    assert ((weighed > 0) == (plain > 0)).all()
+    assert not np.allclose(weighed[:, 1], plain[:, 1], rtol=1e-3)
+
+
+def test_a_size_uses_the_types_between(tmp_path: Path) -> None:
+    path, counts = source(tmp_path, "qwen3moe")
+    heat = Heat(trace(tmp_path / "t.npz", counts), "Q8_0", "Q3_K", size=path.stat().st_size // 2)
+    assert heat.mixes == ["Q8_0", "Q6_K", "Q5_K", "Q4_K", "Q3_K"]
+    quantise_file(Quantisation(path, "F16", heat=heat, threads=2), tmp_path / "o.gguf")
+    assert (tmp_path / "o.gguf").stat().st_size <= path.stat().st_size // 2
+    with GGUFFile(tmp_path / "o.gguf") as file:
+        found = {e["type"] for e in describe(file)["experts"]["classes"]}
+        index = file.tensors["blk.0.ffn_exps.class"].data().view(np.int32)
+        assert set(index) == set(range(index.max() + 1))
+    assert len(found) > 2
+    plain = tmp_path / "plain.gguf"
+    quantise_file(Quantisation(tmp_path / "o.gguf", "F32", threads=2), plain)
+    expected = logits(plain, "reference")
+    assert relative_error(logits(tmp_path / "o.gguf", "reference"), expected) < 1e-5
+    assert relative_error(logits(tmp_path / "o.gguf", "native"), expected) < 0.05
 
 
 @pytest.mark.parametrize("percent", [45, 48])

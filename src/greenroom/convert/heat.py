@@ -1,4 +1,4 @@
-"""Mixed precision: hot experts of a layer get a finer type than cold ones, under a size.
+"""Mixed precision: experts of a layer that are used more get finer types, under a size.
 
 A layer's experts of one class are stacked in one tensor, and a small tensor says which class an
 expert is of (docs/mixed-precision.md). Knows traces, names and sizes; makes no blocks.
@@ -12,20 +12,20 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from greenroom.convert.mixture import Rules
+from greenroom.convert.allocation import Ints, Reals, rounding_errors, spend
+from greenroom.convert.mixture import MIXES, Rules
 from greenroom.convert.quantisers import Quantisers
 from greenroom.convert.values import Bytes, Floats, Values
 from greenroom.errors import ModelFileError, UnsupportedModelError
 from greenroom.experts.trace import Trace
 from greenroom.gguf import GGMLType, GGUFFile, TensorInfo, TensorSpec, dequantize
 
-Counts = npt.NDArray[np.int64]
-
 EXPERTS = re.compile(r"blk\.(\d+)\.ffn_(gate|up|down)_exps\.weight")
 CLASS_PART = re.compile(r"(blk\.(\d+)\.ffn_(?:gate|up|down)_exps)\.c(\d+)\.weight")
-HOT, COLD = 0, 1
 DEFAULT_SHARE = 0.25
-_LINE = 256  # bytes of a header one more tensor may take
+_LINE = 160  # bytes of a header that one more tensor may take, and of its padding
+# Between hot and cold, where a size is wanted. None of these gives single layers finer types.
+_LADDER = ("Q8_0", "Q6_K", "Q5_K", "Q4_K")
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +45,18 @@ class Heat:
     share: float | None = None
     size: int | None = None
 
+    @property
+    def mixes(self) -> list[str]:
+        """Candidates, finest first: with a size also those between hot and cold."""
+        hot, cold = (bits(MIXES[mix.upper()].base) for mix in (self.hot, self.cold))
+        between = [mix for mix in _LADDER if cold < bits(MIXES[mix].base) < hot]
+        return [self.hot, *(between if self.size is not None else ()), self.cold]
+
+
+def bits(type: GGMLType) -> float:
+    """Bits of one number."""
+    return 8 * type.block_bytes / type.block_size
+
 
 class Classes:
     """The class of every expert of a file, and the tensors that makes.
@@ -52,8 +64,9 @@ class Classes:
     Args:
         file: the model, its experts stacked.
         heat: what decides.
-        rules: those of the hot and of the cold experts.
+        rules: those of `heat.mixes`.
         rest: bytes of everything that is not an expert matrix, header included.
+        quantisers: to measure what candidates cost.
 
     Raises:
         UnsupportedModelError: the experts are stored in another form, or the size cannot be
@@ -61,44 +74,66 @@ class Classes:
         ModelFileError: the trace is damaged or of another model.
     """
 
-    def __init__(self, file: GGUFFile, heat: Heat, rules: tuple[Rules, Rules], rest: int) -> None:
-        self.types: dict[str, tuple[GGMLType, GGMLType]] = {}
-        cost: dict[int, list[int]] = {}  # layer: bytes of one expert, hot and cold
+    def __init__(
+        self,
+        file: GGUFFile,
+        heat: Heat,
+        rules: Sequence[Rules],
+        rest: int,
+        quantisers: Quantisers,
+    ) -> None:
+        self.types: dict[str, list[GGMLType]] = {}
+        stacks: dict[int, list[TensorInfo]] = {}
         for tensor in file.tensors.values():
             match = EXPERTS.fullmatch(tensor.name)
-            if match is None:
-                continue
-            hot, cold = (smaller(tensor, rule) for rule in rules)
-            self.types[tensor.name] = hot, cold
-            sums = cost.setdefault(int(match[1]), [0, 0])
-            for i, type in enumerate((hot, cold)):
-                sums[i] += tensor.shape[1] * type.row_bytes(tensor.shape[2])
-        if not cost or any("_exps.c" in name or "_gate_up_" in name for name in file.tensors):
+            if match is not None:
+                self.types[tensor.name] = [smaller(tensor, rule) for rule in rules]
+                stacks.setdefault(int(match[1]), []).append(tensor)
+        if not stacks or any("_exps.c" in name or "_gate_up_" in name for name in file.tensors):
             raise UnsupportedModelError(
                 f"{file.path.name}: precision by heat needs experts in three plain stacks per "
                 "layer; this file has none, fused ones or classes already"
             )
         trace = Trace.load(heat.trace)
-        experts = next(file.tensors[name].shape[0] for name in self.types)
-        trace.fits(experts, sorted(cost), heat.trace)
-        bytes_of = np.array([cost[layer] for layer in trace.layers], np.int64)
-        chosen = choose(trace.counts(), bytes_of, heat, rest)
+        trace.fits(next(iter(stacks.values()))[0].shape[0], sorted(stacks), heat.trace)
+        bytes_of = np.array([self._bytes(stacks[layer]) for layer in trace.layers], np.int64)
+        room = room_for(bytes_of, trace.experts, heat, rest)
+        if heat.size is None:
+            cost = shares(trace)[..., None] * np.array([0.0, 1.0])  # hot and cold
+        else:
+            errors = [self._errors(stacks[layer], quantisers) for layer in trace.layers]
+            # An error counts as often as its expert is used.
+            cost = shares(trace)[..., None] * np.array(errors)
+        chosen = spend(cost, bytes_of, room)
         self.of = dict(zip(trace.layers, chosen, strict=True))
+
+    def _bytes(self, stacks: Sequence[TensorInfo]) -> list[int]:
+        """One expert's bytes by candidate."""
+        candidates = range(len(self.types[stacks[0].name]))
+        return [
+            sum(t.shape[1] * self.types[t.name][c].row_bytes(t.shape[2]) for t in stacks)
+            for c in candidates
+        ]
+
+    def _errors(self, stacks: Sequence[TensorInfo], quantisers: Quantisers) -> Reals:
+        """(experts, candidates) relative squared errors, summed over an expert's matrices."""
+        parts = [rounding_errors(t, self.types[t.name], quantisers) for t in stacks]
+        return np.asarray(np.sum(parts, axis=0))
 
     def specs(self, tensor: TensorInfo, quantisers: Quantisers) -> Iterator[TensorSpec]:
         """What an expert matrix becomes."""
         match = EXPERTS.fullmatch(tensor.name)
         assert match is not None
-        of = self.of[int(match[1])]
-        types = self.types[tensor.name]
+        # Classes are counted without a gap, finest first.
+        present, of = np.unique(self.of[int(match[1])], return_inverse=True)
         base = tensor.name.removesuffix(".weight")
-        present = [c for c in (HOT, COLD) if (of == c).any()]
         if match[2] == "gate" and len(present) > 1:
             name = f"blk.{match[1]}.ffn_exps.class"
             yield TensorSpec(name, GGMLType.I32, of.shape, of.astype(np.int32))
-        for c in present:
+        for c, candidate in enumerate(present):
             name = f"{base}.c{c}.weight" if len(present) > 1 else tensor.name
-            yield one_class(name, tensor, types[c], np.flatnonzero(of == c), quantisers)
+            type = self.types[tensor.name][candidate]
+            yield one_class(name, tensor, type, np.flatnonzero(of == c), quantisers)
 
 
 def smaller(tensor: TensorInfo, rules: Rules) -> GGMLType:
@@ -108,42 +143,40 @@ def smaller(tensor: TensorInfo, rules: Rules) -> GGMLType:
     return min(tensor.type, wanted, key=lambda type: type.row_bytes(columns))
 
 
-def choose(counts: Counts, bytes_of: Counts, heat: Heat, rest: int) -> Counts:
-    """The class of each expert, (layers, experts): most routes per byte of finer blocks.
+def shares(trace: Trace) -> Reals:
+    """Each expert's share of its layer's routes, (layers, experts)."""
+    counts = trace.counts()
+    return np.asarray(counts / np.maximum(counts.sum(1, keepdims=True), 1))
+
+
+def room_for(bytes_of: Ints, experts: int, heat: Heat, rest: int) -> int:
+    """Bytes to spend beyond the smallest candidates.
 
     Args:
-        counts: routes, (layers, experts).
-        bytes_of: one expert's bytes, hot and cold, (layers, 2).
+        bytes_of: one expert's bytes, (layers, candidates).
+        experts: of a layer.
         heat: the share or the size.
         rest: bytes of everything else.
 
     Raises:
-        UnsupportedModelError: even with cold experts only the file is too large.
+        UnsupportedModelError: even with the smallest the file is too large.
     """
-    experts = counts.shape[1]
-    extra = np.maximum(bytes_of[:, HOT] - bytes_of[:, COLD], 0)
-    share = counts / np.maximum(counts.sum(1, keepdims=True), 1)
-    order = np.argsort(-(share / np.maximum(extra, 1)[:, None]), axis=None, kind="stable")
-    room = int(experts * extra.sum() * (DEFAULT_SHARE if heat.share is None else heat.share))
-    if heat.size is not None:
-        least = rest + experts * int(bytes_of[:, COLD].sum())
-        room = heat.size - least
-        if room < 0:
-            raise UnsupportedModelError(
-                f"a size of {heat.size / 2**20:.1f} MiB cannot be reached: with cold experts only "
-                f"the file has {least / 2**20:.1f} MiB; choose a coarser --cold-type or --type"
-            )
-    classes = np.full(counts.shape, COLD, np.int64)
-    for index in order:
-        layer = index // experts
-        if extra[layer] <= room:
-            room -= int(extra[layer])
-            classes[layer, index % experts] = HOT
-    return classes
+    least = experts * int(bytes_of.min(1).sum())
+    if heat.size is None:
+        extra = np.maximum(bytes_of[:, 0] - bytes_of[:, -1], 0)
+        share = DEFAULT_SHARE if heat.share is None else heat.share
+        return int(experts * extra.sum() * share)
+    if heat.size < least + rest:
+        raise UnsupportedModelError(
+            f"a size of {heat.size / 2**20:.1f} MiB cannot be reached: with cold experts only "
+            f"the file has {(least + rest) / 2**20:.1f} MiB; choose a coarser --cold-type or "
+            "--type"
+        )
+    return heat.size - least - rest
 
 
 def one_class(
-    name: str, tensor: TensorInfo, type: GGMLType, members: Counts, quantisers: Quantisers
+    name: str, tensor: TensorInfo, type: GGMLType, members: Ints, quantisers: Quantisers
 ) -> TensorSpec:
     """The experts `members` of a tensor as one of `type`."""
     encode = quantisers.encoder(tensor.name, members)
@@ -198,6 +231,9 @@ def _stack(file: GGUFFile, base: str, classes: npt.NDArray[np.int32]) -> Values:
 
 
 def header_bytes(file: GGUFFile, classes: int) -> int:
-    """At most the bytes of a file beyond its tensors, with `classes` per layer."""
+    """At most the bytes of a file beyond its tensors, with `classes` per layer, and those of
+    the tensors that say which expert has which."""
     outside = sum(path.stat().st_size for path in file.paths) - file.nbytes
-    return int(outside + _LINE * classes * len(file.tensors))
+    stacks = [t for t in file.tensors.values() if EXPERTS.fullmatch(t.name)]
+    indices = sum(4 * t.shape[0] + _LINE for t in stacks) // 3
+    return int(outside + _LINE * classes * len(stacks) + indices)

@@ -96,11 +96,9 @@ def mixed_specs(
     """The same with experts in classes by heat."""
     assert job.heat is not None
     rest = [spec for spec in specs if not EXPERTS.fullmatch(spec.name)]
-    rules = tuple(
-        rules_of(file, check_mix(type), job.overrides) for type in (job.heat.hot, job.heat.cold)
-    )
+    rules = [rules_of(file, check_mix(mix), job.overrides) for mix in job.heat.mixes]
     size = header_bytes(file, len(rules)) + sum(spec.nbytes for spec in rest)
-    classes = Classes(file, job.heat, (rules[0], rules[1]), size)
+    classes = Classes(file, job.heat, rules, size, quantisers)
     out: list[TensorSpec] = []
     for spec in specs:
         if EXPERTS.fullmatch(spec.name):

@@ -62,6 +62,18 @@ class Quantisers:
 
         return encode
 
+    def weights(self, name: str) -> Floats:
+        """Weights of the columns' squared errors, (experts or 1, 1, columns or 1); ones where
+        nothing was measured."""
+        measured = self._importance.get(name)
+        if measured is None:
+            return np.ones((1, 1, 1), np.float32)
+        known = [
+            np.ones_like(row) if (w := usable(row)) is None else w
+            for row in np.atleast_2d(measured)
+        ]
+        return np.stack(known)[:, None]
+
     def quantise(self, type: GGMLType, values: Floats, weights: Floats | None = None) -> Bytes:
         """Encodes (..., columns) float32 as (..., row_bytes) uint8.
 
