@@ -7,6 +7,7 @@ import pytest
 from huggingface_hub import ModelCard
 
 from greenroom.commands import main
+from greenroom.convert.card_text import citation
 
 from ..models.cases import CASES
 
@@ -73,3 +74,24 @@ def test_what_is_no_result_is_named(
     (folder / "bad.json").write_text(content)
     assert main(["card", str(model), "--results", str(folder)]) == 1
     assert "bad.json" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("architecture", "name", "cited"),
+    [
+        ("granitemoe", "granite-3.0-1b-a400m", "granite-3.0-language-models"),
+        ("llama", "Mixtral-8x7B-Instruct-v0.1", "2401.04088"),
+        ("phimoe", "GRIN-MoE", "2409.12136"),
+        ("phimoe", "Phi-3.5-MoE-instruct", "2404.14219"),
+        ("deepseek", "SmolLM2-135M MoE", "2502.02737"),
+        ("deepseek", "deepseek-moe-16b-base", "2401.06066"),
+    ],
+)
+def test_the_original_authors_are_cited(architecture: str, name: str, cited: str) -> None:
+    found = citation(architecture, name)
+    assert found is not None
+    assert cited in found
+
+
+def test_nobody_is_cited_by_guess() -> None:
+    assert citation("llama", "somebody's model") is None

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from greenroom.convert.card_text import CITATIONS, LIMITATIONS, USAGE
+from greenroom.convert.card_text import LIMITATIONS, USAGE, citation
 from greenroom.errors import ModelFileError, RequestError
 
 Lines = Iterator[str]
@@ -267,7 +267,9 @@ def _limitations(subject: Subject) -> Lines:
 
 
 def _citation(subject: Subject) -> Lines:
-    cited = CITATIONS.get(str(subject.facts["architecture"]))
+    known = (subject.facts["name"], subject.base_model, subject.files[0][0])
+    names = " ".join(str(name) for name in known if name)
+    cited = citation(str(subject.facts["architecture"]), names)
     if cited is None:
         return
     yield "## Citation"

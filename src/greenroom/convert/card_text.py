@@ -70,4 +70,30 @@ CITATIONS = {
     "qwen3moe": _cite("Qwen3 Technical Report", "2505.09388", 2025),
     "qwen3": _cite("Qwen3 Technical Report", "2505.09388", 2025),
     "olmoe": _cite("OLMoE: Open Mixture-of-Experts Language Models", "2409.02060", 2024),
+    "granitemoe": (
+        "```bibtex\n@misc{granite3,\n  title = {Granite 3.0 Language Models},\n"
+        "  author = {{Granite Team, IBM}},\n  year = {2024},\n"
+        "  url = {https://github.com/ibm-granite/granite-3.0-language-models}\n}\n```"
+    ),
 }
+# By a word in the model's name, where the architecture alone does not tell the authors.
+_BY_NAME = {
+    "mixtral": _cite("Mixtral of Experts", "2401.04088", 2024),
+    "grin": _cite("GRIN: GRadient-INformed MoE", "2409.12136", 2024),
+    "smollm2": _cite(
+        "SmolLM2: When Smol Goes Big - Data-Centric Training of a Small Language Model",
+        "2502.02737",
+        2025,
+    ),
+}
+
+
+def citation(architecture: str, name: str) -> str | None:
+    """Whom to cite for a model; None where it is not known.
+
+    Args:
+        architecture: `general.architecture`.
+        name: of the model, its base or its file, in any case.
+    """
+    by_name = next((text for word, text in _BY_NAME.items() if word in name.lower()), None)
+    return by_name or CITATIONS.get(architecture)
