@@ -95,3 +95,54 @@ def test_the_original_authors_are_cited(architecture: str, name: str, cited: str
 
 def test_nobody_is_cited_by_guess() -> None:
     assert citation("llama", "somebody's model") is None
+
+
+BENCH = {
+    "kind": "bench",
+    "version": 1,
+    "date": "2026-01-02T03:04:05+00:00",
+    "command": "greenroom bench model.gguf",
+    "machine": {"processor": {"name": "Abacus 3000"}, "versions": {"greenroom": "9.9"}},
+    "results": {
+        "greenroom": {
+            "threads": 2,
+            "peak_rss": 3 << 30,
+            "peak_vram": 0,
+            "cases": {
+                "1 x 8+4": {
+                    name: {"median": median, "iqr": 0.5}
+                    for name, median in (("prefill", 12.34), ("first_token", 1.5), ("decode", 7.89))
+                }
+            },
+        }
+    },
+}
+PLAN = {
+    "kind": "plan",
+    "version": 1,
+    "plan": {},
+    "sweep": [
+        {"vram": 1 << 30, "memory": {"vram": 1 << 29, "ram": 5 << 30}, "experts_in_vram": 0.25}
+    ],
+}
+
+
+def test_speed_and_memory_are_tables_with_machine_and_command(model: Path) -> None:
+    folder = model.parent / "results"
+    folder.mkdir()
+    (folder / "bench.json").write_text(json.dumps(BENCH))
+    (folder / "plan.json").write_text(json.dumps(PLAN))
+    text = written(model, "--results", str(folder))
+    assert "| greenroom | 1 x 8+4 | 12.34 (0.5) | 1.5 (0.5) | 7.89 (0.5) |" in text
+    assert "| greenroom | 2 | 3.00 | 0.00 |" in text
+    assert "| 1.00 | 0.50 | 5.00 | 25 % |" in text
+    assert "Greenroom 9.9, 2026-01-02T03:04:05+00:00, `greenroom bench model.gguf`" in text
+    assert "Greenroom 1" not in text  # the version of a document is not the program's
+    assert "Abacus 3000" in text
+
+
+def test_a_document_of_another_form_is_listed(model: Path) -> None:
+    folder = model.parent / "results"
+    folder.mkdir()
+    (folder / "bench.json").write_text(json.dumps({"kind": "bench", "results": [1, 2.5]}))
+    assert "| `results` | 1, 2.5 |" in written(model, "--results", str(folder))

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from greenroom.convert.card_tables import TITLES, provenance, tables
 from greenroom.convert.card_text import LIMITATIONS, USAGE, citation
 from greenroom.errors import ModelFileError, RequestError
 
@@ -34,9 +35,8 @@ class Result:
     @property
     def source(self) -> str:
         """Where its figures come from, in a line."""
-        version = self.document.get("version")
-        by = f", Greenroom {version}" if version else ""
-        return f"Source: `{self.name}` (SHA-256 `{self.sha256[:16]}…`){by}."
+        by = provenance(self.document)
+        return f"Source: `{self.name}` (SHA-256 `{self.sha256}`)" + (f", {by}." if by else ".")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -220,15 +220,13 @@ def _storage(subject: Subject) -> Lines:
 
 
 def _measured(result: Result) -> Lines:
-    titles = {
-        "eval": "Quality",
-        "bench": "Speed",
-        "profile": "How experts are used",
-        "stress": "Stress test",
-    }
-    yield f"## {titles.get(result.kind, 'Results')}: {result.name}"
+    yield f"## {TITLES.get(result.kind, 'Results')}: {result.name}"
     yield ""
     yield result.source
+    yield ""
+    for heads, lines in tables(result.document):
+        yield from _table(lines, *heads)
+    yield "All figures of the document:"
     yield ""
     rows = [(f"`{key}`", value) for key, value in flatten(result.document)]
     yield from _table(rows[:_MOST_ROWS], "figure", "value")
