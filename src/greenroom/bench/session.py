@@ -27,13 +27,14 @@ _END_SECONDS = 30
 @dataclass(frozen=True, slots=True)
 class Job:
     """An engine: its name in reports, the file, fields of EngineConfig, and whether to load it
-    from the disk first, with the page cache emptied.
+    from the disk first, with the page cache emptied. `explain` has its layers timed.
     """
 
     name: str
     path: Path
     settings: Mapping[str, Any]
     cold: bool = False
+    explain: bool = False
 
 
 class Peak:
@@ -105,6 +106,8 @@ class Session:
             del self.llm
             gc.collect()
         self.load["warm"] = self._open(LLM, job)
+        if job.explain:
+            self.llm.engine.meter()
 
     def _open(self, engine: Any, job: Job) -> float:
         begin = time.perf_counter()
@@ -131,6 +134,7 @@ class Session:
             "peak_vram": self.peak.vram,
             "peak_vram_torch": reserved,
             "experts": stats.get("experts"),
+            "layers": stats.get("layers"),
             "threads": self.llm.engine.config.threads,
             "backend": self.llm.engine.config.backend,
             "context_length": self.llm.engine.config.context_length,

@@ -41,6 +41,7 @@ def bench(
     context: options.Context = None,
     vram: options.Vram = None,
     mmap: options.Mmap = False,
+    explain: options.Explain = False,
 ) -> None:
     """Measure a model here; the last line of standard output is one JSON document.
 
@@ -53,20 +54,19 @@ def bench(
 
     wide, long = _numbers("batches", batches), _numbers("lengths", lengths)
     _check(against)
-    facts = model_facts(model)
     settings = {
         "threads": threads,
         "context_length": context or max(long) + generate + 64,
         "max_sequences": max(wide),
         "prefix_cache": False,
     }
-    jobs = [Job("greenroom", model, settings | {"vram": vram, "mmap": mmap}, cold)]
+    jobs = [Job("greenroom", model, settings | {"vram": vram, "mmap": mmap}, cold, explain)]
     here = machine([model.resolve().parent])
     if baseline:
         # All on the GPU if there is one, all on the CPU otherwise.
         jobs.append(Job("baseline", model, settings | {"vram": "max" if here.gpus else None}))
     schedule = Schedule(cases(long, wide, generate), runs)
-    document = _measured(jobs, schedule, facts, here, ceilings)
+    document = _measured(jobs, schedule, model_facts(model), here, ceilings)
     if against is not None:
         document["against"] = _against(model, here, min(long), generate, runs, threads)
     _show(document, report)
@@ -141,7 +141,11 @@ def _show(document: dict[str, Any], report: Path | None) -> None:
 
     from greenroom.bench import speed_report as shown
     from greenroom.commands.console import errors
+    from greenroom.commands.explain import show_layers
 
+    ours = document["results"]["greenroom"]
+    if ours["layers"]:
+        show_layers(ours["layers"], ours["experts"] or {}, errors)
     console = Console(highlight=False)
     for line in shown.ceiling_lines(document):
         console.print(line)

@@ -4,7 +4,7 @@ ones, so that only what is new is computed.
 
 import contextlib
 import sys
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from greenroom.commands import options
 from greenroom.errors import ChatTemplateError, RequestError
@@ -31,15 +31,20 @@ def chat(
     ram: options.Ram = None,
     mmap: options.Mmap = False,
     reference: options.Reference = False,
+    explain: options.Explain = False,
 ) -> None:
     """Talk with a model. /reset starts over, /quit leaves, Ctrl-C stops an answer."""
     params = options.sampling(
         max_tokens, temperature, top_k, top_p, min_p, repetition_penalty, seed
     )
     from greenroom.commands.console import errors, loaded, show_placement
+    from greenroom.commands.explain import explained
 
     settings = options.engine(threads, context, vram, mmap, reference, ram)
-    with loaded(model, max_sequences=1, **settings) as llm:
+    with (
+        loaded(model, max_sequences=1, **settings) as llm,
+        explained(llm, model, explain) as figures,
+    ):
         if llm.engine.chat.source == "none":
             raise ChatTemplateError(
                 f"{model.name} has no chat template; use 'greenroom run --raw' instead"
@@ -47,7 +52,7 @@ def chat(
         show_placement(llm)
         if errors.is_terminal:
             errors.print(HELP, style="dim")
-        Conversation(llm, params, system).loop()
+        Conversation(llm, params, system, figures).loop()
 
 
 class Conversation:
@@ -57,13 +62,21 @@ class Conversation:
         llm: the model.
         params: of every answer.
         system: the system message, or None.
+        figures: is given those of the last answer.
     """
 
-    def __init__(self, llm: "LLM", params: "SamplingParams", system: str | None) -> None:
+    def __init__(
+        self,
+        llm: "LLM",
+        params: "SamplingParams",
+        system: str | None,
+        figures: dict[str, Any] | None = None,
+    ) -> None:
         self.llm = llm
         self.params = params
         self.start = [] if system is None else [{"role": "system", "content": system}]
         self.messages = list(self.start)
+        self.figures = {} if figures is None else figures
 
     def loop(self) -> None:
         """Reads and answers until /quit or the end of the input."""
@@ -106,5 +119,6 @@ class Conversation:
                 writer.push(output)
         writer.finish()
         self.messages.append({"role": "assistant", "content": writer.content})
+        self.figures.update(measured.figures())
         if sys.stderr.isatty():
             show_figures(measured.figures(), {})

@@ -29,6 +29,9 @@ Ram = Annotated[
 ]
 Mmap = Annotated[bool, Option("--mmap", help="Compute from the mapped file where possible.")]
 Reference = Annotated[bool, Option("--reference", help="Plain float32 torch: slow, exact.")]
+Explain = Annotated[
+    bool, Option("--explain", help="Say where the time went, layer by layer, and how near it was.")
+]
 
 
 def engine(

@@ -42,6 +42,7 @@ def run(
     trace: Trace = None,
     mmap: options.Mmap = False,
     reference: options.Reference = False,
+    explain: options.Explain = False,
     as_json: Json = False,
 ) -> int:
     """Generate text from a prompt, and say how fast.
@@ -54,15 +55,22 @@ def run(
     )
     text = _prompt(prompt)
     from greenroom.commands.console import loaded, show_placement
+    from greenroom.commands.explain import explained
 
     settings = options.engine(threads, context, vram, mmap, reference, ram)
-    with loaded(model, max_sequences=1, trace=trace, **settings) as llm:
+    opened = loaded(model, max_sequences=1, trace=trace, **settings)
+    with opened as llm, explained(llm, model, explain) as found:
         show_placement(llm)
         tokens, parser = _tokens(llm, text, system, raw)
         if max_tokens is None:
-            room = llm.engine.config.context_length - len(tokens)
-            params = replace(params, max_tokens=max(1, min(DEFAULT_TOKENS, room)))
-        return _answer(llm, tokens, parser, params, as_json)
+            params = _bounded(params, llm.engine.config.context_length - len(tokens))
+        status, figures = _answer(llm, tokens, parser, params, as_json)
+        found |= figures
+        return status
+
+
+def _bounded(params: "SamplingParams", room: int) -> "SamplingParams":
+    return replace(params, max_tokens=max(1, min(DEFAULT_TOKENS, room)))
 
 
 def _prompt(prompt: str | None) -> str:
@@ -89,7 +97,7 @@ def _tokens(llm: "LLM", text: str, system: str | None, raw: bool) -> tuple[list[
 
 def _answer(
     llm: "LLM", tokens: list[int], parser: Any, params: "SamplingParams", as_json: bool
-) -> int:
+) -> tuple[int, dict[str, Any]]:
     from greenroom.commands.console import Measured, Writer, errors, show_figures
 
     writer, measured, status = Writer(parser, quiet=as_json), Measured(len(tokens)), 0
@@ -107,4 +115,4 @@ def _answer(
         show_figures(measured.figures(), memory)
     if measured.finish_reason == "length" and errors.is_terminal:
         errors.print("The answer was cut off; --max-tokens and --context allow more.", style="dim")
-    return status
+    return status, measured.figures()

@@ -11,6 +11,7 @@ import threading
 from collections import Counter
 from collections.abc import AsyncIterator, Callable
 from collections.abc import Sequence as Items
+from dataclasses import asdict
 from functools import partial
 from typing import Any
 
@@ -166,7 +167,18 @@ class Engine:
             "counts": dict(self._counts),
             **self._store_stats(),
             **self._expert_stats(),
+            **self._layer_stats(),
         }
+
+    def meter(self) -> None:
+        """Has `stats()["layers"]` tell, from now on, what each layer's experts cost the CPU."""
+        start = getattr(self.model, "meter", None)
+        if start is not None:
+            start()
+
+    def _layer_stats(self) -> dict[str, Any]:
+        meters = getattr(self.model, "meters", {}).items()
+        return {"layers": [{"layer": i, **asdict(m)} for i, m in meters]} if meters else {}
 
     def _store_stats(self) -> dict[str, Any]:
         memory = {**self.model.memory(), **self._cache_bytes}

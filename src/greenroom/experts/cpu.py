@@ -5,6 +5,7 @@ is packed from the mapped file when it is first routed to. Knows nothing of the 
 other tiers; an id of -1 is a route somebody else serves.
 """
 
+import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import cache
@@ -16,6 +17,7 @@ from torch import Tensor
 
 from greenroom import native
 from greenroom.errors import NativeError
+from greenroom.experts.meter import Meter
 from greenroom.experts.slabs import (
     Bytes,
     Floats,
@@ -77,6 +79,7 @@ class CpuExperts:
         self._layer = native.lib().MoeLayer(self.experts, layout.d, layout.f, activation)
         self._slabs: dict[int, Bytes] = {}
         self._pending: Future[Tensor] | None = None
+        self.meter: Meter | None = None  # is told what every call costs
         for m in matrices:
             for type in dict.fromkeys(type_of(m, e) for e in range(self.experts)):
                 note_requantised(m.name, type, layout.d)
@@ -153,10 +156,15 @@ class CpuExperts:
                 if 0 <= expert < self.experts:
                     self.slab(expert)
         arguments = (hidden.contiguous(), ids.contiguous(), weights.contiguous())
+        begin = time.perf_counter()
         try:
             native.lib().moe(self._pool, self._layer, *(a.numpy() for a in arguments), out.numpy())
         except (TypeError, ValueError) as error:
             raise NativeError(f"experts: {str(error).splitlines()[0]}") from None
+        if self.meter is not None:
+            used = set(ids.flatten().tolist()) - {-1}
+            read = sum(self.layouts[expert].nbytes for expert in used)
+            self.meter.add(len(hidden), time.perf_counter() - begin, read)
         return out
 
     def submit(self, hidden: Tensor, ids: Tensor, weights: Tensor) -> None:

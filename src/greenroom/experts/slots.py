@@ -167,7 +167,7 @@ class Arena:
         kept, device = count // 2, self._account.device
         self.memory = torch.empty(0, slab, dtype=torch.uint8, device=device)
         self._account.release("slots", count * slab)
-        free_cached(device)
+        torch.cuda.empty_cache()  # nothing happens where CUDA is not in use
         try:
             self.memory = self._account.empty("slots", [kept, slab], torch.uint8)
         except torch.OutOfMemoryError:  # somebody was faster
@@ -207,6 +207,7 @@ class Slots:
         self.table = account.empty("slots", self.seats.shape, torch.int32).fill_(EMPTY)
         self.log = UseLog(account, len(banks), experts)
         self.stats: Counter[str] = Counter()
+        self.uses = np.zeros((2, len(banks)), np.int64)  # of slots, and in all, by layer
         self._before: Counter[str] = Counter()  # stats at the start of the window
         self._steps, self._paused, self._rate, self._said = 0, 0, 0.0, False
         self._cuda = account.device.type == "cuda"
@@ -270,6 +271,8 @@ class Slots:
         """Counts one step's routes: how often each expert was chosen, (layers, experts)."""
         found = int(uses[self.seats != EMPTY].sum())
         self.stats["hits"] += found
+        self.uses[0] += (uses * (self.seats != EMPTY)).sum(1)
+        self.uses[1] += uses.sum(1)
         self.stats["misses"] += int(uses.sum()) - found
         for arena in self.arenas:
             arena.residency.observe_counts(uses[arena.layers, : arena.banks[0].experts])
@@ -333,6 +336,8 @@ class Slots:
         return {
             **{name: self.stats[name] for name in ("hits", "misses", "promotions")},
             "promoted_bytes": self.stats["promoted_bytes"],
+            "layer_hits": self.uses[0].tolist(),
+            "layer_routes": self.uses[1].tolist(),
             "resident": self.resident.tolist(),
             "tier": np.where(self.seats == EMPTY, 1, 0).tolist(),
             "heat": heat.round(3).tolist(),
@@ -370,12 +375,6 @@ class Slots:
             done = event()
             done.record(self._stream)
         self._moving = done, moves
-
-
-def free_cached(device: torch.device) -> None:
-    """Has the allocator give back to the driver what it keeps for later."""
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
 
 
 def _stream(device: torch.device) -> Any:

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from greenroom.experts.beside import ExpertsBeside
 from greenroom.experts.cpu import CpuExperts
-from greenroom.experts.slots import Account, LayerSlots, Slots, free_cached
+from greenroom.experts.slots import Account, LayerSlots, Slots
 from greenroom.experts.stream import LayerStream, Ring
 
 log = logging.getLogger(__name__)
@@ -87,7 +87,7 @@ class Tiers:
             layer.stream = None
         freed, self._staged = self._staged, 0
         self._account.release("staging", freed)
-        free_cached(self._account.device)
+        torch.cuda.empty_cache()
         return freed
 
     def _stage(self, banks: Sequence[CpuExperts]) -> None:

@@ -12,6 +12,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from greenroom.experts.cpu import CpuExperts
+from greenroom.experts.meter import Meter
 from greenroom.experts.trace import TraceRecorder
 from greenroom.layers.backend import AttentionSpec, Backend, Graphs, NormLike, Step
 from greenroom.layers.batch import Batch, KVCache
@@ -162,6 +164,7 @@ class Model:
         self.backends: tuple[Backend, ...] = tuple({id(b): b for b in used}.values())
         self._groups = [config.kv_group(i) for i in range(config.layers)]
         self.recorder: TraceRecorder | None = None
+        self.meters: dict[int, Meter] = {}  # by layer, see `meter`
         self.graphs: Graphs | None = None
         if not self.mixed:
             self.graphs = self.backend.graphs(self.rope)
@@ -324,6 +327,14 @@ class Model:
         if self.graphs is not None:
             self.graphs.clear()
         return sum(backend.relieve() for backend in self.backends)
+
+    def meter(self) -> None:
+        """Has every layer's experts report what they cost the CPU from now on."""
+        for layer in self.moe_layers:
+            bank = getattr(self.blk[layer].ffn, "experts", None)
+            cpu = getattr(bank, "cpu", bank)
+            if isinstance(cpu, CpuExperts):
+                cpu.meter = self.meters[layer] = Meter()
 
     def expert_stats(self) -> dict[str, Any]:
         """Hits, misses and who sits where, if experts have more than one place to be."""

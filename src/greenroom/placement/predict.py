@@ -99,9 +99,19 @@ def _share_on_gpu(placement: Placement) -> float:
 
 
 def decode(
-    work: Work, placement: Placement, machine: MachineProfile, context: int, batch: int = 1
+    work: Work,
+    placement: Placement,
+    machine: MachineProfile,
+    context: int,
+    batch: int = 1,
+    hits: float | None = None,
 ) -> Prediction:
-    """A step of `batch` sequences, each with `context` tokens behind it."""
+    """A step of `batch` sequences, each with `context` tokens behind it.
+
+    With `hits`, the share of routes that found their expert in VRAM, it is the roofline at that
+    share: bytes only, no handshakes.
+    """
+    measured = hits is not None
     gpu = _share_on_gpu(placement)
     cache = work.cache * context * batch
     dense = sum(work.dense.values())
@@ -111,14 +121,15 @@ def decode(
     }
     if gpu:
         parts["dense layers from VRAM"] = gpu * (dense + cache) / _bytes(machine.vram)
-    hits = resident(placement, work) if gpu else 0.0
+    if hits is None:
+        hits = resident(placement, work) if gpu else 0.0
     there = work.touched(batch)
     from_ram = (1 - hits) * there * _seconds(work.experts, machine.expert_rate)
     from_vram = hits * there * sum(work.experts.values()) / _bytes(machine.vram) if hits else 0.0
     # Both work at once; the longer decides.
     longer = "experts from RAM" if from_ram >= from_vram else "experts from VRAM"
     parts[longer] = max(from_ram, from_vram)
-    if gpu and hits < 1:
+    if gpu and hits < 1 and not measured:
         parts["handshakes"] = gpu * work.layers * HANDSHAKE_SECONDS
     return _predicted(parts, batch)
 
