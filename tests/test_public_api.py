@@ -113,7 +113,7 @@ def test_parameters_keep_their_names_and_order(name: str) -> None:
     assert list(inspect.signature(value).parameters) == PARAMETERS[name]
 
 
-@pytest.mark.parametrize("name", [n for n in NAMES if n.endswith("Error")])
+@pytest.mark.parametrize("name", sorted(n for n in NAMES if n.endswith("Error")))
 def test_all_errors_have_one_root(name: str) -> None:
     assert issubclass(getattr(greenroom, name), greenroom.GreenroomError)
 

@@ -80,13 +80,14 @@ def tune_hits(name: str, quick: bool) -> None:
     for tokens in (1,) if quick else (1, 8, 32):
         hidden = torch.randn(tokens, d, device="cuda")
         weights = torch.rand(tokens, k, device="cuda")
-        for kernels.LINES, kernels.WARPS in grid:
+        for lines, kernels.WARPS in grid:
+            kernels.LINES = kernels.TABLE_LINES = lines
             compute = partial(on_slots, memory, table, layout, hidden, weights, activation)
             shape = (8, tokens, k)
             routes = cycle(torch.randint(0, count, shape, device="cuda", dtype=torch.int32))
             seconds = timed(partial(next_routes, routes, compute))
             rate = tokens * k * layout.nbytes / seconds / 1e9
-            choice = f"lines {kernels.LINES} warps {kernels.WARPS}"
+            choice = f"lines {lines} warps {kernels.WARPS}"
             print(f"hits {name} {tokens:2} tokens {choice}: {seconds * 1e6:.1f} us {rate:.0f} GB/s")
             if tokens == 1:
                 best = min(best, (seconds, choice))

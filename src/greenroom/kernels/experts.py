@@ -14,6 +14,7 @@ from greenroom.kernels.lines import Walk, line_products
 from greenroom.kernels.matvec import iq4_table
 from greenroom.kernels.planes import (
     INTERPRETED,
+    PERMUTED,
     PLANES,
     in_order,
     line_dots,
@@ -23,7 +24,9 @@ from greenroom.kernels.planes import (
     store_planes,
 )
 
-LINES, WARPS = 128, 4  # lines a program reads at a time
+WARPS = 4
+LINES = 128  # read at a time by a program
+TABLE_LINES = 64  # of codes looked up in a table, which needs registers of its own
 REDUCE = 256  # columns per program of the last sum
 ACTIVATIONS = {"silu": 0, "gpt-oss": 1}
 
@@ -213,10 +216,14 @@ def hits(
         memory, table, ids, *inner, parts, iq4_table(hidden.device), layout.nbytes, d, f,
         layout.matrices[2][0], layout.biases[2][0] if layout.biases else 0, walk.group_bytes,
         walk.payload_bytes, walk.lines, C=walk.constants, ORDER=then, PLANES=PLANES,
-        ASM=not INTERPRETED, BIAS=layout.biases is not None, LINES=LINES, num_warps=WARPS,
+        ASM=not INTERPRETED, BIAS=layout.biases is not None, LINES=_lines(then), num_warps=WARPS,
     )  # fmt: skip
     _reduce[(tokens, -(-d // REDUCE))](table, ids, weights, parts, out, d, K=k, BLOCK=REDUCE)
     return out
+
+
+def _lines(order: int) -> int:
+    return TABLE_LINES if order == PERMUTED else LINES
 
 
 def _activations(
@@ -244,6 +251,7 @@ def _activations(
         gate.group_bytes, gate.payload_bytes, gate.lines, up.group_bytes, up.payload_bytes,
         up.lines, K=k, G=gate.constants, U=up.constants, ORDER=first, THEN=then, PLANES=PLANES,
         ASM=not INTERPRETED, BIAS=layout.biases is not None, ACTIVATION=ACTIVATIONS[activation],
-        SEEN=seen is not None, SAME=gate.constants == up.constants, LINES=LINES, num_warps=WARPS,
+        SEEN=seen is not None, SAME=gate.constants == up.constants, LINES=_lines(first),
+        num_warps=WARPS,
     )  # fmt: skip
     return inner, *planes
