@@ -23,6 +23,7 @@ from greenroom.kernels.handover import publish
 from greenroom.kernels.matvec import matvec
 from greenroom.kernels.norm import norm
 from greenroom.kernels.packed import FORMATS
+from greenroom.kernels.rendezvous import Box, collect, ring
 from greenroom.kernels.rope import rotate, write_kv
 from greenroom.kernels.router import RULES, choose, logits
 from greenroom.kernels.rowmajor import rowmajor
@@ -90,6 +91,10 @@ for gating in RULES:
 choose(x, "softmax", 8, renormalise=True)
 logits(x, torch.zeros(4, 256), x)
 publish(x, ints.view(2, 4), torch.zeros(2, 4), (x, ints, x))
+box = Box(x, ints.view(2, 4), torch.zeros(2, 4), x, ints, ints)
+for table, part in ((None, None), (ints, x)):
+    ring(x, ints.view(2, 4), torch.zeros(2, 4), box, ints, table, table)
+    collect(box, 2, ints, part, part)
 for kinds in [(39, 39, 39), (12, 12, 14), (30, 30, 30)][: 1 if quick else 3]:
     layout = SlabLayout.plan(tuple(GGMLType(kind) for kind in kinds), 256, 256, True)
     memory = torch.zeros(1, 64, dtype=torch.uint8)

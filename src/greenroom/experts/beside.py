@@ -5,6 +5,8 @@ from their slabs, and the sum goes back. Experts with a slot in VRAM are left to
 long step may be left to a stream of weights. Knows nothing of routers or models.
 """
 
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Protocol
 
 import torch
@@ -80,7 +82,28 @@ class Stream(Protocol):
 
 
 class Courier(Protocol):
-    """Takes one layer's routed tokens to the CPU and brings the sum back."""
+    """Takes one layer's routed tokens to the CPU and brings the sum back.
+
+    Attributes:
+        records: whether steps that use it can be recorded and replayed.
+    """
+
+    records: bool
+
+    def recording(self, layers: Sequence[CpuExperts]) -> AbstractContextManager[None]:
+        """Within it, steps that use `layers`, in this order, can be recorded.
+
+        Raises:
+            NativeError: they cannot.
+        """
+
+    def answering(self, tokens: int) -> AbstractContextManager[None]:
+        """Within it, one step of so many tokens that was recorded, or could be, is given to the
+        device; returns when the CPU has done its part.
+
+        Raises:
+            NativeError: the step has failed.
+        """
 
     def send(
         self,
@@ -113,12 +136,24 @@ class WaitingCourier:
         device: where hidden states come from.
     """
 
+    records = False
+
     def __init__(self, device: torch.device) -> None:
         self._box = Mailbox(device)
         self._device = device
         event: Any = torch.cuda.Event
         self._event = event() if device.type == "cuda" else None
         self._work: tuple[CpuExperts, tuple[Tensor, Tensor, Tensor]] | None = None
+
+    def recording(self, layers: Sequence[CpuExperts]) -> AbstractContextManager[None]:
+        """See `Courier.recording`."""
+        if layers:
+            raise NativeError("experts: a step in which the host waits cannot be recorded")
+        return nullcontext()
+
+    def answering(self, tokens: int) -> AbstractContextManager[None]:
+        """See `Courier.answering`."""
+        return nullcontext()
 
     def send(
         self,
@@ -192,9 +227,14 @@ class ExpertsBeside:
         return self.cpu.nbytes
 
     @property
-    def waits(self) -> bool:
+    def crosses(self) -> bool:
         """Whether a short step needs the CPU."""
         return self.slots is None or not self.slots.full
+
+    @property
+    def waits(self) -> bool:
+        """Whether the host has to wait in a short step."""
+        return self.crosses and not self._courier.records
 
     def start(self, hidden: Tensor, ids: Tensor, weights: Tensor) -> None:
         """Begins `__call__`; what the device is given until `finish` runs beside it."""

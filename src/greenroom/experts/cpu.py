@@ -69,14 +69,14 @@ class CpuExperts:
         lazy: bool = False,
         progress: Progress | None = None,
     ) -> None:
-        self._pool, self._matrices, self._scales = pool, matrices, scales
+        self.pool, self._matrices, self._scales = pool, matrices, scales
         self._biases: list[Floats] = [b.float().contiguous().numpy() for b in biases or ()]
         self.experts = len(matrices[0].raw)
         self.activation = activation
         self.block: Bytes | None = None  # (experts, slab) where all slabs lie in one piece
         self.layouts = _plan(matrices, self._biases)
         layout = self.layouts[0]
-        self._layer = native.lib().MoeLayer(self.experts, layout.d, layout.f, activation)
+        self.layer = native.lib().MoeLayer(self.experts, layout.d, layout.f, activation)
         self._slabs: dict[int, Bytes] = {}
         self._pending: Future[Tensor] | None = None
         self.meter: Meter | None = None  # is told what every call costs
@@ -101,13 +101,13 @@ class CpuExperts:
         entries, layout = [], self.layouts[expert]
         for i, m in enumerate(self._matrices):
             part, type = layout.matrix(slab, i), type_of(m, expert)
-            packed = pack(self._pool, m.name, type, np.asarray(m.raw[expert]), into=part)
+            packed = pack(self.pool, m.name, type, np.asarray(m.raw[expert]), into=part)
             bias = layout.bias(slab, i)
             if bias is not None:
                 bias[:] = self._biases[i][expert]
             scale = 1.0 if self._scales is None else float(self._scales[expert, i])
             entries.append((int(packed.type), part, bias, scale))
-        self._layer.set_expert(expert, *entries)
+        self.layer.set_expert(expert, *entries)
         self._slabs[expert] = slab
 
     @property
@@ -121,9 +121,14 @@ class CpuExperts:
         return len(set(self.layouts)) == 1
 
     @property
+    def complete(self) -> bool:
+        """Whether all experts are in memory."""
+        return len(self._slabs) == self.experts
+
+    @property
     def threads(self) -> int:
         """Threads that compute."""
-        return int(self._pool.size)
+        return int(self.pool.size)
 
     @property
     def nbytes(self) -> int:
@@ -151,21 +156,23 @@ class CpuExperts:
             NativeError: a shape or an id is wrong.
         """
         out = torch.empty_like(hidden, memory_format=torch.contiguous_format)
-        if len(self._slabs) < self.experts:
+        if not self.complete:
             for expert in torch.unique(ids).tolist():
                 if 0 <= expert < self.experts:
                     self.slab(expert)
         arguments = (hidden.contiguous(), ids.contiguous(), weights.contiguous())
         begin = time.perf_counter()
         try:
-            native.lib().moe(self._pool, self._layer, *(a.numpy() for a in arguments), out.numpy())
+            native.lib().moe(self.pool, self.layer, *(a.numpy() for a in arguments), out.numpy())
         except (TypeError, ValueError) as error:
             raise NativeError(f"experts: {str(error).splitlines()[0]}") from None
         if self.meter is not None:
-            used = set(ids.flatten().tolist()) - {-1}
-            read = sum(self.layouts[expert].nbytes for expert in used)
-            self.meter.add(len(hidden), time.perf_counter() - begin, read)
+            self.meter.add(len(hidden), time.perf_counter() - begin, self.bytes_of(ids))
         return out
+
+    def bytes_of(self, ids: Tensor) -> int:
+        """Bytes of the experts that ids (tokens, k), all of them known or -1, name."""
+        return sum(self.layouts[e].nbytes for e in set(ids.flatten().tolist()) - {-1})
 
     def submit(self, hidden: Tensor, ids: Tensor, weights: Tensor) -> None:
         """Starts `__call__` in the background; `wait` returns its result."""

@@ -6,6 +6,7 @@ On the device "cpu" the same code runs under Triton's interpreter, for tests.
 
 import weakref
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,8 +14,9 @@ import torch
 import triton
 from torch import Tensor
 
-from greenroom.experts.beside import Courier, ExpertsBeside, WaitingCourier
+from greenroom.experts.beside import Courier, ExpertsBeside
 from greenroom.experts.cpu import CpuExperts
+from greenroom.experts.rendezvous import courier_for
 from greenroom.experts.tiers import Tiers
 from greenroom.kernels.attention import PREFILL_ROWS, ROWS, attend, tiles
 from greenroom.kernels.rope import rotate, write_kv
@@ -96,7 +98,8 @@ class CudaBackend:
         self._least_rows = max(ROWS, triton.next_power_of_2(heads_per_kv))
         self._heads_per_kv = heads_per_kv
         self.tiers = tiers or Tiers(bench.ledger)
-        self._courier: Courier = courier or WaitingCourier(self.device)
+        self._courier: Courier = courier or courier_for(self.device, lazy=mmap)
+        self._beside: list[ExpertsBeside] = []
         self._frequencies: tuple[Rope, Tensor] | None = None
 
     @property
@@ -135,6 +138,7 @@ class CudaBackend:
         matrices = (weights.gate, weights.up, weights.down)
         cpu = CpuExperts(self.pool, matrices, weights.biases, weights.activation, lazy=self.mmap)
         beside = ExpertsBeside(cpu, self._courier)
+        self._beside.append(beside)
         if cpu.uniform:  # slots and staging hold slabs of one size: mixed layers stay in RAM
             self.tiers.add(beside)
         return beside
@@ -155,6 +159,14 @@ class CudaBackend:
     def expert_stats(self) -> dict[str, Any]:
         """See `Slots.report`."""
         return {} if self.tiers.slots is None else self.tiers.slots.report()
+
+    def recording(self) -> AbstractContextManager[None]:
+        """See `Courier.recording`."""
+        return self._courier.recording([b.cpu for b in self._beside if b.crosses])
+
+    def answering(self, tokens: int) -> AbstractContextManager[None]:
+        """See `Courier.answering`."""
+        return self._courier.answering(tokens)
 
     def graphs(self, rope: Rope | None) -> Graphs | None:
         """See `Backend.graphs`."""

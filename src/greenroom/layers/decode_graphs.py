@@ -1,8 +1,9 @@
 """Decode steps as CUDA graphs: recorded once per number of sequences and range of contexts, then
 replayed with new inputs in the same memory, without a launch per kernel.
 
-Only steps that never wait for the CPU can be recorded. A new graph must give the logits of the
-plain step it was recorded from; otherwise graphs are given up. Knows no family.
+Only steps in which the host never waits can be recorded; experts on the CPU are met through
+memory both processors see. A new graph must give the logits of the plain step it was recorded
+from; otherwise graphs are given up. Knows no family.
 """
 
 import logging
@@ -111,7 +112,8 @@ class DecodeGraphs:
             return self._record(key, x, step, partial(compute, caches=caches))
         for here, there in zip(known.inputs, inputs_of(x, step), strict=True):
             here.copy_(there)
-        known.graph.replay()
+        with self._backend.answering(tokens):
+            known.graph.replay()
         return known.logits
 
     def clear(self) -> None:
@@ -147,12 +149,16 @@ class DecodeGraphs:
     def _capture(self, x: Tensor, step: DeviceStep, compute: Callable[..., Tensor]) -> Recorded:
         graphs: Any = torch.cuda
         self._pool = self._pool or graphs.graph_pool_handle()
-        torch.cuda.empty_cache()
-        before = torch.cuda.memory_reserved(self._backend.device)
         graph = graphs.CUDAGraph()
-        with graphs.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
-            logits = compute(x.clone(), step)
+        with self._backend.recording():
+            with self._backend.answering(len(x)):  # loads kernels that only such steps have
+                compute(x.clone(), step)
+            torch.cuda.empty_cache()
+            before = torch.cuda.memory_reserved(self._backend.device)
+            with graphs.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
+                logits = compute(x.clone(), step)
         grown = torch.cuda.memory_reserved(self._backend.device) - before
         self._backend.bench.ledger.book("graphs", max(0, grown))
-        graph.replay()
+        with self._backend.answering(len(x)):
+            graph.replay()
         return Recorded(graph, inputs_of(x, step), logits)

@@ -1,0 +1,318 @@
+"""The device's half of a meeting with the CPU in the middle of a step: `ring` hands over a layer's
+hidden states and routes and tells so, `collect` waits for the answer and adds it up. Both may be
+part of a recorded step, in which the host takes no part.
+
+A bell is a 32-bit word in memory that both processors reach. Everything written before it is
+there for whoever has seen it: the device orders its accesses at system scope. Both kernels run
+on one stream, one behind the other, so whoever waits never keeps anything from the processor it
+waits for. Knows nothing of who answers, nor of how steps are recorded.
+"""
+
+import time
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from greenroom.kernels.planes import INTERPRETED
+
+STATE_WORDS = 3  # on the device: the step's number, routes sent in this layer, step given up
+FLAG: tl.constexpr = tl.constexpr(-(2**31))  # of a bell: "nothing for you", or "step failed"
+NUMBER: tl.constexpr = tl.constexpr(2**31 - 1)  # the other bits
+COPIED = 4096  # numbers at once
+LIMIT_MS = 20_000  # of one wait; a graph must end even if nobody ever answers
+
+
+@dataclass(frozen=True, slots=True)
+class Box:
+    """What both processors see of one layer: pinned memory where there is a GPU.
+
+    Attributes:
+        hidden, result: (tokens, d) float32, to the CPU and back.
+        ids: (tokens, k) int32; -1 for routes that are not the CPU's.
+        weights: (tokens, k) float32.
+        ring, done: int32, the first word of each is a bell.
+    """
+
+    hidden: Tensor
+    ids: Tensor
+    weights: Tensor
+    result: Tensor
+    ring: Tensor
+    done: Tensor
+
+    def check(self, tokens: int, k: int | None = None) -> None:
+        """Refuses steps the box does not hold; shorter ones use its first rows."""
+        room, d = self.hidden.shape
+        shapes = {"result": (self.result, (room, d)), "weights": (self.weights, self.ids.shape)}
+        for name, (tensor, shape) in shapes.items():
+            if tensor.shape != shape:
+                raise ValueError(f"box: {name} is {tuple(tensor.shape)}, not {tuple(shape)}")
+        if not 0 < tokens <= room or (k is not None and self.ids.shape[1] != k):
+            raise ValueError(f"box: {tokens} tokens of {k} routes do not fit {self.ids.shape}")
+        for tensor in (self.hidden, self.ids, self.weights, self.result):
+            if not tensor.is_contiguous() or len(tensor) != room:
+                raise ValueError("box: every part needs as many rows, side by side")
+
+
+@triton.jit
+def _read(bell, ASM: tl.constexpr):
+    """A word the CPU may write; what it wrote before is seen by loads that follow."""
+    if ASM:
+        word = tl.inline_asm_elementwise(
+            "ld.acquire.sys.global.u32 $0, [$1];", "=r,l", [bell], dtype=tl.int32,
+            is_pure=False, pack=1,
+        )  # fmt: skip
+    else:
+        word = tl.load(bell, volatile=True)
+    return word
+
+
+@triton.jit
+def _write(bell, word, ASM: tl.constexpr):
+    """Writes a word the CPU waits for, after all that this program has written; one thread does,
+    behind a barrier, so that its release covers what the others wrote."""
+    tl.debug_barrier()
+    if ASM:
+        tl.inline_asm_elementwise(
+            "{ .reg .pred first; .reg .u32 thread; mov.u32 thread, %tid.x; "
+            "setp.eq.u32 first, thread, 0; "
+            "@first st.release.sys.global.u32 [$1], $2; mov.u32 $0, $2; }",
+            "=r,l,r", [bell, word], dtype=tl.int32, is_pure=False, pack=1,
+        )  # fmt: skip
+    else:
+        tl.store(bell, word)
+
+
+@triton.jit
+def _spent(start, spent, ASM: tl.constexpr):
+    """Nanoseconds since `start`; without a clock, a microsecond more at every call."""
+    if ASM:
+        spent = _now(ASM) - start
+    else:
+        spent += 1000
+    return spent
+
+
+@triton.jit
+def _now(ASM: tl.constexpr):
+    if ASM:
+        now = tl.inline_asm_elementwise(
+            "mov.u64 $0, %globaltimer;", "=l", [], dtype=tl.int64, is_pure=False, pack=1
+        )
+    else:
+        now = tl.full((), 0, tl.int64)
+    return now
+
+
+@triton.jit
+def _ring(
+    hidden, ids, weights, table, to_hidden, to_ids, to_weights, bell, state, source, values,
+    routes, TABLE: tl.constexpr, FIRST: tl.constexpr, ROUTES: tl.constexpr, BLOCK: tl.constexpr,
+    ASM: tl.constexpr,
+):  # fmt: skip
+    if FIRST:
+        step = _read(source, ASM)
+        tl.store(state, step)
+    else:
+        step = tl.load(state)
+    at = tl.arange(0, ROUTES)
+    expert = tl.load(ids + at, mask=at < routes, other=-1)
+    if TABLE:
+        slot = tl.load(table + expert, mask=expert >= 0, other=-1)
+        expert = tl.where(slot >= 0, -1, expert)
+    sent = tl.sum((expert >= 0).to(tl.int32), 0)
+    tl.store(state + 1, sent)
+    word = step
+    if sent > 0:
+        tl.store(to_ids + at, expert, mask=at < routes)
+        tl.store(to_weights + at, tl.load(weights + at, mask=at < routes), mask=at < routes)
+        for first in range(0, values, BLOCK):
+            place = first + tl.arange(0, BLOCK)
+            value = tl.load(hidden + place, mask=place < values)
+            tl.store(to_hidden + place, value, mask=place < values)
+    else:
+        word = step | FLAG
+    _write(bell, word, ASM)
+
+
+@triton.jit
+def _collect(
+    result, hits, shared, out, bell, state, values, limit, HITS: tl.constexpr,
+    SHARED: tl.constexpr, BLOCK: tl.constexpr, ASM: tl.constexpr,
+):  # fmt: skip
+    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    inside = at < values
+    if HITS:
+        hit = tl.load(hits + at, mask=inside, other=0.0)
+    if SHARED:
+        beside = tl.load(shared + at, mask=inside, other=0.0)
+    step = tl.load(state)
+    sent = tl.load(state + 1) > 0
+    waiting = sent & (tl.load(state + 2) != step)
+    came = sent & (step == 0)  # no
+    start = _now(ASM)
+    spent = start * 0
+    most = tl.cast(limit, tl.int64) * 1000000
+    while waiting:
+        word = _read(bell, ASM)
+        came = word == step
+        spent = _spent(start, spent, ASM)
+        waiting = ((word & NUMBER) != step) & (spent < most)
+    tl.debug_barrier()
+    if sent & (came == 0):  # the layers behind this one do not wait
+        tl.store(state + 2, step)
+    arrived = tl.where(came, values, 0)
+    total = tl.load(result + at, mask=at < arrived, other=0.0, cache_modifier=".cv")
+    if HITS:
+        total += hit
+    if SHARED:
+        total += beside
+    tl.store(out + at, total, mask=inside)
+
+
+def _checked(hidden: Tensor, ids: Tensor, weights: Tensor, box: Box, state: Tensor) -> int:
+    """Routes of the arguments of `ring`."""
+    tokens, d = hidden.shape
+    box.check(tokens, ids.shape[1])
+    if ids.shape != weights.shape or len(ids) != tokens or d != box.hidden.shape[1]:
+        raise ValueError(f"ring: {hidden.shape}, {ids.shape}, {weights.shape} do not fit together")
+    if not (hidden.is_contiguous() and ids.is_contiguous() and weights.is_contiguous()):
+        raise ValueError("ring: hidden, ids and weights must be contiguous")
+    if len(state) < STATE_WORDS:
+        raise ValueError(f"ring: the state needs {STATE_WORDS} words")
+    return ids.numel()
+
+
+def ring(
+    hidden: Tensor,
+    ids: Tensor,
+    weights: Tensor,
+    box: Box,
+    state: Tensor,
+    table: Tensor | None = None,
+    source: Tensor | None = None,
+) -> None:
+    """Hands a layer to the CPU: fills the box and rings its bell with the step's number, or, if
+    there is nothing for the CPU, with the number and `FLAG`, and leaves the rest of the box alone.
+
+    Args:
+        hidden: (tokens, d) float32, contiguous.
+        ids: (tokens, k) int32, contiguous; -1 for rows that only pad the batch.
+        weights: (tokens, k) float32, contiguous.
+        box: of this layer.
+        state: (STATE_WORDS,) int32 on the device, the same for all layers of a step.
+        table: (experts,) int32; experts whose entry is not -1 are not the CPU's.
+        source: (1,) int32 in pinned memory, from which the first layer takes the step's number.
+
+    Raises:
+        ValueError: shapes do not fit together.
+    """
+    routes = _checked(hidden, ids, weights, box, state)
+    _ring[(1,)](
+        hidden, ids, weights, ids if table is None else table, box.hidden, box.ids, box.weights,
+        box.ring, state, state if source is None else source, hidden.numel(), routes,
+        TABLE=table is not None, FIRST=source is not None, ROUTES=triton.next_power_of_2(routes),
+        BLOCK=COPIED, ASM=not INTERPRETED, num_warps=8,
+    )  # fmt: skip
+
+
+def ring_twin(
+    hidden: Tensor,
+    ids: Tensor,
+    weights: Tensor,
+    box: Box,
+    state: Tensor,
+    table: Tensor | None = None,
+    source: Tensor | None = None,
+) -> None:
+    """`ring` in plain torch; the truth it is held against."""
+    _checked(hidden, ids, weights, box, state)
+    if source is not None:
+        state[0] = source[0]
+    if table is not None:
+        here = (ids >= 0) & (table[ids.clamp(min=0).long()] >= 0)
+        ids = ids.masked_fill(here, -1)
+    sent, step = int((ids >= 0).sum()), int(state[0])
+    state[1] = sent
+    if sent:
+        for source_, target in ((hidden, box.hidden), (ids, box.ids), (weights, box.weights)):
+            target[: len(hidden)].copy_(source_)
+    box.ring[0] = step if sent else step + FLAG.value
+
+
+def _room(box: Box, tokens: int, *parts: Tensor | None) -> int:
+    """Numbers in the result of `collect`."""
+    box.check(tokens)
+    shape = (tokens, box.hidden.shape[1])
+    for part in parts:
+        if part is not None and (part.shape != shape or not part.is_contiguous()):
+            raise ValueError(f"collect: a part is {tuple(part.shape)}, not {shape} side by side")
+    return tokens * shape[1]
+
+
+def collect(
+    box: Box,
+    tokens: int,
+    state: Tensor,
+    hits: Tensor | None = None,
+    shared: Tensor | None = None,
+    limit_ms: int = LIMIT_MS,
+) -> Tensor:
+    """Waits for the CPU's sum and adds what the device computed; nothing is waited for where
+    `ring` found nothing for the CPU.
+
+    A step the CPU fails, or that is not answered in time, is noted in the state: what is left of
+    it waits no more, and its results are worthless.
+
+    Args:
+        box: of this layer; `ring` was called with it.
+        tokens: of the step.
+        state: as `ring` had it.
+        hits, shared: (tokens, d) float32 on the device, contiguous, or None.
+        limit_ms: after which the step is given up.
+
+    Returns:
+        (tokens, d) float32 on the device: the CPU's sum, plus hits, plus shared.
+
+    Raises:
+        ValueError: shapes do not fit together.
+    """
+    values = _room(box, tokens, hits, shared)
+    out = torch.empty(tokens, box.hidden.shape[1], device=state.device)
+    _collect[(-(-values // COPIED),)](
+        box.result, out if hits is None else hits, out if shared is None else shared, out,
+        box.done, state, values, limit_ms, HITS=hits is not None, SHARED=shared is not None,
+        BLOCK=COPIED, ASM=not INTERPRETED, num_warps=8,
+    )  # fmt: skip
+    return out
+
+
+def collect_twin(
+    box: Box,
+    tokens: int,
+    state: Tensor,
+    hits: Tensor | None = None,
+    shared: Tensor | None = None,
+    limit_ms: int = LIMIT_MS,
+) -> Tensor:
+    """`collect` in plain torch; the truth it is held against."""
+    _room(box, tokens, hits, shared)
+    out = torch.zeros(tokens, box.hidden.shape[1], device=state.device)
+    step, sent, given_up = (int(word) for word in state[:STATE_WORDS])
+    end = time.monotonic() + limit_ms / 1e3
+    word = 0
+    while sent and given_up != step and word & NUMBER.value != step:
+        if time.monotonic() > end:
+            break
+        word = int(box.done[0])
+    if sent and word != step:
+        state[2] = step
+    elif sent:
+        out.copy_(box.result[:tokens])
+    for part in (hits, shared):
+        if part is not None:
+            out += part
+    return out
