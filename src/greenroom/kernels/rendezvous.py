@@ -22,6 +22,8 @@ STATE_WORDS = 3  # on the device: the step's number, routes sent in this layer, 
 FLAG: tl.constexpr = tl.constexpr(-(2**31))  # of a bell: "nothing for you", or "step failed"
 NUMBER: tl.constexpr = tl.constexpr(2**31 - 1)  # the other bits
 COPIED = 4096  # numbers at once
+WARPS = 8
+POLLING = 1  # warps of which one thread polls
 LIMIT_MS = 20_000  # of one wait; a graph must end even if nobody ever answers
 
 
@@ -58,15 +60,17 @@ class Box:
 
 
 @triton.jit
-def _read(bell, ASM: tl.constexpr):
-    """A word the CPU may write; what it wrote before is seen by loads that follow."""
+def _read(bell, mine, ASM: tl.constexpr):
+    """A word the CPU may write, for the threads of which `mine` is 1, 0 for others; what the CPU
+    wrote before is seen by loads behind the next barrier."""
     if ASM:
         word = tl.inline_asm_elementwise(
-            "ld.acquire.sys.global.u32 $0, [$1];", "=r,l", [bell], dtype=tl.int32,
-            is_pure=False, pack=1,
+            "{ .reg .pred asked; setp.ne.u32 asked, $2, 0; mov.u32 $0, 0; "
+            "@asked ld.acquire.sys.global.u32 $0, [$1]; }",
+            "=&r,l,r", [bell, mine], dtype=tl.int32, is_pure=False, pack=1,
         )  # fmt: skip
     else:
-        word = tl.load(bell, volatile=True)
+        word = tl.load(bell, mask=mine != 0, other=0, volatile=True)
     return word
 
 
@@ -111,14 +115,18 @@ def _now(ASM: tl.constexpr):
 def _ring(
     hidden, ids, weights, table, to_hidden, to_ids, to_weights, bell, state, source, values,
     routes, TABLE: tl.constexpr, FIRST: tl.constexpr, ROUTES: tl.constexpr, BLOCK: tl.constexpr,
-    ASM: tl.constexpr,
+    THREADS: tl.constexpr, ASM: tl.constexpr,
 ):  # fmt: skip
     if FIRST:
-        step = _read(source, ASM)
+        thread = tl.arange(0, THREADS)
+        step = tl.sum(_read(source + thread * 0, (thread == 0).to(tl.int32), ASM), 0)
         tl.store(state, step)
     else:
         step = tl.load(state)
     at = tl.arange(0, ROUTES)
+    place = tl.arange(0, BLOCK)
+    value = tl.load(hidden + place, mask=place < values)  # before anything depends on routes
+    weight = tl.load(weights + at, mask=at < routes)
     expert = tl.load(ids + at, mask=at < routes, other=-1)
     if TABLE:
         slot = tl.load(table + expert, mask=expert >= 0, other=-1)
@@ -128,20 +136,41 @@ def _ring(
     word = step
     if sent > 0:
         tl.store(to_ids + at, expert, mask=at < routes)
-        tl.store(to_weights + at, tl.load(weights + at, mask=at < routes), mask=at < routes)
-        for first in range(0, values, BLOCK):
-            place = first + tl.arange(0, BLOCK)
-            value = tl.load(hidden + place, mask=place < values)
-            tl.store(to_hidden + place, value, mask=place < values)
+        tl.store(to_weights + at, weight, mask=at < routes)
+        tl.store(to_hidden + place, value, mask=place < values)
+        for first in range(BLOCK, values, BLOCK):
+            there = first + place
+            more = tl.load(hidden + there, mask=there < values)
+            tl.store(to_hidden + there, more, mask=there < values)
     else:
         word = step | FLAG
     _write(bell, word, ASM)
 
 
 @triton.jit
+def _answer(bell, step, most, POLLING: tl.constexpr, THREADS: tl.constexpr, ASM: tl.constexpr):
+    """Waits until the bell has the number `step`, at most so many nanoseconds: 1 if it has, 2 if
+    it says that the step has failed, 3 if it was too late. All threads agree on it, although the
+    clock and the bell may tell each something else."""
+    thread = tl.arange(0, THREADS)
+    mine = (thread < POLLING * 32) & (thread % 32 == 0)  # every look crosses the bus
+    start = _now(ASM)
+    spent = start * 0
+    said = step * 0
+    while said == 0:
+        word = _read(bell + thread * 0, mine.to(tl.int32), ASM)
+        spent = _spent(start, spent, ASM)
+        late = tl.where(thread * 0 + spent > most, 3, 0)
+        one = tl.where(word == step, 1, tl.where((word & NUMBER) == step, 2, late))
+        said = tl.max(tl.where(mine, one, 0), 0)
+    return said
+
+
+@triton.jit
 def _collect(
-    result, hits, shared, out, bell, state, values, limit, HITS: tl.constexpr,
-    SHARED: tl.constexpr, BLOCK: tl.constexpr, ASM: tl.constexpr,
+    result, hits, shared, out, bell, state, values, limit, WAIT: tl.constexpr,
+    HITS: tl.constexpr, SHARED: tl.constexpr, BLOCK: tl.constexpr, POLLING: tl.constexpr,
+    THREADS: tl.constexpr, ASM: tl.constexpr,
 ):  # fmt: skip
     at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = at < values
@@ -150,21 +179,15 @@ def _collect(
     if SHARED:
         beside = tl.load(shared + at, mask=inside, other=0.0)
     step = tl.load(state)
-    sent = tl.load(state + 1) > 0
-    waiting = sent & (tl.load(state + 2) != step)
-    came = sent & (step == 0)  # no
-    start = _now(ASM)
-    spent = start * 0
-    most = tl.cast(limit, tl.int64) * 1000000
-    while waiting:
-        word = _read(bell, ASM)
-        came = word == step
-        spent = _spent(start, spent, ASM)
-        waiting = ((word & NUMBER) != step) & (spent < most)
-    tl.debug_barrier()
-    if sent & (came == 0):  # the layers behind this one do not wait
-        tl.store(state + 2, step)
-    arrived = tl.where(came, values, 0)
+    arrived = 0
+    if (tl.load(state + 1) > 0) & (tl.load(state + 2) != step):
+        arrived = values
+        if WAIT:
+            most = tl.cast(limit, tl.int64) * 1000000
+            if _answer(bell, step, most, POLLING, THREADS, ASM) != 1:
+                arrived = 0
+                tl.store(state + 2, step)  # the layers behind this one do not wait
+            tl.debug_barrier()
     total = tl.load(result + at, mask=at < arrived, other=0.0, cache_modifier=".cv")
     if HITS:
         total += hit
@@ -215,7 +238,7 @@ def ring(
         hidden, ids, weights, ids if table is None else table, box.hidden, box.ids, box.weights,
         box.ring, state, state if source is None else source, hidden.numel(), routes,
         TABLE=table is not None, FIRST=source is not None, ROUTES=triton.next_power_of_2(routes),
-        BLOCK=COPIED, ASM=not INTERPRETED, num_warps=8,
+        BLOCK=COPIED, THREADS=32 * WARPS, ASM=not INTERPRETED, num_warps=WARPS,
     )  # fmt: skip
 
 
@@ -253,6 +276,25 @@ def _room(box: Box, tokens: int, *parts: Tensor | None) -> int:
     return tokens * shape[1]
 
 
+def _launch(
+    programs: int,
+    box: Box,
+    values: int,
+    state: Tensor,
+    out: Tensor,
+    hits: Tensor | None,
+    shared: Tensor | None,
+    limit_ms: int,
+    wait: bool,
+) -> None:
+    _collect[(programs,)](
+        box.result, out if hits is None else hits, out if shared is None else shared, out,
+        box.done, state, values, limit_ms, WAIT=wait, HITS=hits is not None,
+        SHARED=shared is not None, BLOCK=COPIED, POLLING=POLLING, THREADS=32 * WARPS,
+        ASM=not INTERPRETED, num_warps=WARPS,
+    )  # fmt: skip
+
+
 def collect(
     box: Box,
     tokens: int,
@@ -282,11 +324,10 @@ def collect(
     """
     values = _room(box, tokens, hits, shared)
     out = torch.empty(tokens, box.hidden.shape[1], device=state.device)
-    _collect[(-(-values // COPIED),)](
-        box.result, out if hits is None else hits, out if shared is None else shared, out,
-        box.done, state, values, limit_ms, HITS=hits is not None, SHARED=shared is not None,
-        BLOCK=COPIED, ASM=not INTERPRETED, num_warps=8,
-    )  # fmt: skip
+    programs = -(-values // COPIED)
+    if programs > 1:  # one alone polls: several take longer to see the same word
+        _launch(1, box, 0, state, out, None, None, limit_ms, True)
+    _launch(programs, box, values, state, out, hits, shared, limit_ms, programs == 1)
     return out
 
 

@@ -31,7 +31,7 @@ BUDGETS = {"none": -1.0, "part": 0.0, "minimal": 0.0, "half": 0.5, "all": 1.0}
 SEQUENCES, BLOCK, BLOCKS = 3, 32, 8  # up to 256 tokens each
 
 # Tokens that each step appends to each sequence: streamed, beside the CPU, a few, decoding often
-# enough that graphs are recorded and replayed where nothing waits for the CPU, streamed again.
+# enough that graphs are recorded and replayed, streamed again.
 STEPS = [(150, 40, 0), (1, 20, 0), (1, 1, 7), *[(1, 1, 1)] * 6, (0, 0, 180)]
 
 
@@ -145,8 +145,8 @@ def test_every_budget_gives_the_answers_of_the_cpu(case, pool, budget: str) -> N
     if budget in ("half", "all"):
         slots = model.backend.tiers.slots
         assert (slots.seats >= 0).any()
-        assert model.waits == (budget == "half")
-    if budget == "all" and DEVICE == "cuda":
+    if budget in ("minimal", "half", "all"):  # one processor has all layers' dense parts
+        assert not model.waits
         assert model.graphs.usable
         assert model.graphs._graphs
 
