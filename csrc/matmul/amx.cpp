@@ -3,6 +3,7 @@
 #if defined(GREENROOM_TIER_avx512) || defined(GREENROOM_TIER_amx)
 
 #include "matmul/amx_tiles.h"
+#include "matmul/expand.h"
 #include "matmul/kernels.h"
 
 namespace greenroom::amx {
@@ -12,12 +13,13 @@ bool enabled = true;
 #else
 bool enabled = false;
 #endif
+std::atomic<std::int64_t> int8_calls{0};
 
 namespace {
 
 constexpr int bf16_type = 30;
 constexpr std::int64_t tile_bytes = 1024;
-// Fewer tokens leave most of a tile empty and do not pay for expanding the weights.
+// Fewer tokens leave most of a tile empty.
 constexpr std::int64_t fewest_tokens = 12;
 
 // Where the operands of one product of 16 or 32 tokens with 16 or 32 rows lie.
@@ -57,10 +59,8 @@ void product(Tiles& tiles, Operands o, const std::uint16_t* low, float* out, std
     tiles.template zero<2>();
     tiles.template zero<3>();
     add_products<TokenTiles, Groups>(tiles, o);
-    if (low) {
-        o.tokens = low;
-        add_products<TokenTiles, Groups>(tiles, o);
-    }
+    o.tokens = low;
+    add_products<TokenTiles, Groups>(tiles, o);
     tiles.template store<0>(out, ld * 4);
     if constexpr (Groups == 2) tiles.template store<1>(out + 16, ld * 4);
     if constexpr (TokenTiles == 2) {
@@ -71,30 +71,20 @@ void product(Tiles& tiles, Operands o, const std::uint16_t* low, float* out, std
 
 }  // namespace
 
-bool wants_low(int type) { return type == bf16_type; }
-
-bool usable(int type, std::int64_t tokens) {
-    return enabled && tokens >= fewest_tokens && (type == bf16_type || kernels_of(type).expand);
+bool in_bf16_tiles(int type, std::int64_t tokens) {
+    return enabled && tokens >= fewest_tokens && type == bf16_type;
 }
 
-std::int64_t scratch_bytes(const Matrix& m, std::int64_t groups) {
-    return m.type == bf16_type ? 0 : groups * ((m.cols + 31) / 32) * tile_bytes;
-}
-
-void multiply(const Matrix& m, std::int64_t first, std::int64_t groups, const Activations& x,
-              float* out, std::uint8_t* scratch) {
-    const std::int64_t packed = layout_of(m.type).group_bytes(m.cols), ld = groups * 16;
-    const bool expanded = m.type != bf16_type;
-    const std::uint8_t* weights = expanded ? scratch : m.data + first * packed;
-    const std::int64_t group = expanded ? x.blocks * tile_bytes : packed;
-    for (std::int64_t g = 0; g < groups && expanded; ++g)
-        kernels_of(m.type).expand(m.data + (first + g) * packed, x.blocks, scratch + g * group);
+void multiply_bf16(const Matrix& m, std::int64_t first, std::int64_t groups, const Activations& x,
+                   float* out) {
+    const std::int64_t group = layout_of(m.type).group_bytes(m.cols), ld = groups * 16;
+    const std::uint8_t* weights = m.data + first * group;
     Tiles tiles;
     const std::int64_t rows = padded_rows(x.tokens), row = x.blocks * 32;
     for (std::int64_t t = 0; t < rows; t += 32)
         for (std::int64_t g = 0; g < groups; g += 2) {
             const Operands o{x.high + t * row, weights + g * group, 2 * row, group, x.blocks};
-            const std::uint16_t* low = wants_low(m.type) ? x.low + t * row : nullptr;
+            const std::uint16_t* low = x.low + t * row;
             float* to = out + t * ld + g * 16;
             const bool pair = t + 16 < rows, two = g + 1 < groups;
             if (pair && two)
@@ -106,6 +96,29 @@ void multiply(const Matrix& m, std::int64_t first, std::int64_t groups, const Ac
             else
                 product<1, 1>(tiles, o, low, to, ld);
         }
+}
+
+std::int64_t in_int8_tiles(int type, std::int64_t tokens) {
+    if (!enabled || !kernels_of(type).expand) return 0;
+    std::int64_t count = 0;
+    while (tokens - count > 0 && tile_width(tokens - count) == simd::wide_tile)
+        count += simd::wide_tile;
+    return count;
+}
+
+std::int64_t int8_scratch(const Matrix& m, std::int64_t groups) {
+    return groups * ((m.cols + 31) / 32) * static_cast<std::int64_t>(sizeof(Expanded));
+}
+
+void multiply_int8(const Matrix& m, std::int64_t first, std::int64_t groups, const Activations& x,
+                   std::int64_t tokens, float* out, std::uint8_t* scratch) {
+    int8_calls.fetch_add(1, std::memory_order_relaxed);
+    const std::int64_t packed = layout_of(m.type).group_bytes(m.cols);
+    const Kernels& kernels = kernels_of(m.type);
+    auto* weights = reinterpret_cast<Expanded*>(scratch);
+    for (std::int64_t g = 0; g < groups; ++g)
+        kernels.expand(m.data + (first + g) * packed, x.blocks, weights + g * x.blocks);
+    kernels.expanded(weights, groups, x, tokens, out);
 }
 
 }  // namespace greenroom::amx

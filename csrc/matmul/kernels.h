@@ -14,13 +14,17 @@ namespace greenroom {
 using TileKernel = void (*)(const std::uint8_t* group, std::int64_t blocks, const Activations& x,
                             std::int64_t first, float* out, std::int64_t ld);
 
-// One group as bfloat16 tiles of 1 KiB per 32 columns, each 16 lines of 16 column pairs: the
-// second operand of TDPBF16PS.
-using ExpandKernel = void (*)(const std::uint8_t* group, std::int64_t blocks, std::uint8_t* out);
+// One group as tiles of signed bytes with their factors, and the product of such groups with
+// whole tiles of 16 tokens (expand.h): out (tokens, 16 * groups).
+struct Expanded;
+using ExpandKernel = void (*)(const std::uint8_t* group, std::int64_t blocks, Expanded* out);
+using ExpandedKernel = void (*)(const Expanded* weights, std::int64_t groups, const Activations& x,
+                                std::int64_t tokens, float* out);
 
 struct Kernels {
     TileKernel one = nullptr, four = nullptr, wide = nullptr;
-    ExpandKernel expand = nullptr;  // null: no AMX path (the weights carry more than bfloat16)
+    ExpandKernel expand = nullptr;  // null: no int8 tiles
+    ExpandedKernel expanded = nullptr;
 };
 
 // Null pointers for a type without kernels.

@@ -70,7 +70,7 @@ inline void merge(const Softmax& into, const Softmax& more, std::int64_t rows, s
         float* x = into.values + r * width;
         const float* y = more.values + r * width;
         for (std::int64_t i = 0; i < width; i += kLanes)
-            store(x + i, load(x + i) * a + load(y + i) * b);
+            store(x + i, fma(load(y + i), splat(b), load(x + i) * a));
     }
 }
 
@@ -118,7 +118,8 @@ inline void blend_block(const float* weights, const float* corrections, const T*
     for (std::int64_t key = first; key < last; ++key) {
         for (int c = 0; c < C; ++c) {
             const Vec value = load(values[key] + column + c * kLanes);
-            for (int r = 0; r < R; ++r) sums[r][c] += weights[r * kTileKeys + key] * value;
+            for (int r = 0; r < R; ++r)
+                sums[r][c] = fma(splat(weights[r * kTileKeys + key]), value, sums[r][c]);
         }
     }
     for (int r = 0; r < R; ++r)

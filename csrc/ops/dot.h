@@ -21,7 +21,7 @@ inline void dot_block(const float* rows, std::int64_t row_stride, const T* const
         for (int r = 0; r < R; ++r) row[r] = load(rows + r * row_stride + i);
         for (int c = 0; c < C; ++c) {
             const Vec column = load(columns[c] + i);
-            for (int r = 0; r < R; ++r) sums[r * C + c] += row[r] * column;
+            for (int r = 0; r < R; ++r) sums[r * C + c] = fma(row[r], column, sums[r * C + c]);
         }
     }
     const Vec folded = fold(sums);

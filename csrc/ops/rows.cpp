@@ -39,7 +39,7 @@ float mean_square(const float* x, std::int64_t width, float center) {
         width,
         [&](std::int64_t i) {
             const Vec d = load(x + i) - center;
-            total += d * d;
+            total = fma(d, d, total);
         },
         [&](std::int64_t i) { tail += (x[i] - center) * (x[i] - center); });
     return (sum(total) + tail) / static_cast<float>(width);
@@ -53,7 +53,7 @@ void norm_row(const float* x, std::int64_t width, const NormWeights& w, float* o
             width,
             [&](std::int64_t i) {
                 store(out + i,
-                      (load(x + i) - center) * scale * load(w.weight + i) + load(w.bias + i));
+                      fma((load(x + i) - center) * scale, load(w.weight + i), load(w.bias + i)));
             },
             [&](std::int64_t i) { out[i] = (x[i] - center) * scale * w.weight[i] + w.bias[i]; });
     else
@@ -77,8 +77,8 @@ void rotate_halves(float* x, const float* cosines, const float* sines, std::int6
         pairs,
         [&](std::int64_t i) {
             const Vec a = load(x + i), b = load(y + i), c = load(cosines + i), s = load(sines + i);
-            store(x + i, a * c - b * s);
-            store(y + i, a * s + b * c);
+            store(x + i, fma(a, c, -(b * s)));
+            store(y + i, fma(a, s, b * c));
         },
         [&](std::int64_t i) {
             const float a = x[i], b = y[i];

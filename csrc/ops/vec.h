@@ -7,7 +7,7 @@
 #include <cstring>
 #include <utility>
 
-#if defined(__F16C__)
+#if defined(__F16C__) || defined(__FMA__)
 #include <immintrin.h>
 #endif
 
@@ -28,6 +28,14 @@ struct Half {
     std::uint16_t bits;
 };
 
+template <class To, class From>
+inline To as(From from) {
+    static_assert(sizeof(To) == sizeof(From));
+    To to;
+    std::memcpy(&to, &from, sizeof to);
+    return to;
+}
+
 inline Vec load(const float* from) {
     Vec v;
     std::memcpy(&v, from, sizeof v);
@@ -38,15 +46,19 @@ inline void store(float* to, Vec v) { std::memcpy(to, &v, sizeof v); }
 
 inline Vec splat(float x) { return Vec{} + x; }
 
-inline Vec vmax(Vec a, Vec b) { return a > b ? a : b; }
-
-template <class To, class From>
-inline To as(From from) {
-    static_assert(sizeof(To) == sizeof(From));
-    To to;
-    std::memcpy(&to, &from, sizeof to);
-    return to;
+// a * b + c: rounded once where the tier has the instruction, twice where it has not. Everything
+// else is rounded as it is written (-ffp-contract=off).
+inline Vec fma(Vec a, Vec b, Vec c) {
+#if defined(__AVX512F__)
+    return as<Vec>(_mm512_fmadd_ps(as<__m512>(a), as<__m512>(b), as<__m512>(c)));
+#elif defined(__FMA__)
+    return as<Vec>(_mm256_fmadd_ps(as<__m256>(a), as<__m256>(b), as<__m256>(c)));
+#else
+    return a * b + c;
+#endif
 }
+
+inline Vec vmax(Vec a, Vec b) { return a > b ? a : b; }
 
 // Binary16 to binary32 without a conversion instruction: shift the exponent into place and
 // correct its bias by a multiplication, which also makes subnormals right.
@@ -127,16 +139,12 @@ inline Vec exp(Vec x) {
     constexpr float kLn2Low = 0x1.7f7d1cp-20f;  // ln 2 - kLn2High
     const IntVec dead = x < splat(-87.0f);      // not so for NaN, which stays NaN
     const Vec bounded = dead ? splat(-87.0f) : x;
-    const Vec shifted = bounded * 1.44269504f + kShift;
+    const Vec shifted = fma(bounded, splat(1.44269504f), splat(kShift));
     const Vec n = shifted - kShift;
-    const Vec r = (bounded - n * kLn2High) - n * kLn2Low;
-    Vec p = r * (1.0f / 5040) + 1.0f / 720;
-    p = p * r + 1.0f / 120;
-    p = p * r + 1.0f / 24;
-    p = p * r + 1.0f / 6;
-    p = p * r + 0.5f;
-    p = p * r + 1.0f;
-    p = p * r + 1.0f;
+    const Vec r = fma(n, splat(-kLn2Low), bounded - n * kLn2High);
+    Vec p = splat(1.0f / 5040);
+    for (const float c : {1.0f / 720, 1.0f / 120, 1.0f / 24, 1.0f / 6, 0.5f, 1.0f, 1.0f})
+        p = fma(p, r, splat(c));
     const IntVec scale = (as<IntVec>(shifted) << 23) + (127 << 23);
     return as<Vec>(as<IntVec>(p * as<Vec>(scale)) & ~dead);
 }

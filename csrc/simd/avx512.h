@@ -147,15 +147,10 @@ inline void split_f16(const std::uint8_t* line, Floats& even, Floats& odd) {
     odd.v = _mm512_cvtph_ps(_mm512_cvtepi32_epi16(_mm512_srli_epi32(w, 16)));
 }
 
-inline Ints as_ints(Codes a) { return {a.v}; }
-// Rounds to bfloat16 (halves away from zero) and stores a line of pairs.
-inline void store_bf16_pairs(std::uint8_t* line, Floats even, Floats odd) {
-    const __m512i half = _mm512_set1_epi32(0x8000);
-    const __m512i low = _mm512_srli_epi32(_mm512_add_epi32(_mm512_castps_si512(even.v), half), 16);
-    const __m512i high = _mm512_and_si512(_mm512_add_epi32(_mm512_castps_si512(odd.v), half),
-                                          _mm512_set1_epi32(static_cast<int>(0xffff0000u)));
-    _mm512_storeu_si512(line, _mm512_or_si512(low, high));
-}
+// For int8 tiles: bytes modulo 256, and what a tile has added up.
+inline Codes subtract(Codes a, Codes b) { return {_mm512_sub_epi8(a.v, b.v)}; }
+inline Ints load_ints(const std::int32_t* p) { return {_mm512_loadu_si512(p)}; }
+inline Ints operator+(Ints a, Ints b) { return {_mm512_add_epi32(a.v, b.v)}; }
 
 inline void prefetch(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T0); }
 inline void pause() { _mm_pause(); }

@@ -35,7 +35,7 @@ def seen_by(type: GGMLType, x: Floats) -> Wide:
 
 def in_tiles(lib, type: GGMLType, tokens: int) -> bool:
     """Whether a tier computes so many tokens in bfloat16 tiles; test_amx.py holds those."""
-    return lib.tier == "amx" and tokens >= 12 and type not in (GGMLType.F32, GGMLType.F16)
+    return lib.tier == "amx" and tokens >= 12 and type == GGMLType.BF16
 
 
 class Matrix:

@@ -52,8 +52,8 @@ class Plan:
 class Ceiling:
     """One tier's limits: GB/s read by thread count, and GOP/s on registers alone.
 
-    The AMX tier computes large batches in bfloat16 tiles, whose own limit is `bf16_tiles`;
-    `int8_tiles` is what int8 tiles could do (0 on other tiers).
+    The AMX tier computes large batches in tiles: bfloat16 weights in two parts of the activations
+    (`bf16_tiles`), quantised ones in two planes (`int8_tiles`); both are 0 on other tiers.
     """
 
     tier: str
@@ -72,7 +72,8 @@ class Figure:
         operation: "moe" (gate, up, down of 8 experts) or "linear" (one tall matrix).
         gigabytes: weight bytes read per second, in 1e9.
         gigaops: 2 * multiply-adds per second, in 1e9.
-        of: the ceiling it is compared with: "read", "int8", "float32" or "tiles" (bfloat16).
+        of: the ceiling it is compared with: "read", "int8", "float32", "int8 tiles" or
+            "bf16 tiles".
         fraction: of that ceiling.
         spread: (slowest - fastest) / median of the runs.
     """
@@ -170,14 +171,15 @@ def figure(bank: ExpertBank, limits: Ceiling, what: tuple[str, int], work: tuple
     gigabytes, gigaops = (amount / seconds / 1e9 for amount in work)
     of = "float32" if bank.name in FLOATING else "int8"
     if limits.bf16_tiles and bank.name not in {"F16", "F32"}:
-        of = "tiles"
+        of = "bf16 tiles" if bank.name == "BF16" else "int8 tiles"
     if tokens <= 8:
         of = "read"
     fraction = {
         "read": gigabytes / max(limits.read.values()),
         "int8": gigaops / limits.int8,
         "float32": gigaops / limits.float32,
-        "tiles": gigaops / (limits.bf16_tiles or 1),
+        "bf16 tiles": gigaops / (limits.bf16_tiles or 1),
+        "int8 tiles": gigaops / (limits.int8_tiles or 1),
     }[of]
     spread = (max(taken) - min(taken)) / seconds
     return Figure(
@@ -279,7 +281,7 @@ def run(plan: Plan, write: Callable[[str], None]) -> dict[str, Any]:
     for f in figures(plan, limits, memory):
         lines.append(f)
         write(f"{f.format:8}{f.tier:10}{f.operation:8}{f.tokens:6}{f.gigabytes:8.1f}"
-              f"{f.gigaops:8.0f}  {f.fraction:4.0%} {f.of:7} {f.spread:5.0%}")  # fmt: skip
+              f"{f.gigaops:8.0f}  {f.fraction:4.0%} {f.of:10} {f.spread:5.0%}")  # fmt: skip
     document = {
         "processor": processor(),
         "plan": asdict(plan),
