@@ -3,6 +3,7 @@ for all gives the logits of the plain step; and which steps are taken."""
 
 import os
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -13,7 +14,17 @@ if not torch.cuda.is_available():
 from dataclasses import replace
 
 from greenroom.experts.rendezvous import RendezvousCourier
-from greenroom.layers.decode_graphs import DecodeGraphs, context_range, is_decode, widened
+from greenroom.layers.choice import likeliest
+from greenroom.layers.decode_graphs import (
+    DecodeGraphs,
+    Recorded,
+    context_range,
+    fill,
+    is_decode,
+    reading,
+    widened,
+)
+from greenroom.layers.staging import Staging
 
 from .conftest import Loader
 from .hf_export import VOCABULARY
@@ -43,7 +54,7 @@ def test_a_recordable_step_equals_the_plain_one(load: Loader, case: str) -> None
     assert all(group.block_tables.shape == (2, 128) for group in wide.groups)
     step = replace(model.backend.step(wide, model.rope), longest=512)
     with torch.inference_mode():
-        found = model._compute(model._embed(batch.tokens), step, session.caches)
+        found = model._compute(model.token_embd.rows(batch.tokens), step, session.caches)
     torch.testing.assert_close(found, plain, atol=1e-5, rtol=1e-4)
 
 
@@ -60,10 +71,10 @@ def test_a_step_that_meets_the_cpu_equals_one_that_waits(load: Loader, case: str
         for blk in model.blk:
             if hasattr(blk.ffn, "experts"):
                 blk.ffn.experts._courier = courier
-        plain = model._compute(model._embed(batch.tokens), step, session.caches)
+        plain = model._compute(model.token_embd.rows(batch.tokens), step, session.caches)
         assert not model.waits
         with model.backend.recording(), model.backend.answering(2):
-            found = model._compute(model._embed(batch.tokens), step, session.caches)
+            found = model._compute(model.token_embd.rows(batch.tokens), step, session.caches)
     assert torch.equal(found, plain)
 
 
@@ -74,4 +85,61 @@ def test_nothing_is_recorded_without_a_gpu_or_for_long_steps(load: Loader) -> No
     _, model = load("deepseek", backend="cuda", device=DEVICE)
     assert model.waits == (DEVICE == "cpu")  # for experts in RAM
     batch = Session(model).batch([(0, [1])])
-    assert graphs(batch, [], model._embed, model._compute) is None
+    assert graphs(batch, [], model.token_embd.rows, model._compute) is None
+
+
+class Replays(DecodeGraphs):
+    """Records a step as the call it is; what it reads and writes stays in one place."""
+
+    def __init__(self, *arguments: Any) -> None:
+        super().__init__(*arguments)
+        self.usable, self.replays = True, 0
+
+    def _capture(self, inputs: Any, step: Any, compute: Any) -> Recorded:
+        staging = Staging(torch.device(DEVICE), inputs)
+        fixed = reading(step, staging)
+        logits = compute(staging.there[0].clone(), fixed)
+        tokens = likeliest(logits)
+
+        def replay() -> None:
+            self.replays += 1
+            logits.copy_(compute(staging.there[0].clone(), fixed))
+            tokens.copy_(likeliest(logits))
+
+        return Recorded(SimpleNamespace(replay=replay), staging, logits, tokens)
+
+
+def test_replayed_steps_give_the_logits_of_plain_ones(load: Loader) -> None:
+    """Two sequences, contexts of different lengths, inputs that change from step to step."""
+    _, model = load("gpt-oss", backend="cuda", device=DEVICE)
+    session = Session(model, sequences=2)
+    prompts = [prompt(i, length, VOCABULARY) for i, length in enumerate((9, 5))]
+    model.forward(session.batch([(0, prompts[0]), (1, prompts[1])]), session.caches)
+    graphs = Replays(model.backend, model.rope)
+    with torch.inference_mode():
+        for token in range(5):
+            batch = session.batch([(0, [3 + token]), (1, [7 * token])])
+            arguments = batch, session.caches, model.token_embd.rows
+            assert graphs.replay(*arguments) is None or token > 2
+            found = graphs(*arguments, model._compute)
+            assert (found is None) == (token < 2)
+            plain = model.forward(batch, session.caches)
+            if found is not None:
+                torch.testing.assert_close(found, plain, atol=1e-5, rtol=1e-4)
+        assert graphs.replays == 2 * 2  # by both calls
+        again = graphs.replay(*arguments)
+        assert again is not None
+        assert again.likeliest.tolist() == plain.argmax(-1).tolist()
+        assert graphs.replay(batch, list(session.caches), model.token_embd.rows) is None
+
+
+def test_tables_narrower_than_their_place_are_filled_up() -> None:
+    wide = torch.tensor([[5, 6, 7], [8, 9, 1]], dtype=torch.int32)
+    slots = torch.tensor([4, 5])
+    staging = Staging(torch.device("cpu"), [wide, slots])
+    fill(staging, [torch.tensor([[1, 2], [3, 4]], dtype=torch.int32), slots + 1])
+    assert [part.tolist() for part in staging.there] == [wide.tolist(), slots.tolist()]
+    staging.send()
+    assert staging.there[0].tolist() == [[1, 2, -1], [3, 4, -1]]
+    assert staging.there[1].tolist() == [5, 6]
+    assert all(part.data_ptr() % 16 == 0 for part in staging.there)

@@ -11,15 +11,16 @@ import threading
 from collections import Counter
 from collections.abc import AsyncIterator, Callable
 from collections.abc import Sequence as Items
-from dataclasses import asdict
 from functools import partial
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from greenroom.engine.account import Account
+from greenroom.engine.collect import Found
 from greenroom.engine.config import ResolvedConfig
-from greenroom.engine.jobs import Embedding, Generation, Job, Rows, Scoring, Sink
+from greenroom.engine.jobs import Embedding, Generation, Job, Scoring, Sink
 from greenroom.engine.kv_cache import BlockCache, GroupSize
 from greenroom.engine.output import Constraint, TextStream, TokenOutput
 from greenroom.engine.params import SamplingParams
@@ -30,7 +31,6 @@ from greenroom.engine.scheduler import Chunk, Scheduler
 from greenroom.engine.sequence import Sequence, Want
 from greenroom.errors import ContextLengthError, EngineClosedError, GreenroomError, RequestError
 from greenroom.layers.batch import KVCache
-from greenroom.placement.enforce import usage
 from greenroom.placement.placement import Placement
 
 log = logging.getLogger(__name__)
@@ -77,12 +77,12 @@ class Engine:
             reuse=config.prefix_cache,
             store=store,
         )
-        self._store = store
         self._scheduler = Scheduler(self._blocks, config.prefill_chunk)
         self._runner = Runner(model, caches, self._blocks)
         self.placement: Placement | None = None  # what was planned, where a file was loaded
-        self._cache_bytes = _cache_bytes(caches)
+        self._account = Account(model, caches, store)
         self._jobs: dict[Sequence, Job] = {}
+        self._ready: list[tuple[Job, Any]] = []  # results to hand out
         self._counts: Counter[str] = Counter()
         self._inbox: list[Callable[[], None]] = []  # what other threads want done
         self._wake = threading.Condition()
@@ -165,9 +165,7 @@ class Engine:
             ],
             "block_size": self.config.block_size,
             "counts": dict(self._counts),
-            **self._store_stats(),
-            **self._expert_stats(),
-            **self._layer_stats(),
+            **self._account(self.placement),
         }
 
     def meter(self) -> None:
@@ -175,30 +173,6 @@ class Engine:
         start = getattr(self.model, "meter", None)
         if start is not None:
             start()
-
-    def _layer_stats(self) -> dict[str, Any]:
-        meters = getattr(self.model, "meters", {}).items()
-        return {"layers": [{"layer": i, **asdict(m)} for i, m in meters]} if meters else {}
-
-    def _store_stats(self) -> dict[str, Any]:
-        memory = {**self.model.memory(), **self._cache_bytes}
-        found: dict[str, Any] = {"memory": memory}
-        plan, store = self.placement, self._store
-        if plan is not None and plan.vram is not None:
-            backends = getattr(self.model, "backends", ())
-            booked = sum(getattr(backend, "booked", 0) for backend in backends)
-            found["vram"] = usage(plan.vram, booked)
-        if store is None:
-            return found
-        memory["prefixes.ram"] = store.bytes
-        figures = {"budget": store.budget, "bytes": store.bytes, "blocks": len(store)}
-        figures |= {"kept_blocks": store.kept, "restored_blocks": store.restored}
-        return found | {"prefix_store": figures}
-
-    def _expert_stats(self) -> dict[str, Any]:
-        ask = getattr(self.model, "expert_stats", None)
-        found = {} if ask is None else ask()
-        return {"experts": found} if found else {}
 
     def close(self) -> None:
         """Ends every request with EngineClosedError and waits for the thread."""
@@ -241,6 +215,8 @@ class Engine:
         self.check(tokens, params)
         scored = params.prompt_logprobs is not None
         sequence = self._sequence(tokens, "all" if scored else "next")
+        sampler = Sampler(params, tokens, self.model_config.vocabulary_size, constraint)
+        sequence.choice = sampler.choice if sampler.alone else None
         limit = self.config.context_length
         if params.max_tokens is not None:
             limit = len(tokens) + params.max_tokens
@@ -251,7 +227,7 @@ class Engine:
             sequence,
             sink,
             params=params,
-            sampler=Sampler(params, tokens, self.model_config.vocabulary_size, constraint),
+            sampler=sampler,
             text=TextStream(self.tokenizer.stream(context=tokens[-1:]), tuple(params.stop)),
             limit=limit,
             end_tokens=ends,
@@ -311,6 +287,7 @@ class Engine:
             self._closed = EngineClosedError(f"the engine stopped after an error: {error}")
         finally:
             assert self._closed is not None
+            self._deliver()
             for action in self._inbox:
                 action()
             for job in tuple(self._jobs.values()):
@@ -319,6 +296,8 @@ class Engine:
     def _gather(self) -> bool:
         """Does what other threads asked for; waits while there is nothing to compute."""
         while True:
+            if not self._jobs:
+                self._deliver()
             with self._wake:
                 while not (self._inbox or self._jobs or self._closed):
                     self._wake.wait()
@@ -330,17 +309,19 @@ class Engine:
 
     def _step(self) -> None:
         chunks = self._scheduler.schedule()
-        for chunk, rows in zip(chunks, self._run(chunks), strict=True):
-            job = self._jobs[chunk.sequence]
-            if isinstance(rows, Exception):
-                self._fail(job, rows)
+        for chunk, found in zip(chunks, self._run(chunks), strict=True):
+            job = self._jobs.get(chunk.sequence)
+            if job is None:  # it was given up meanwhile
+                continue
+            if isinstance(found, Exception):
+                self._fail(job, found)
             else:
-                self._finish_chunk(job, chunk, rows)
+                self._finish_chunk(job, chunk, found)
         self._counts["steps"] += 1
 
-    def _run(self, chunks: Items[Chunk]) -> Items[Rows | Exception]:
+    def _run(self, chunks: Items[Chunk]) -> Items[Found | Exception]:
         try:
-            return self._runner.run(chunks)
+            return self._runner.run(chunks, self._deliver)
         except Exception as error:
             if len(chunks) == 1:
                 if not isinstance(error, GreenroomError):
@@ -350,11 +331,11 @@ class Engine:
         # changes nothing.
         return [self._run([chunk])[0] for chunk in chunks]
 
-    def _finish_chunk(self, job: Job, chunk: Chunk, rows: Rows) -> None:
+    def _finish_chunk(self, job: Job, chunk: Chunk, found: Found) -> None:
         self._scheduler.commit(chunk)
         tokens = len(job.sequence)
         try:
-            results = job.consume(rows)
+            results = job.consume(found)
         except Exception as error:
             if not isinstance(error, GreenroomError):
                 log.exception("a request failed")
@@ -364,11 +345,16 @@ class Engine:
         self._counts["generated_tokens"] += len(job.sequence) - tokens
         if job.finish_reason is not None:
             self._drop(job, job.finish_reason)  # whoever sees the last result sees it free
-        try:
-            for result in results:
+        self._ready += [(job, result) for result in results]
+
+    def _deliver(self) -> None:
+        """Hands out results; in a step that computes elsewhere it is done beside it."""
+        ready, self._ready = self._ready, []
+        for job, result in ready:
+            try:
                 job.sink(result)
-        except Exception:  # nobody listens any more, e.g. the event loop is closed
-            self._drop(job, "cancelled")
+            except Exception:  # nobody listens any more, e.g. the event loop is closed
+                self._drop(job, "cancelled")
 
     def _add(self, job: Job) -> None:
         self._jobs[job.sequence] = job
@@ -383,17 +369,9 @@ class Engine:
 
     def _fail(self, job: Job, error: Exception) -> None:
         self._drop(job, "error")
+        self._deliver()  # what came before the error
         with contextlib.suppress(Exception):  # the caller may be gone
             job.sink(error)
-
-
-def _cache_bytes(caches: Items[KVCache]) -> Counter[str]:
-    """Bytes of keys and values by where they are."""
-    found: Counter[str] = Counter()
-    for cache in caches:
-        part = "kv_cache.vram" if cache.k.is_cuda else "kv_cache"
-        found[part] += cache.k.nbytes + cache.v.nbytes
-    return found
 
 
 def _post(loop: asyncio.AbstractEventLoop, queue: asyncio.Queue[Any], item: object) -> None:

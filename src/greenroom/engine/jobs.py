@@ -10,12 +10,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from greenroom.engine.collect import Found, Rows
 from greenroom.engine.output import TextStream, TokenLogprob, TokenOutput
 from greenroom.engine.params import SamplingParams
 from greenroom.engine.sampler import Sampler, token_logprob
 from greenroom.engine.sequence import Sequence
 
-Rows = NDArray[np.float32]
 Sink = Callable[[Any], None]  # takes the request's results, or the exception that ended it
 
 
@@ -28,12 +28,13 @@ class Job(ABC):
         self.finish_reason: str | None = None
 
     @abstractmethod
-    def consume(self, rows: Rows) -> list[Any]:
+    def consume(self, found: Found) -> list[Any]:
         """Takes the wanted rows of one chunk; returns results for the sink and sets
         finish_reason with the last.
 
         Args:
-            rows: (rows, vocabulary) float32 logits or (rows, hidden) float32 states.
+            found: (rows, vocabulary) float32 logits or (rows, hidden) float32 states; or the
+                next token, if the sequence has a choice.
         """
 
 
@@ -71,12 +72,14 @@ class Generation(Job):
         if params.prompt_logprobs is not None:
             self.prompt_logprobs = [None]
 
-    def consume(self, rows: Rows) -> list[TokenOutput]:
-        if self.sequence.want == "all":
-            rows = self._score_prompt(rows)
-        if not len(rows):
-            return []
-        sampled = self.sampler.sample(rows[-1])
+    def consume(self, found: Found) -> list[TokenOutput]:
+        if isinstance(found, int):
+            sampled = self.sampler.accept(found)
+        else:
+            rows = self._score_prompt(found) if self.sequence.want == "all" else found
+            if not len(rows):
+                return []
+            sampled = self.sampler.sample(rows[-1])
         now = time.perf_counter()
         self.sequence.tokens.append(sampled.token_id)
         text, self.finish_reason = self._advance(sampled.token_id)
@@ -129,7 +132,8 @@ class Scoring(Job):
     in order and None after the last.
     """
 
-    def consume(self, rows: Rows) -> list[Rows | None]:
+    def consume(self, found: Found) -> list[Rows | None]:
+        rows = _rows(found)
         self.sequence.delivered += len(rows)
         if self.sequence.delivered < len(self.sequence):
             return [rows]
@@ -151,7 +155,8 @@ class Embedding(Job):
         self.pooling = pooling
         self.total: NDArray[np.float64] | None = None
 
-    def consume(self, rows: Rows) -> list[Rows]:
+    def consume(self, found: Found) -> list[Rows]:
+        rows = _rows(found)
         self.sequence.delivered += len(rows)
         if self.pooling == "mean" and len(rows):
             part = rows.sum(axis=0, dtype=np.float64)
@@ -162,3 +167,8 @@ class Embedding(Job):
         if self.total is None:
             return [rows[-1].copy()]
         return [(self.total / len(self.sequence)).astype(np.float32)]
+
+
+def _rows(found: Found) -> Rows:
+    assert not isinstance(found, int)  # only a sequence with a choice is given tokens
+    return found

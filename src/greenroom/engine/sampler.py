@@ -14,6 +14,7 @@ from greenroom.engine.candidates import draw, log_sum_exp, top
 from greenroom.engine.output import Constraint, TokenLogprob
 from greenroom.engine.params import SamplingParams
 from greenroom.errors import GreenroomError, RequestError
+from greenroom.layers.choice import Choice
 
 Row = NDArray[np.float32]
 
@@ -74,7 +75,7 @@ class Sampler:
     ) -> None:
         self.params = params
         self.constraint = constraint
-        self.random = random.Random(params.seed)
+        self._random = random.Random(params.seed)
         self.penalties = Penalties(params, prompt, vocabulary) if params.penalised else None
         self.bias_ids = np.fromiter(params.logit_bias.keys(), np.int64)
         self.bias = np.fromiter(params.logit_bias.values(), np.float32)
@@ -84,6 +85,17 @@ class Sampler:
                 f"{vocabulary} tokens",
                 "logit_bias",
             )
+        simple = self.penalties is None and constraint is None and not self.bias_ids.size
+        self.choice = Choice(
+            params.temperature, params.top_k, params.top_p, params.min_p, self._random.random()
+        )
+        # Whether a device that has the logits can choose by itself.
+        self.alone = simple and params.logprobs is None and params.temperature == 0.0
+
+    def accept(self, token: int) -> Sampled:
+        """Takes a token that was chosen by `choice` elsewhere."""
+        self.choice.uniform = self._random.random()
+        return Sampled(token, None, ())
 
     def sample(self, logits: Row) -> Sampled:
         """The next token.
@@ -100,7 +112,7 @@ class Sampler:
                 raise _unusable(row)
             token = draw(
                 row,
-                self.random.random(),
+                self.choice.uniform,
                 temperature=params.temperature,
                 top_k=params.top_k,
                 top_p=params.top_p,
@@ -108,6 +120,7 @@ class Sampler:
             )
         if not np.isfinite(row[token]):
             raise _unusable(row)
+        self.choice.uniform = self._random.random()
         if self.penalties is not None:
             self.penalties.note(token)
         if self.constraint is not None:

@@ -7,6 +7,8 @@ from array import array
 from collections.abc import Sequence as Tokens
 from typing import Literal
 
+from greenroom.layers.choice import Choice
+
 # What the model's outputs are wanted for: the logits after the last token, the logits of
 # every token, or the final hidden state of every token.
 Want = Literal["next", "all", "hidden"]
@@ -26,6 +28,7 @@ class Sequence:
 
     __slots__ = (
         "blocks",
+        "choice",
         "chunk_limit",
         "computed",
         "delivered",
@@ -53,6 +56,7 @@ class Sequence:
         self.want: Want = want
         self.reuse = reuse
         self.chunk_limit = chunk_limit
+        self.choice: Choice | None = None  # how the next token follows from the logits alone
         self.computed = 0  # positions whose keys and values are in the cache
         self.delivered = 0  # positions whose outputs were handed out ("all" and "hidden")
         self.reused = 0  # of these, how many came from earlier requests at first admission

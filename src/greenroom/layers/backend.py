@@ -13,7 +13,7 @@ from torch import Tensor
 
 from greenroom.experts.reference import ReferenceExperts
 from greenroom.layers.attention import attention, write_kv
-from greenroom.layers.batch import Batch, KVCache
+from greenroom.layers.batch import Batch, KVCache, Launched
 from greenroom.layers.embedding import Embedding
 from greenroom.layers.linear import Linear, Linears
 from greenroom.layers.moe import DenseMlp, Experts, Matrices, Matrix, Routing
@@ -84,14 +84,15 @@ class ExpertWeights:
     activation: str = "silu"
 
 
-Embed = Callable[[Tensor], Tensor]  # ids (n,) to embeddings (n, d) float32
+Embed = Callable[[Tensor], Tensor]  # ids (n,) to rows of the table (n, d) float32, all in RAM
 
 
 class Compute(Protocol):
     """The rest of a step, on one backend."""
 
     def __call__(self, x: Tensor, step: Step, caches: Sequence[KVCache]) -> Tensor:
-        """Embeddings (n, d) to logits (n, vocabulary); writes keys and values to the caches."""
+        """Rows of the table (n, d) to logits (n, vocabulary); writes keys and values to caches.
+        Overwrites x."""
 
 
 class Graphs(Protocol):
@@ -101,6 +102,9 @@ class Graphs(Protocol):
         self, batch: Batch, caches: Sequence[KVCache], embed: Embed, compute: Compute
     ) -> Tensor | None:
         """Logits (sequences, vocabulary) float32, or None to leave the step to the caller."""
+
+    def replay(self, batch: Batch, caches: Sequence[KVCache], embed: Embed) -> Launched | None:
+        """Launches a recorded step and does not wait for it; None where none was recorded."""
 
     def clear(self) -> None:
         """Forgets what was recorded, because memory it reads is given back."""

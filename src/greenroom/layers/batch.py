@@ -2,6 +2,7 @@
 keys and values live. Built by the engine, read by attention layers; knows neither.
 """
 
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -41,3 +42,19 @@ class KVCache:
 
     k: Tensor  # (blocks, kv_heads, block_size, key_length)
     v: Tensor  # (blocks, kv_heads, block_size, value_length)
+
+
+@dataclass(frozen=True, slots=True)
+class Launched:
+    """What a step leaves on the device that was only launched; the next step overwrites it.
+
+    Attributes:
+        logits: (outputs, vocabulary) float32.
+        likeliest: (outputs,) int64; -1 where the largest logit is no finite number.
+        answering: entered already; its end waits for what the CPU computes in the step, or
+            gives the step up after an error.
+    """
+
+    logits: Tensor
+    likeliest: Tensor
+    answering: AbstractContextManager[object]

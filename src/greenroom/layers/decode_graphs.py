@@ -9,6 +9,7 @@ from; otherwise graphs are given up. Knows no family.
 import logging
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -17,9 +18,11 @@ import torch
 from torch import Tensor
 
 from greenroom.layers.backend import Compute, Embed
-from greenroom.layers.batch import Batch, KVCache, KVGroup
+from greenroom.layers.batch import Batch, KVCache, KVGroup, Launched
+from greenroom.layers.choice import likeliest
 from greenroom.layers.cuda_backend import CudaBackend, DeviceStep
 from greenroom.layers.rope import Rope
+from greenroom.layers.staging import Staging
 
 MOST_SEQUENCES = 16  # longer steps expand weights, where launches no longer matter
 USES = 3  # of a kind of step before it is recorded: odd ones are not worth it
@@ -60,18 +63,31 @@ class Recorded:
     """A graph and the memory it reads and writes.
 
     Attributes:
-        inputs: tensors of the step, see `inputs_of`.
-        logits: (n, vocabulary) float32.
+        inputs: of the step, see `inputs_of`.
+        logits, likeliest: what a replay leaves, see `Launched`.
     """
 
     graph: Any
-    inputs: list[Tensor]
+    inputs: Staging
     logits: Tensor
+    likeliest: Tensor
 
 
-def inputs_of(x: Tensor, step: DeviceStep) -> list[Tensor]:
-    """What differs from step to step: embeddings and addresses."""
-    return [x, step.positions, step.contexts, *step.tables, *step.slots]
+def inputs_of(x: Tensor, batch: Batch) -> list[Tensor]:
+    """What differs from step to step, all in RAM: embeddings and addresses."""
+    groups = batch.groups
+    tables, slots = ([getattr(g, name) for g in groups] for name in ("block_tables", "slots"))
+    return [x, batch.positions, batch.context_lengths, *tables, *slots]
+
+
+def fill(staging: Staging, values: Sequence[Tensor]) -> None:
+    """Writes inputs; block tables may be narrower than their place and are filled up with -1."""
+    for place, value in zip(staging.here, values, strict=True):
+        if place.ndim == 2 and (width := value.shape[1]) < place.shape[1]:
+            place[:, :width] = value.numpy()
+            place[:, width:] = -1
+        else:
+            place[...] = value.numpy()
 
 
 class DecodeGraphs:
@@ -86,7 +102,7 @@ class DecodeGraphs:
         self._backend, self._rope = backend, rope
         self._graphs: OrderedDict[tuple[int, int], Recorded] = OrderedDict()
         self._uses: dict[tuple[int, int], int] = {}
-        self._caches: list[int] = []  # addresses the graphs hold
+        self._caches: Sequence[KVCache] | None = None  # whose addresses the graphs hold
         self._pool: Any = None
         self.usable = backend.device.type == "cuda"
 
@@ -94,46 +110,58 @@ class DecodeGraphs:
         self, batch: Batch, caches: Sequence[KVCache], embed: Embed, compute: Compute
     ) -> Tensor | None:
         """See `Graphs.__call__`; the memory of the result is used again by the next call."""
-        tokens = len(batch.tokens)
-        if not self.usable or tokens > MOST_SEQUENCES or not is_decode(batch):
+        replayed = self.replay(batch, caches, embed)
+        if replayed is not None:
+            with replayed.answering:
+                return replayed.logits
+        if not self._takes(batch):
             return None
-        addresses = [part.data_ptr() for cache in caches for part in (cache.k, cache.v)]
-        if self._caches != addresses:
+        key = _kind(batch)
+        self._uses[key] = self._uses.get(key, 0) + 1
+        if self._uses[key] < USES:
+            return None
+        wide = widened(batch, -(-key[1] // caches[0].k.shape[2]))
+        return self._record(key, embed(batch.tokens), wide, partial(compute, caches=caches))
+
+    def replay(self, batch: Batch, caches: Sequence[KVCache], embed: Embed) -> Launched | None:
+        """See `Graphs.replay`."""
+        if not self._takes(batch):
+            return None
+        if self._caches is not caches:
             self._graphs.clear()
-            self._caches = addresses
-        key = tokens, context_range(int(batch.context_lengths.max()))
-        known = self._graphs.get(key)
+            self._caches = caches
+        known = self._graphs.get(_kind(batch))
         if known is None:
-            self._uses[key] = self._uses.get(key, 0) + 1
-            if self._uses[key] < USES:
-                return None
-        x, step = embed(batch.tokens), self._step(batch, key[1], caches[0].k.shape[2])
-        if known is None:
-            return self._record(key, x, step, partial(compute, caches=caches))
-        for here, there in zip(known.inputs, inputs_of(x, step), strict=True):
-            here.copy_(there)
-        with self._backend.answering(tokens):
+            return None
+        fill(known.inputs, inputs_of(embed(batch.tokens), batch))
+        known.inputs.send()
+        with ExitStack() as answering:
+            answering.enter_context(self._backend.answering(len(batch.tokens)))
             known.graph.replay()
-        return known.logits
+            return Launched(known.logits, known.likeliest, answering.pop_all())
+
+    def _takes(self, batch: Batch) -> bool:
+        return self.usable and len(batch.tokens) <= MOST_SEQUENCES and is_decode(batch)
 
     def clear(self) -> None:
         """See `Graphs.clear`."""
         self._graphs.clear()
-
-    def _step(self, batch: Batch, longest: int, block: int) -> DeviceStep:
-        step = self._backend.step(widened(batch, -(-longest // block)), self._rope)
-        return replace(step, longest=longest)
+        self._caches = None
 
     def _record(
-        self, key: tuple[int, int], x: Tensor, step: DeviceStep, compute: Callable[..., Tensor]
+        self, key: tuple[int, int], x: Tensor, batch: Batch, compute: Callable[..., Tensor]
     ) -> Tensor:
-        """Runs the step plainly, records it, and keeps the graph if its replay gives the same."""
-        first = x.clone()  # the residual stream is added to in place
-        plain = compute(x, step)
+        """Runs the step plainly, records it, and keeps the graph if its replay gives the same.
+
+        Args:
+            x: (n, d) float32, embeddings in RAM.
+            batch: the step with the widest tables of its kind.
+        """
+        step = replace(self._backend.step(batch, self._rope), longest=key[1])
+        plain = compute(self._backend.bring(x.clone()), step)  # it is overwritten
         try:
-            found = self._capture(first, step, compute)
-            replayed = found.logits
-            error = float((replayed - plain).abs().max() / plain.abs().max())
+            found = self._capture(inputs_of(x, batch), step, compute)
+            error = float((found.logits - plain).abs().max() / plain.abs().max())
             if not error < CLOSE:
                 raise RuntimeError(f"a replayed step differs from the plain one by {error:.1e}")
         except Exception as failure:
@@ -146,19 +174,42 @@ class DecodeGraphs:
             self._graphs.popitem(last=False)
         return plain
 
-    def _capture(self, x: Tensor, step: DeviceStep, compute: Callable[..., Tensor]) -> Recorded:
+    def _capture(
+        self, inputs: list[Tensor], step: DeviceStep, compute: Callable[..., Tensor]
+    ) -> Recorded:
         graphs: Any = torch.cuda
         self._pool = self._pool or graphs.graph_pool_handle()
-        graph = graphs.CUDAGraph()
+        graph, count = graphs.CUDAGraph(), len(inputs[0])
         with self._backend.recording():
-            with self._backend.answering(len(x)):  # loads kernels that only such steps have
-                compute(x.clone(), step)
+            staging = Staging(self._backend.device, inputs)
+            x, step = staging.there[0], reading(step, staging)
+            with self._backend.answering(count):  # loads kernels that only such steps have
+                likeliest(compute(x.clone(), step))  # the residual is added to in place
             torch.cuda.empty_cache()
             before = torch.cuda.memory_reserved(self._backend.device)
             with graphs.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
                 logits = compute(x.clone(), step)
+                tokens = likeliest(logits)
         grown = torch.cuda.memory_reserved(self._backend.device) - before
         self._backend.bench.ledger.book("graphs", max(0, grown))
-        with self._backend.answering(len(x)):
+        with self._backend.answering(count):
             graph.replay()
-        return Recorded(graph, inputs_of(x, step), logits)
+        return Recorded(graph, staging, logits, tokens)
+
+
+def reading(step: DeviceStep, staging: Staging) -> DeviceStep:
+    """The step with its addresses in `staging`, filled from `inputs_of`."""
+    _, positions, contexts, *rest = staging.there
+    groups = len(rest) // 2
+    return replace(
+        step,
+        positions=positions,
+        contexts=contexts,
+        tables=tuple(rest[:groups]),
+        slots=tuple(rest[groups:]),
+    )
+
+
+def _kind(batch: Batch) -> tuple[int, int]:
+    """Sequences, and the end of the range of the longest context."""
+    return len(batch.tokens), context_range(int(batch.context_lengths.numpy().max()))

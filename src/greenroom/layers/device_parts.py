@@ -250,7 +250,7 @@ class DeviceEmbedding(Embedding):
 
     def __call__(self, tokens: Tensor) -> Tensor:
         """Looks up (tokens,) int64 ids in RAM: (tokens, width) float32 on the device."""
-        return to_device(super().__call__(tokens), self._device)
+        return to_device(self.rows(tokens), self._device)
 
 
 def to_device(tensor: Tensor, device: torch.device) -> Tensor:

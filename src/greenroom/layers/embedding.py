@@ -38,6 +38,10 @@ class Embedding:
 
     def __call__(self, tokens: Tensor) -> Tensor:
         """Looks up (tokens,) int64 ids below the vocabulary's size: (tokens, width) float32."""
+        return self.rows(tokens)
+
+    def rows(self, tokens: Tensor) -> Tensor:
+        """The same, in RAM wherever the model computes."""
         rows = self.raw[tokens.numpy()]  # (tokens, row_bytes), a copy
         direct = _DIRECT.get(self.type)
         if direct is not None:

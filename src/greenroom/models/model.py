@@ -16,7 +16,7 @@ from greenroom.experts.cpu import CpuExperts
 from greenroom.experts.meter import Meter
 from greenroom.experts.trace import TraceRecorder
 from greenroom.layers.backend import AttentionSpec, Backend, Graphs, NormLike, Step
-from greenroom.layers.batch import Batch, KVCache
+from greenroom.layers.batch import Batch, KVCache, Launched
 from greenroom.layers.moe import Matrix, Moe
 from greenroom.layers.rope import Rope
 from greenroom.models.config import ModelConfig
@@ -222,11 +222,26 @@ class Model:
         Returns:
             (outputs, vocabulary) float32 for `batch.output_rows`.
         """
-        if self.graphs is not None and self.recorder is None and not self.waits:
-            replayed = self.graphs(batch, caches, self._embed, self._compute)
+        if self._recordable:
+            assert self.graphs is not None
+            replayed = self.graphs(batch, caches, self.token_embd.rows, self._compute)
             if replayed is not None:
                 return replayed
         return self._logits(self.hidden(batch, caches))
+
+    @torch.inference_mode()
+    def launch(self, batch: Batch, caches: Sequence[KVCache]) -> Launched | None:
+        """As `forward`, where the step was recorded and need only be launched: returns before
+        it is computed. None where `forward` has more to do.
+        """
+        if not self._recordable:
+            return None
+        assert self.graphs is not None
+        return self.graphs.replay(batch, caches, self.token_embd.rows)
+
+    @property
+    def _recordable(self) -> bool:
+        return self.graphs is not None and self.recorder is None and not self.waits
 
     def _logits(self, hidden: Tensor) -> Tensor:
         if len(hidden) == 0:
@@ -244,13 +259,15 @@ class Model:
         return self._layers(self._embed(batch.tokens), steps, caches, batch.output_rows)
 
     def _embed(self, tokens: Tensor) -> Tensor:
-        x = self.token_embd(tokens)
+        return self._scaled(self.token_embd(tokens))
+
+    def _scaled(self, x: Tensor) -> Tensor:
         scale = self.config.scales.embedding
         return x if scale == 1.0 else x * scale
 
     def _compute(self, x: Tensor, step: Step, caches: Sequence[KVCache]) -> Tensor:
-        """Embeddings to logits of every row, on one backend."""
-        return self._logits(self._layers(x, {id(self.backend): step}, caches, None))
+        """Rows of the embedding to logits of every row, on one backend."""
+        return self._logits(self._layers(self._scaled(x), {id(self.backend): step}, caches, None))
 
     def _layers(
         self,
