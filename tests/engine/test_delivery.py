@@ -7,6 +7,7 @@ from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
 
+import pytest
 from torch import Tensor
 
 from greenroom.engine import LLM, SamplingParams
@@ -26,15 +27,23 @@ class LaunchedModel(FakeModel):
         super().__init__((None, 6))
         self.events: list[str] = []
         self.fails_at = 10**9
+        self.prepared: list[Batch] = []
 
     def launch(self, batch: Batch, caches: Sequence[KVCache]) -> Launched | None:
         if len(batch.tokens) != len(batch.context_lengths):
             return None
         if int(batch.positions.max()) >= self.fails_at:
             raise RuntimeError("the device is gone")
-        self.events.append("launch")
+        self.events.append(
+            "launch"
+            if not any(batch is known for known in self.prepared[-1:])
+            else "prepared launch"
+        )
         logits = super().forward(batch, caches)
         return Launched(logits, likeliest(logits), nullcontext())
+
+    def prepare(self, batch: Batch, caches: Sequence[KVCache]) -> None:
+        self.prepared.append(batch)
 
     def forward(self, batch: Batch, caches: Sequence[KVCache]) -> Tensor:
         self.events.append("forward")
@@ -71,6 +80,8 @@ def test_results_are_handed_out_beside_the_next_launch() -> None:
     first = model.events.index("token None")
     assert model.events[:first] == ["forward", "launch"]
     assert model.events.index("token length") > model.events.index("launch")
+    # One request alone: all but the first launch had been laid out before.
+    assert model.events[:12].count("launch") == 1
 
 
 def test_texts_of_launched_steps_are_those_of_computed_ones() -> None:
@@ -102,3 +113,31 @@ def test_a_listener_that_is_gone_ends_its_request_only() -> None:
 
     served(model, [3, 4, 5], sink, SamplingParams(temperature=0, ignore_eos=True))
     assert len(heard) == 1
+
+
+@pytest.mark.parametrize("blocks", [None, 14])
+def test_steps_laid_out_ahead_give_the_same_texts(blocks: int | None) -> None:
+    """Requests of different lengths that come and go, with and without room for all of them."""
+    prompts = [list(range(1, 4 + 5 * i)) for i in range(6)]
+    answers = []
+    for model in (FakeModel((None, 6)), LaunchedModel()):
+        engine = fake_engine(
+            model, context_length=48, cache_tokens=None if blocks is None else 4 * blocks
+        )
+        engine._runner._collector = Collector(remote=isinstance(model, LaunchedModel))
+        with LLM.from_engine(engine) as llm:
+            found = []
+            for most in (3, 17):
+                params = replace(GREEDY, max_tokens=most)
+                found += [c.token_ids for c in llm.generate(prompts, params)]
+            answers.append(found)
+    assert answers[0] == answers[1]
+    assert model.events.count("prepared launch") > 8
+
+
+def test_a_context_that_is_full_is_not_laid_out_beyond_its_end() -> None:
+    model = LaunchedModel()
+    engine = fake_engine(model, context_length=8)
+    with LLM.from_engine(engine) as llm:
+        answer = llm.generate([[3, 4, 5]], SamplingParams(temperature=0, ignore_eos=True))[0]
+    assert (len(answer.token_ids), answer.finish_reason) == (5, "length")

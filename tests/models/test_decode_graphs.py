@@ -127,9 +127,17 @@ def test_replayed_steps_give_the_logits_of_plain_ones(load: Loader) -> None:
             if found is not None:
                 torch.testing.assert_close(found, plain, atol=1e-5, rtol=1e-4)
         assert graphs.replays == 2 * 2  # by both calls
-        again = graphs.replay(*arguments)
+        later = session.batch([(0, [1]), (1, [2])])
+        graphs.prepare(later, session.caches)
+        again = graphs.replay(*arguments)  # another batch than the one prepared
         assert again is not None
         assert again.likeliest.tolist() == plain.argmax(-1).tolist()
+        graphs.prepare(later, session.caches)
+        later.tokens[:] = torch.tensor([11, 12])  # they are not known until now
+        after = graphs.replay(later, session.caches, model.token_embd.rows)
+        assert after is not None
+        plain = model.forward(later, session.caches)
+        torch.testing.assert_close(after.logits, plain, atol=1e-5, rtol=1e-4)
         assert graphs.replay(batch, list(session.caches), model.token_embd.rows) is None
 
 
@@ -137,9 +145,13 @@ def test_tables_narrower_than_their_place_are_filled_up() -> None:
     wide = torch.tensor([[5, 6, 7], [8, 9, 1]], dtype=torch.int32)
     slots = torch.tensor([4, 5])
     staging = Staging(torch.device("cpu"), [wide, slots])
-    fill(staging, [torch.tensor([[1, 2], [3, 4]], dtype=torch.int32), slots + 1])
+    fill(staging.here, [torch.tensor([[1, 2], [3, 4]], dtype=torch.int32), slots + 1])
     assert [part.tolist() for part in staging.there] == [wide.tolist(), slots.tolist()]
     staging.send()
     assert staging.there[0].tolist() == [[1, 2, -1], [3, 4, -1]]
     assert staging.there[1].tolist() == [5, 6]
     assert all(part.data_ptr() % 16 == 0 for part in staging.there)
+    staging.here[1][:] = 9  # written while the last ones travel
+    assert staging.there[1].tolist() == [5, 6]
+    staging.send()
+    assert staging.there[1].tolist() == [9, 9]

@@ -319,7 +319,7 @@ class Engine:
                 self._finish_chunk(job, chunk, found)
         self._counts["steps"] += 1
 
-    def _run(self, chunks: Items[Chunk]) -> Items[Found | Exception]:
+    def _run(self, chunks: list[Chunk]) -> Items[Found | Exception]:
         try:
             return self._runner.run(chunks, self._deliver)
         except Exception as error:

@@ -140,6 +140,7 @@ class BlockCache:
             np.full((rows, width), -1, np.int32) for _ in groups
         ]
         self.free_rows = list(range(rows - 1, -1, -1))
+        self.releases = 0  # how often blocks of a sequence were taken back
 
     def admit(self, sequence: Sequence, chunk: int, spare: int = 0) -> bool:
         """Gives a waiting sequence a row, shared blocks for the beginning it has in common
@@ -199,6 +200,7 @@ class BlockCache:
 
     def release(self, sequence: Sequence) -> None:
         """Takes everything back from an admitted sequence; its known blocks stay reusable."""
+        self.releases += 1
         for table in self.tables:
             table[sequence.row] = -1
         self.free_rows.append(sequence.row)

@@ -106,6 +106,10 @@ class Graphs(Protocol):
     def replay(self, batch: Batch, caches: Sequence[KVCache], embed: Embed) -> Launched | None:
         """Launches a recorded step and does not wait for it; None where none was recorded."""
 
+    def prepare(self, batch: Batch, caches: Sequence[KVCache]) -> None:
+        """While a step is computed: writes what `replay` will need for this very batch, all but
+        the embeddings of its tokens, which are not known yet."""
+
     def clear(self) -> None:
         """Forgets what was recorded, because memory it reads is given back."""
 

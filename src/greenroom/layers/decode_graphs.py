@@ -15,6 +15,7 @@ from functools import partial
 from typing import Any
 
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from greenroom.layers.backend import Compute, Embed
@@ -43,8 +44,8 @@ def context_range(longest: int) -> int:
 
 def is_decode(batch: Batch) -> bool:
     """Whether every sequence has one token and wants its logits."""
-    tokens = len(batch.tokens)
-    return tokens == len(batch.context_lengths) == len(batch.output_rows)
+    tokens = batch.tokens.shape
+    return tokens == batch.context_lengths.shape == batch.output_rows.shape
 
 
 def widened(batch: Batch, blocks: int) -> Batch:
@@ -63,26 +64,28 @@ class Recorded:
     """A graph and the memory it reads and writes.
 
     Attributes:
-        inputs: of the step, see `inputs_of`.
+        inputs: of the step: embeddings (n, d) float32, then `addresses_of`.
         logits, likeliest: what a replay leaves, see `Launched`.
+        ahead: the batch whose addresses are in `inputs` already, or None.
     """
 
     graph: Any
     inputs: Staging
     logits: Tensor
     likeliest: Tensor
+    ahead: Batch | None = None
 
 
-def inputs_of(x: Tensor, batch: Batch) -> list[Tensor]:
-    """What differs from step to step, all in RAM: embeddings and addresses."""
+def addresses_of(batch: Batch) -> list[Tensor]:
+    """What differs from step to step beside embeddings, in RAM."""
     groups = batch.groups
-    tables, slots = ([getattr(g, name) for g in groups] for name in ("block_tables", "slots"))
-    return [x, batch.positions, batch.context_lengths, *tables, *slots]
+    tables, slots = [g.block_tables for g in groups], [g.slots for g in groups]
+    return [batch.positions, batch.context_lengths, *tables, *slots]
 
 
-def fill(staging: Staging, values: Sequence[Tensor]) -> None:
+def fill(places: Sequence[NDArray[Any]], values: Sequence[Tensor]) -> None:
     """Writes inputs; block tables may be narrower than their place and are filled up with -1."""
-    for place, value in zip(staging.here, values, strict=True):
+    for place, value in zip(places, values, strict=True):
         if place.ndim == 2 and (width := value.shape[1]) < place.shape[1]:
             place[:, :width] = value.numpy()
             place[:, width:] = -1
@@ -125,23 +128,35 @@ class DecodeGraphs:
 
     def replay(self, batch: Batch, caches: Sequence[KVCache], embed: Embed) -> Launched | None:
         """See `Graphs.replay`."""
-        if not self._takes(batch):
-            return None
-        if self._caches is not caches:
-            self._graphs.clear()
-            self._caches = caches
-        known = self._graphs.get(_kind(batch))
+        known = self._known(batch, caches)
         if known is None:
             return None
-        fill(known.inputs, inputs_of(embed(batch.tokens), batch))
-        known.inputs.send()
+        inputs = known.inputs
+        inputs.here[0][...] = embed(batch.tokens).numpy()
+        if known.ahead is not batch:
+            fill(inputs.here[1:], addresses_of(batch))
+        known.ahead = None
+        inputs.send()
         with ExitStack() as answering:
-            answering.enter_context(self._backend.answering(len(batch.tokens)))
+            answering.enter_context(self._backend.answering(inputs.here[0].shape[0]))
             known.graph.replay()
             return Launched(known.logits, known.likeliest, answering.pop_all())
 
+    def prepare(self, batch: Batch, caches: Sequence[KVCache]) -> None:
+        """See `Graphs.prepare`."""
+        known = self._known(batch, caches)
+        if known is not None:
+            fill(known.inputs.here[1:], addresses_of(batch))
+            known.ahead = batch
+
+    def _known(self, batch: Batch, caches: Sequence[KVCache]) -> Recorded | None:
+        if self._caches is not caches:
+            self._graphs.clear()
+            self._caches = caches
+        return self._graphs.get(_kind(batch)) if self._takes(batch) else None
+
     def _takes(self, batch: Batch) -> bool:
-        return self.usable and len(batch.tokens) <= MOST_SEQUENCES and is_decode(batch)
+        return self.usable and batch.tokens.shape[0] <= MOST_SEQUENCES and is_decode(batch)
 
     def clear(self) -> None:
         """See `Graphs.clear`."""
@@ -160,7 +175,7 @@ class DecodeGraphs:
         step = replace(self._backend.step(batch, self._rope), longest=key[1])
         plain = compute(self._backend.bring(x.clone()), step)  # it is overwritten
         try:
-            found = self._capture(inputs_of(x, batch), step, compute)
+            found = self._capture([x, *addresses_of(batch)], step, compute)
             error = float((found.logits - plain).abs().max() / plain.abs().max())
             if not error < CLOSE:
                 raise RuntimeError(f"a replayed step differs from the plain one by {error:.1e}")
@@ -198,7 +213,7 @@ class DecodeGraphs:
 
 
 def reading(step: DeviceStep, staging: Staging) -> DeviceStep:
-    """The step with its addresses in `staging`, filled from `inputs_of`."""
+    """The step with its addresses in `staging`, behind the embeddings."""
     _, positions, contexts, *rest = staging.there
     groups = len(rest) // 2
     return replace(
@@ -212,4 +227,4 @@ def reading(step: DeviceStep, staging: Staging) -> DeviceStep:
 
 def _kind(batch: Batch) -> tuple[int, int]:
     """Sequences, and the end of the range of the longest context."""
-    return len(batch.tokens), context_range(int(batch.context_lengths.numpy().max()))
+    return batch.tokens.shape[0], context_range(max(batch.context_lengths.tolist()))

@@ -15,12 +15,14 @@ ALIGNED = 16  # bytes: what the widest load of a kernel wants
 class Staging:
     """Room for tensors like those given; their values are there at once.
 
+    The host has two copies in turn: it may write the next step's while the last ones travel.
+
     Args:
         device: where the twin is; in RAM the memory is not pinned.
         like: tensors in RAM.
 
     Attributes:
-        here: an array to write for each tensor.
+        here: an array to write for each tensor; others after each `send`.
         there: what `send` makes of it on the device.
     """
 
@@ -29,20 +31,27 @@ class Staging:
         for part in like:
             starts.append(end)
             end += -(-part.nbytes // ALIGNED) * ALIGNED
-        self._host = torch.empty(end, dtype=torch.uint8, pin_memory=device.type == "cuda")
+        pin = device.type == "cuda"
+        self._hosts = [torch.empty(end, dtype=torch.uint8, pin_memory=pin) for _ in range(2)]
         self._device = torch.empty(end, dtype=torch.uint8, device=device)
-        self.here: list[NDArray[Any]] = []
-        self.there: list[Tensor] = []
-        for part, start in zip(like, starts, strict=True):
-            here, there = (
+
+        def views(whole: Tensor) -> list[Tensor]:
+            return [
                 whole[start : start + part.nbytes].view(part.dtype).view(part.shape)
-                for whole in (self._host, self._device)
-            )
-            here.copy_(part)
-            self.here.append(here.numpy())
-            self.there.append(there)
+                for part, start in zip(like, starts, strict=True)
+            ]
+
+        self.there = views(self._device)
+        self._views = [[part.numpy() for part in views(host)] for host in self._hosts]
+        self.here: list[NDArray[Any]] = self._views[0]
+        for place, part in zip(self.here, like, strict=True):
+            place[...] = part.numpy()
         self.send()
 
     def send(self) -> None:
-        """Copies all of it; nothing may be written until the device has passed this point."""
-        self._device.copy_(self._host, non_blocking=True)
+        """Copies all of it. What `here` is afterwards was copied by the send before this one,
+        which the device must have passed."""
+        self._device.copy_(self._hosts[0], non_blocking=True)
+        self._hosts.reverse()
+        self._views.reverse()
+        self.here = self._views[0]

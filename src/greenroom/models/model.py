@@ -229,15 +229,20 @@ class Model:
                 return replayed
         return self._logits(self.hidden(batch, caches))
 
-    @torch.inference_mode()
     def launch(self, batch: Batch, caches: Sequence[KVCache]) -> Launched | None:
         """As `forward`, where the step was recorded and need only be launched: returns before
-        it is computed. None where `forward` has more to do.
+        it is computed. None where `forward` has more to do. Only within torch.inference_mode().
         """
         if not self._recordable:
             return None
         assert self.graphs is not None
         return self.graphs.replay(batch, caches, self.token_embd.rows)
+
+    def prepare(self, batch: Batch, caches: Sequence[KVCache]) -> None:
+        """While a launched step is computed: takes in the batch of the next `launch`, whose
+        tokens are not known yet."""
+        if self.graphs is not None:
+            self.graphs.prepare(batch, caches)
 
     @property
     def _recordable(self) -> bool:
