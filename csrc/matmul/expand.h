@@ -23,7 +23,7 @@ void expand_quantised(const std::uint8_t* group, std::int64_t blocks, Expanded* 
     constexpr int per_raw = F::raw_cols / formats::block_cols;
     const std::uint8_t* records = group + blocks * block_bytes;
     for (std::int64_t i = 0; i < blocks; ++i, group += block_bytes, ++out) {
-        prefetch_lines<block_bytes>(group);
+        prefetch_lines<block_bytes>(group + prefetch_ahead);
         formats::decode<F>(group, out->codes);
         if constexpr (F::zero >= 0)
             for (simd::Codes& quad : out->codes)

@@ -10,9 +10,10 @@
 namespace greenroom {
 
 // out[t * ld + row] for t < width, 16 rows. group: one packed group; blocks: columns / 32;
-// first: the tile's first token.
+// first: the tile's first token; next: the group that will be read after this one, or null.
 using TileKernel = void (*)(const std::uint8_t* group, std::int64_t blocks, const Activations& x,
-                            std::int64_t first, float* out, std::int64_t ld);
+                            std::int64_t first, const std::uint8_t* next, float* out,
+                            std::int64_t ld);
 
 // One group as tiles of signed bytes with their factors, and the product of such groups with
 // whole tiles of 16 tokens (expand.h): out (tokens, 16 * groups).

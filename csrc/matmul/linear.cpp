@@ -85,7 +85,8 @@ class Pass {
         auto* product = reinterpret_cast<float*>(buffer);
         for (std::int64_t g = begin; g < end; g += groups_at_once) {
             const std::int64_t groups = std::min(groups_at_once, end - g);
-            multiply(layer.weight, g, groups, x_, product, buffer + product_bytes_);
+            const std::uint8_t* next = g + groups < end ? layer.weight.group(g + groups) : nullptr;
+            multiply(layer.weight, g, groups, x_, next, product, buffer + product_bytes_);
             finish(layer, g, groups, first_, x_.tokens, product);
         }
     }

@@ -17,6 +17,9 @@ struct Matrix {
     float scale = 1.0f;
 
     std::int64_t groups() const { return groups_of(rows); }
+    const std::uint8_t* group(std::int64_t i) const {
+        return data + i * layout_of(type).group_bytes(cols);
+    }
 };
 
 // The forms multiply() will read for this many tokens.
@@ -27,9 +30,10 @@ std::int64_t multiply_scratch(const Matrix& m, std::int64_t tokens, std::int64_t
 
 // out[t * 16 * groups + row] for all tokens of x and the rows of groups [first, first + groups);
 // padding tokens may be written too: out has room for padded_tokens or padded_rows, whichever is
-// larger. Not scaled by m.scale.
+// larger. Not scaled by m.scale. next: the group the thread will read after these, of this matrix
+// or another, or null: a start from cold memory costs a few percent of a chunk.
 void multiply(const Matrix& m, std::int64_t first, std::int64_t groups, const Activations& x,
-              float* out, std::uint8_t* scratch);
+              const std::uint8_t* next, float* out, std::uint8_t* scratch);
 
 // Floats `out` of multiply() must have room for.
 inline std::int64_t product_floats(std::int64_t tokens, std::int64_t groups) {

@@ -8,14 +8,31 @@
 
 namespace greenroom {
 
-// Bytes ahead of the running block that are asked for: the hardware prefetcher alone leaves a
-// fifth of the bandwidth unused (docs/slab-layout.md).
+// Float weights, read straight on: bytes ahead of the running line that are asked for. The hardware
+// prefetcher alone leaves a fifth of the bandwidth unused (docs/slab-layout.md).
 constexpr std::int64_t prefetch_ahead = 8192;
 
 template <int Bytes>
 inline void prefetch_lines(const std::uint8_t* p) {
-    for (int i = 0; i < Bytes; i += 64) simd::prefetch(p + prefetch_ahead + i);
+    for (int i = 0; i < Bytes; i += 64) simd::prefetch(p + i);
 }
+
+// Asks for the next group while this one is computed, payload and records in the order of their
+// addresses, an equal share of lines with every block. Records lie behind the payload and are
+// needed from the first block on: reading less than a group ahead would come too late for them.
+class NextGroup {
+  public:
+    NextGroup(const std::uint8_t* next, std::int64_t blocks, std::int64_t group_bytes)
+        : next_(next), step_(next ? (group_bytes / 64 << 16) / blocks + 1 : 0) {}
+    void block() {
+        due_ += step_;
+        for (; line_ < due_ >> 16; ++line_) simd::prefetch(next_ + 64 * line_);
+    }
+
+  private:
+    const std::uint8_t* next_;
+    std::int64_t step_, due_ = 0, line_ = 0;  // step and due in 2^-16 of a line
+};
 
 // acc[t] += 32 columns of one group times token t, for a few tokens.
 template <class F, int Tokens>
@@ -41,26 +58,20 @@ template <class F, int Tokens>
 
 template <class F, int Tokens>
 void tile_quantised(const std::uint8_t* group, std::int64_t blocks, const Activations& a,
-                    std::int64_t first, float* out, std::int64_t ld) {
+                    std::int64_t first, const std::uint8_t* next, float* out, std::int64_t ld) {
     using namespace simd;
     constexpr int block_bytes = F::Payload::lines * formats::line_bytes;
     constexpr int per_raw = F::raw_cols / formats::block_cols;
     constexpr int together = std::min(Tokens, simd::interleave);
     const std::uint8_t* records = group + blocks * block_bytes;
     const std::int64_t record_bytes = blocks / per_raw * F::record_bytes;
-    // Reading the payload ahead never reaches this group's records in time: they are asked for
-    // here, and one group ahead below.
-    const std::int64_t to_next = (blocks * block_bytes + record_bytes + 63) / 64 * 64;
-    for (std::int64_t i = 0; i < std::min<std::int64_t>(record_bytes, 1024); i += 64)
-        simd::prefetch(records + i);
+    NextGroup ahead(next, blocks, (blocks * block_bytes + record_bytes + 63) / 64 * 64);
     const XBlock* x = a.quantised_tile(first);
     Floats acc[Tokens];
     unrolled<Tokens>([&](auto t) { acc[t] = zero(); });
     for (std::int64_t i = 0; i < blocks; i += per_raw) {
-        for (int line = 0; line < F::record_bytes; line += 64)
-            simd::prefetch(records + to_next + line);
         for (int b = 0; b < per_raw; ++b, group += block_bytes, x += Tokens) {
-            prefetch_lines<block_bytes>(group);
+            ahead.block();
             Codes codes[8];
             Floats scale[2], min[2];
             formats::decode<F>(group, codes);
@@ -78,7 +89,7 @@ void tile_quantised(const std::uint8_t* group, std::int64_t blocks, const Activa
 // Two sums per token, of even and of odd columns, hide the latency of the additions.
 template <class F, int Tokens>
 void tile_floats(const std::uint8_t* group, std::int64_t blocks, const Activations& a,
-                 std::int64_t first, float* out, std::int64_t ld) {
+                 std::int64_t first, const std::uint8_t*, float* out, std::int64_t ld) {
     using namespace simd;
     constexpr int per_line = F::cols_per_line, step = 2 / per_line;
     const float* x = a.float_tile(first);
@@ -86,7 +97,7 @@ void tile_floats(const std::uint8_t* group, std::int64_t blocks, const Activatio
     unrolled<Tokens>([&](auto t) { even[t] = odd[t] = zero(); });
     for (std::int64_t pair = 0; pair < blocks * 16; ++pair, x += 2 * Tokens) {
         Floats w[2];
-        prefetch_lines<step * 64>(group);
+        prefetch_lines<step * 64>(group + prefetch_ahead);
         unrolled<step>([&](auto i) { F::split(group + 64 * i, w + i); });
         group += step * 64;
         unrolled<Tokens>([&](auto t) __attribute__((always_inline)) {

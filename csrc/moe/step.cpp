@@ -145,18 +145,40 @@ void MoeStep::run() {
     else
         pool_.run(static_cast<std::int64_t>(tiles.size()),
                   [&](std::int64_t i, int) { fill_tile(tiles[i]); });
-    pool_.run(job_count_ * (up_.count + down_.count),
-              [&](std::int64_t index, int thread) { item(index, thread); });
+    std::atomic<std::int64_t> queue{0};
+    pool_.run(pool_.size(), [&](std::int64_t, int thread) { work_off(queue, thread); });
 }
 
-void MoeStep::item(std::int64_t index, int thread) {
+// Takes each item while the one before is still to be done, so that its weights can be asked for
+// in time; towards the end only what can be begun at once. An item that waits, waits for earlier
+// ones, and those are in the hands of threads that do not wait.
+void MoeStep::work_off(std::atomic<std::int64_t>& queue, int thread) {
+    const std::int64_t total = job_count_ * (up_.count + down_.count);
+    const std::int64_t early = total - 2 * pool_.size();
+    const auto take = [&] { return queue.fetch_add(1, std::memory_order_relaxed); };
+    for (std::int64_t index = take(); index < total;) {
+        const std::int64_t next = index < early ? take() : -1;
+        item(index, next < 0 || next >= total ? nullptr : start_of(next), thread);
+        index = next < 0 ? take() : next;
+    }
+}
+
+const std::uint8_t* MoeStep::start_of(std::int64_t index) const {
     const std::int64_t ups = job_count_ * up_.count;
-    if (index < ups) return up_chunk(jobs_[index / up_.count], index % up_.count, thread);
+    if (index < ups)
+        return jobs_[index / up_.count].expert->gate.group(index % up_.count * up_.rows / 16);
     index -= ups;
-    down_chunk(jobs_[index / down_.count], index % down_.count, thread);
+    return jobs_[index / down_.count].expert->down.group(index % down_.count * down_.rows / 16);
 }
 
-void MoeStep::up_chunk(Job& job, std::int64_t chunk, int thread) {
+void MoeStep::item(std::int64_t index, const std::uint8_t* next, int thread) {
+    const std::int64_t ups = job_count_ * up_.count;
+    if (index < ups) return up_chunk(jobs_[index / up_.count], index % up_.count, next, thread);
+    index -= ups;
+    down_chunk(jobs_[index / down_.count], index % down_.count, next, thread);
+}
+
+void MoeStep::up_chunk(Job& job, std::int64_t chunk, const std::uint8_t* next, int thread) {
     std::uint8_t* buffer = buffers_ + thread * (2 * product_bytes_ + scratch_bytes_);
     auto* gate = reinterpret_cast<float*>(buffer);
     auto* up = reinterpret_cast<float*>(buffer + product_bytes_);
@@ -164,8 +186,10 @@ void MoeStep::up_chunk(Job& job, std::int64_t chunk, int thread) {
     const std::int64_t end = up_.end(chunk);
     for (std::int64_t row = chunk * up_.rows; row < end; row += rows_at_once) {
         const std::int64_t groups = groups_of(std::min(rows_at_once, end - row));
-        multiply(job.expert->gate, row / 16, groups, job.x, gate, scratch);
-        multiply(job.expert->up, row / 16, groups, job.x, up, scratch);
+        const Matrix &g = job.expert->gate, &u = job.expert->up;
+        const std::int64_t first = row / 16, after = row + rows_at_once;
+        multiply(g, first, groups, job.x, u.group(first), gate, scratch);
+        multiply(u, first, groups, job.x, after < end ? g.group(after / 16) : next, up, scratch);
         store_hidden(job, row, groups, gate, up);
     }
     job.pending.fetch_sub(1, std::memory_order_acq_rel);
@@ -194,14 +218,17 @@ void MoeStep::store_hidden(const Job& job, std::int64_t row, std::int64_t groups
     }
 }
 
-void MoeStep::down_chunk(Job& job, std::int64_t chunk, int thread) {
+void MoeStep::down_chunk(Job& job, std::int64_t chunk, const std::uint8_t* next, int thread) {
     wait_for_zero(job.pending);
     std::uint8_t* buffer = buffers_ + thread * (2 * product_bytes_ + scratch_bytes_);
     auto* product = reinterpret_cast<float*>(buffer);
     const std::int64_t end = down_.end(chunk);
     for (std::int64_t row = chunk * down_.rows; row < end; row += rows_at_once) {
         const std::int64_t groups = groups_of(std::min(rows_at_once, end - row));
-        multiply(job.expert->down, row / 16, groups, job.h, product, buffer + 2 * product_bytes_);
+        const std::int64_t after = row + rows_at_once;
+        const Matrix& down = job.expert->down;
+        multiply(down, row / 16, groups, job.h, after < end ? down.group(after / 16) : next,
+                 product, buffer + 2 * product_bytes_);
         store_partial(job, row, groups, product);
     }
     if (unreduced_[chunk].fetch_sub(1, std::memory_order_acq_rel) == 1) reduce(chunk);

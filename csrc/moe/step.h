@@ -37,11 +37,13 @@ class MoeStep {
     void reserve();
     void lay_out(Arena& arena);
     void fill_tile(const Tile& tile);
-    void item(std::int64_t index, int thread);
-    void up_chunk(Job& job, std::int64_t chunk, int thread);
+    void work_off(std::atomic<std::int64_t>& queue, int thread);
+    const std::uint8_t* start_of(std::int64_t index) const;
+    void item(std::int64_t index, const std::uint8_t* next, int thread);
+    void up_chunk(Job& job, std::int64_t chunk, const std::uint8_t* next, int thread);
     void store_hidden(const Job& job, std::int64_t row, std::int64_t groups, const float* gate,
                       const float* up);
-    void down_chunk(Job& job, std::int64_t chunk, int thread);
+    void down_chunk(Job& job, std::int64_t chunk, const std::uint8_t* next, int thread);
     void store_partial(const Job& job, std::int64_t row, std::int64_t groups, const float* product);
     void reduce(std::int64_t chunk);
     bool share_x() const {
