@@ -155,39 +155,50 @@ inline __m256i splat_word(const void* p) {
     return _mm256_set1_epi32(w);
 }
 
-// add_plane<MaxCode, N>: acc plus the sums over 4N columns of code * x, x a plane of bytes.
+// add_planes<MaxCode, N>: adds the sums over 4N columns of code * x, for both planes of x: each
+// quad of codes meets both while it is in registers, of which there are only 16.
 #if defined(__AVXVNNI__)
 constexpr bool narrow_sums = false;
 
 template <int MaxCode, int N>
-Ints add_plane(Ints acc, const Codes* codes, const std::int8_t* x) {
+[[gnu::always_inline]] inline void add_planes(Ints& high, Ints& low, const Codes* codes,
+                                              const std::int8_t* x) {
+#pragma GCC unroll 8
     for (int i = 0; i < N; ++i) {
-        const __m256i w = splat_word(x + 4 * i);
-        acc.a = _mm256_dpbusd_avx_epi32(acc.a, codes[i].a, w);
-        acc.b = _mm256_dpbusd_avx_epi32(acc.b, codes[i].b, w);
+        const __m256i w = splat_word(x + 4 * i), v = splat_word(x + plane_bytes + 4 * i);
+        high.a = _mm256_dpbusd_avx_epi32(high.a, codes[i].a, w);
+        high.b = _mm256_dpbusd_avx_epi32(high.b, codes[i].b, w);
+        low.a = _mm256_dpbusd_avx_epi32(low.a, codes[i].a, v);
+        low.b = _mm256_dpbusd_avx_epi32(low.b, codes[i].b, v);
     }
-    return acc;
 }
 #else
 constexpr bool narrow_sums = true;
 
+// Sums of 16 bits, of as many quads as cannot overflow them.
 template <int MaxCode, int N>
-Ints add_plane(Ints acc, const Codes* codes, const std::int8_t* x) {
+[[gnu::always_inline]] inline void add_planes(Ints& high, Ints& low, const Codes* codes,
+                                              const std::int8_t* x) {
     constexpr int fit = 32767 / (2 * 127 * MaxCode), run = fit < N ? fit : N;
     const __m256i ones = _mm256_set1_epi16(1);
-    for (int i = 0; i < N; i += run) {
-        __m256i w = splat_word(x + 4 * i);
-        __m256i p = _mm256_maddubs_epi16(codes[i].a, w);
-        __m256i q = _mm256_maddubs_epi16(codes[i].b, w);
-        for (int j = i + 1; j < i + run && j < N; ++j) {
-            w = splat_word(x + 4 * j);
-            p = _mm256_add_epi16(p, _mm256_maddubs_epi16(codes[j].a, w));
-            q = _mm256_add_epi16(q, _mm256_maddubs_epi16(codes[j].b, w));
-        }
-        acc.a = _mm256_add_epi32(acc.a, _mm256_madd_epi16(p, ones));
-        acc.b = _mm256_add_epi32(acc.b, _mm256_madd_epi16(q, ones));
+    __m256i h[2], l[2];
+#pragma GCC unroll 8
+    for (int i = 0; i < N; ++i) {
+        const __m256i w = splat_word(x + 4 * i), v = splat_word(x + plane_bytes + 4 * i);
+        const __m256i products[4] = {
+            _mm256_maddubs_epi16(codes[i].a, w), _mm256_maddubs_epi16(codes[i].b, w),
+            _mm256_maddubs_epi16(codes[i].a, v), _mm256_maddubs_epi16(codes[i].b, v)};
+        const bool begins = i % run == 0, ends = i % run == run - 1 || i == N - 1;
+        h[0] = begins ? products[0] : _mm256_add_epi16(h[0], products[0]);
+        h[1] = begins ? products[1] : _mm256_add_epi16(h[1], products[1]);
+        l[0] = begins ? products[2] : _mm256_add_epi16(l[0], products[2]);
+        l[1] = begins ? products[3] : _mm256_add_epi16(l[1], products[3]);
+        if (!ends) continue;
+        high.a = _mm256_add_epi32(high.a, _mm256_madd_epi16(h[0], ones));
+        high.b = _mm256_add_epi32(high.b, _mm256_madd_epi16(h[1], ones));
+        low.a = _mm256_add_epi32(low.a, _mm256_madd_epi16(l[0], ones));
+        low.b = _mm256_add_epi32(low.b, _mm256_madd_epi16(l[1], ones));
     }
-    return acc;
 }
 #endif
 
@@ -195,7 +206,7 @@ Ints add_plane(Ints acc, const Codes* codes, const std::int8_t* x) {
 // at 128: as signed 16-bit values, even columns and odd ones apart, they are multiplied with both
 // planes put together.
 template <int N>
-Ints dot_signed(const Codes* codes, const std::int8_t* x) {
+[[gnu::always_inline]] inline Ints dot_signed(const Codes* codes, const std::int8_t* x) {
     const __m256i zeros = _mm256_set1_epi16(128), low_byte = _mm256_set1_epi16(255);
     Ints acc{_mm256_setzero_si256(), _mm256_setzero_si256()};
     const auto add = [&](__m256i sum, __m256i code, __m256i even, __m256i odd) {
@@ -204,6 +215,7 @@ Ints dot_signed(const Codes* codes, const std::int8_t* x) {
         sum = _mm256_add_epi32(sum, _mm256_madd_epi16(c, even));
         return _mm256_add_epi32(sum, _mm256_madd_epi16(d, odd));
     };
+#pragma GCC unroll 8
     for (int i = 0; i < N; ++i) {
         const __m256i high = splat_word(x + 4 * i), low = splat_word(x + plane_bytes + 4 * i);
         const __m256i low_even = _mm256_srai_epi16(_mm256_slli_epi16(low, 8), 8);
@@ -217,26 +229,26 @@ Ints dot_signed(const Codes* codes, const std::int8_t* x) {
 }
 
 template <int MaxCode, int Zero, int N>
-Ints dot(const Codes* codes, const std::int8_t* x, const std::int32_t* neg_sum) {
+[[gnu::always_inline]] inline Ints dot(const Codes* codes, const std::int8_t* x,
+                                       const std::int32_t* neg_sum) {
     if constexpr (narrow_sums && MaxCode > 127) {
         static_assert(Zero == 7);
         return dot_signed<N>(codes, x);
     } else {
         const __m256i none = _mm256_setzero_si256();
-        const Ints high = add_plane<MaxCode, N>({none, none}, codes, x);
-        Ints sum = {_mm256_slli_epi32(high.a, 8), _mm256_slli_epi32(high.b, 8)};
-        if constexpr (Zero >= 0) {
-            const __m256i shift = _mm256_slli_epi32(splat_word(neg_sum), Zero);
-            sum = {_mm256_add_epi32(sum.a, shift), _mm256_add_epi32(sum.b, shift)};
-        }
-        return add_plane<MaxCode, N>(sum, codes, x + plane_bytes);
+        Ints high{none, none}, low{none, none};
+        if constexpr (Zero >= 0) low.a = low.b = _mm256_slli_epi32(splat_word(neg_sum), Zero);
+        add_planes<MaxCode, N>(high, low, codes, x);
+        return {_mm256_add_epi32(_mm256_slli_epi32(high.a, 8), low.a),
+                _mm256_add_epi32(_mm256_slli_epi32(high.b, 8), low.b)};
     }
 }
 
 constexpr int interleave = 1;
 
 template <int MaxCode, int Zero, int N, int Tokens>
-inline void dots(const Codes* codes, const std::int8_t* x, const std::int32_t* neg_sum, Ints* out) {
+[[gnu::always_inline]] inline void dots(const Codes* codes, const std::int8_t* x,
+                                        const std::int32_t* neg_sum, Ints* out) {
     static_assert(Tokens == 1);
     out[0] = dot<MaxCode, Zero, N>(codes, x, neg_sum);
 }
