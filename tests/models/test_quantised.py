@@ -15,7 +15,11 @@ from .sessions import one_pass, prompt, relative_error
 
 TYPES = ("F16", "BF16", "Q8_0")
 TOKENS = prompt(11, 64, VOCABULARY)
-GAIN = 0.7  # hotter random weights lie so near to ties that any rounding changes routes
+# Against the reference model both backends show what rounding the weights for the file does; at
+# 1.2 that alone is up to 3e-3 in Q8_0. SparseMixer's thresholds turn it into other routes sooner.
+GAIN = {"phi-3.5-moe": 0.7}
+USUAL_GAIN = 1.0
+HOT = 1.2
 
 
 def load(path: Path, case: str, backend: str) -> Model:
@@ -24,15 +28,16 @@ def load(path: Path, case: str, backend: str) -> Model:
         return load_model(file, LoadOptions(**options))
 
 
-def mean_divergence(found: torch.Tensor, expected: torch.Tensor) -> float:
-    """Mean KL(expected || found) over the positions, in nats."""
+def divergence(found: torch.Tensor, expected: torch.Tensor) -> torch.Tensor:
+    """KL(expected || found) at each position, in nats."""
     p, q = (torch.log_softmax(x.double(), -1) for x in (expected, found))
-    return float((p.exp() * (p - q)).sum(-1).mean())
+    return (p.exp() * (p - q)).sum(-1)
 
 
 @pytest.fixture(scope="module", params=MAIN)
 def wide(request: pytest.FixtureRequest) -> tuple[str, Tiny]:
-    return request.param, CASES[request.param].make_wide(GAIN)
+    case = CASES[request.param]
+    return request.param, case.make_wide(GAIN.get(request.param, USUAL_GAIN))
 
 
 @pytest.mark.parametrize("type", TYPES)
@@ -57,6 +62,19 @@ def test_quantised_files_stay_close_to_the_reference(
     case, tiny = wide
     model = load(tiny.write(tmp_path / "model.gguf", type), case, backend)
     found, expected = one_pass(model, TOKENS), tiny.logits(TOKENS)
-    divergence = mean_divergence(found, expected)
-    print(f"{case} {type} {backend}: mean KL {divergence:.1e}")
-    assert divergence < 1e-3
+    mean = float(divergence(found, expected).mean())
+    print(f"{case} {type} {backend}: mean KL {mean:.1e}")
+    assert mean < 1e-3
+
+
+@pytest.mark.parametrize("type", TYPES)
+@pytest.mark.parametrize("case", MAIN)
+def test_native_kernels_compute_what_the_file_holds(case: str, type: str, tmp_path: Path) -> None:
+    path = CASES[case].make_wide(HOT).write(tmp_path / "model.gguf", type)
+    found, expected = (
+        one_pass(load(path, case, backend), TOKENS) for backend in ("native", "reference")
+    )
+    divergences = divergence(found, expected)
+    print(f"{case} {type}: median KL {divergences.median():.1e}, mean {divergences.mean():.1e}")
+    assert divergences.median() < (1e-6 if type == "Q8_0" else 1e-10)
+    assert divergences.mean() < 1e-3  # a route that flips at a near tie is one of 64 positions
