@@ -68,6 +68,8 @@ def test_memory_kept_for_rows_is_bounded(monkeypatch: pytest.MonkeyPatch) -> Non
         replace(GREEDY, repetition_penalty=1.3, prompt_logprobs=2),
         replace(GREEDY, logit_bias={4: 2.0}),
         replace(GREEDY, temperature=0.9, seed=5),
+        replace(GREEDY, temperature=0.9, seed=5, top_p=0.9),
+        replace(GREEDY, temperature=1.2, seed=5, top_k=20, min_p=0.1),
     ],
 )
 def test_texts_do_not_depend_on_where_logits_are(params: SamplingParams) -> None:
@@ -91,3 +93,21 @@ def test_logits_that_are_no_numbers_end_the_request_as_ever() -> None:
         llm.engine._runner._collector = Collector(remote=True)
         with pytest.raises(GreenroomError, match="not numbers"):
             llm.generate([[1, 2]], GREEDY)
+
+
+def test_without_memory_for_draws_the_host_draws(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    def choose(*arguments: object) -> None:
+        asked.append(arguments)
+        raise torch.OutOfMemoryError("no")
+
+    monkeypatch.setattr("greenroom.engine.collect.choose", choose)
+    params = replace(GREEDY, temperature=0.9, seed=5)
+    answers = []
+    for remote in (False, True):
+        with LLM.from_engine(fake_engine()) as llm:
+            llm.engine._runner._collector = Collector(remote)
+            answers.append(llm.generate([[5, 6, 7], [9, 1]], params))
+    assert [c.token_ids for c in answers[0]] == [c.token_ids for c in answers[1]]
+    assert len(asked) == 1

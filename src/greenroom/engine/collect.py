@@ -2,7 +2,9 @@
 of logits or states where somebody wants to see them. Knows neither models nor requests.
 """
 
+import logging
 from collections.abc import Sequence as Items
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -11,7 +13,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from greenroom.engine.scheduler import Chunk
-from greenroom.layers.choice import UNDECIDED, likeliest
+from greenroom.layers.choice import UNDECIDED, Choice, choose, likeliest, numbers
+from greenroom.layers.staging import Staging
+
+log = logging.getLogger(__name__)
 
 Rows = NDArray[np.float32]  # (rows, vocabulary) logits or (rows, hidden) states
 Found = Rows | int  # or the token that was chosen on the device
@@ -66,6 +71,8 @@ class Collector:
         self._remote = remote
         self._tokens = torch.empty(0, dtype=torch.int64)
         self._rows = torch.empty(0)
+        self._numbers: Staging | None = None  # of the choices, on their way
+        self._draws = True
 
     def begin(
         self, rows: Tensor, tokens: Tensor | None, chunks: Items[Chunk], ends: Items[int]
@@ -81,21 +88,52 @@ class Collector:
         fetch = Fetch(rows, ends)
         if not (rows.is_cuda or self._remote):
             return fetch
-        last, plain = 0, []
-        for index, (chunk, end) in enumerate(zip(chunks, ends, strict=True)):
-            if end - last == 1 and chunk.sequence.want == "next":
-                fetch.chosen[index] = chunk.sequence.choice is not None
-                if not fetch.chosen[index]:
-                    plain.append(index)
-            last = end
-        if any(fetch.chosen):
-            fetch.tokens = self._fetch_tokens(likeliest(rows) if tokens is None else tokens)
-        self._fetch_rows(fetch, plain)
+        singles = [
+            (index, end - 1)
+            for index, (first, end) in enumerate(pairwise((0, *ends)))
+            if end == first + 1 and chunks[index].sequence.want == "next"
+        ]
+        choices: list[Choice | None] = [None] * len(rows)
+        for index, row in singles:
+            choices[row] = chunks[index].sequence.choice
+        if any(choices):
+            tokens = self._choose(rows, tokens, choices)
+        for index, row in singles:
+            fetch.chosen[index] = choices[row] is not None
+        if any(fetch.chosen) and tokens is not None:
+            fetch.tokens = self._fetch_tokens(tokens)
+        self._fetch_rows(fetch, [index for index, _ in singles if not fetch.chosen[index]])
         if rows.is_cuda:
             event: Any = torch.cuda.Event
             fetch.arrived = event()
             fetch.arrived.record()
         return fetch
+
+    def _choose(
+        self, rows: Tensor, likeliest_: Tensor | None, choices: list[Choice | None]
+    ) -> Tensor:
+        """Has the device choose for rows that have a choice; (rows,) int64 or fewer. Where its
+        memory does not suffice for draws, their choices are struck out."""
+        drawn = [i for i, c in enumerate(choices) if c is not None and c.temperature > 0]
+        if drawn and self._draws:
+            try:
+                count = max(i for i, choice in enumerate(choices, 1) if choice is not None)
+                return self._draw(rows[:count], choices[:count])
+            except torch.OutOfMemoryError:
+                self._draws = False
+                log.info("no VRAM is left to draw tokens there: the CPU does it")
+        for row in drawn:
+            choices[row] = None
+        return likeliest(rows) if likeliest_ is None else likeliest_
+
+    def _draw(self, rows: Tensor, choices: list[Choice | None]) -> Tensor:
+        values = torch.tensor(numbers(choices), dtype=torch.float64)
+        if self._numbers is None or self._numbers.there[0].shape != values.shape:
+            self._numbers = Staging(rows.device, [values])
+        else:
+            self._numbers.here[0][...] = values.numpy()
+            self._numbers.send()
+        return choose(rows, choices, self._numbers.there[0])
 
     def _fetch_tokens(self, tokens: Tensor) -> Tensor:
         if len(self._tokens) < len(tokens):

@@ -14,7 +14,7 @@ from greenroom.engine.candidates import draw, log_sum_exp, top
 from greenroom.engine.output import Constraint, TokenLogprob
 from greenroom.engine.params import SamplingParams
 from greenroom.errors import GreenroomError, RequestError
-from greenroom.layers.choice import Choice
+from greenroom.layers.choice import HEAD, Choice
 
 Row = NDArray[np.float32]
 
@@ -90,7 +90,7 @@ class Sampler:
             params.temperature, params.top_k, params.top_p, params.min_p, self._random.random()
         )
         # Whether a device that has the logits can choose by itself.
-        self.alone = simple and params.logprobs is None and params.temperature == 0.0
+        self.alone = simple and params.logprobs is None and params.top_k <= HEAD
 
     def accept(self, token: int) -> Sampled:
         """Takes a token that was chosen by `choice` elsewhere."""
