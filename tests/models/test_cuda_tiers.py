@@ -108,6 +108,24 @@ def test_answers_stay_the_same_after_thousands_of_promotions(load: Loader) -> No
     assert relative_error(one_pass(model, tokens).cpu(), truth) < CLOSE
 
 
+def test_slots_that_are_not_used_leave_all_to_the_cpu_until_they_are_again(load: Loader) -> None:
+    wanted, model = with_tiers(load, "gpt-oss", 0.5, staged=0)
+    slots = model.backend.tiers.slots
+    tokens = prompt(8, 5, VOCABULARY)
+    truth = one_pass(wanted, tokens)
+    for using in (False, True):
+        slots.check.using = using
+        model.step_done(1)
+        model.step_done(1)  # counts what came before
+        before = slots.stats["hits"]
+        assert bool((slots.table >= 0).any()) == using
+        assert relative_error(one_pass(model, tokens).cpu(), truth) < CLOSE
+        model.step_done(5)
+        model.step_done(1)
+        assert (slots.stats["hits"] > before) == using
+    assert torch.equal(slots.table.cpu(), torch.from_numpy(slots.seats))
+
+
 def test_a_trace_says_who_starts_in_a_slot(load: Loader, tmp_path) -> None:
     _, plain = load("gpt-oss", backend="cuda", device=DEVICE)
     layers, experts = plain.moe_layers, plain.config.moe.experts

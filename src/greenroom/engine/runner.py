@@ -3,6 +3,7 @@ they are used for, nor how chunks were chosen.
 """
 
 import logging
+import time
 from collections.abc import Callable
 from collections.abc import Sequence as Items
 from typing import Any, Protocol
@@ -63,10 +64,11 @@ class Runner:
         self.model = model
         self.caches = caches
         self._layout = Layout(blocks)
-        self._step_done = getattr(model, "step_done", lambda tokens: None)
+        self._step_done = getattr(model, "step_done", lambda tokens, seconds: None)
         self._launch = getattr(model, "launch", None)
         self._prepare = getattr(model, "prepare", None)
         self._collector = Collector()
+        self._seconds = 0.0  # of the last step
         self._relieved = 0  # bytes given back
 
     def run(self, chunks: list[Chunk], meanwhile: Callable[[], None] = _nothing) -> list[Found]:
@@ -131,18 +133,22 @@ class Runner:
     @torch.inference_mode()
     def _run(self, chunks: list[Chunk], hidden: bool, meanwhile: Callable[[], None]) -> list[Found]:
         batch, ends = self._layout(chunks)
+        begun, before, self._seconds = time.perf_counter(), self._seconds, 0.0
         launched = None if hidden or self._launch is None else self._launch(batch, self.caches)
         if launched is None:
             meanwhile()
+            begun = time.perf_counter()
             compute = self.model.hidden if hidden else self.model.forward
             fetch = self._collector.begin(compute(batch, self.caches), None, chunks, ends)
-            self._step_done(len(batch.tokens))
-            return fetch.take()
-        with launched.answering:
-            fetch = self._collector.begin(launched.logits, launched.likeliest, chunks, ends)
-            meanwhile()
-            self._step_done(len(ends))
-            following = self._layout.ahead(chunks)
-            if following is not None and self._prepare is not None:
-                self._prepare(following, self.caches)
-        return fetch.take()
+            self._step_done(len(batch.tokens), before)
+        else:
+            with launched.answering:
+                fetch = self._collector.begin(launched.logits, launched.likeliest, chunks, ends)
+                meanwhile()
+                self._step_done(len(ends), before)
+                following = self._layout.ahead(chunks)
+                if following is not None and self._prepare is not None:
+                    self._prepare(following, self.caches)
+        found = fetch.take()
+        self._seconds = time.perf_counter() - begun
+        return found

@@ -5,7 +5,6 @@ its bytes have arrived. Who deserves a slot is decided by `residency`; what is c
 is `kernels.experts`' business.
 """
 
-import logging
 from collections import Counter
 from collections.abc import Sequence
 from typing import Any, Protocol
@@ -17,17 +16,12 @@ from torch import Tensor
 
 from greenroom.experts.cpu import CpuExperts
 from greenroom.experts.residency import EMPTY, Move, Residency
+from greenroom.experts.selfcheck import SelfCheck
 from greenroom.experts.slabs import SlabLayout
 from greenroom.kernels.experts import hits
 
 SEEN = 512  # routes of a layer that a step's log holds
 EVERY = 4  # steps between promotions
-MOVES = 4  # promotions at once: one slab a step keeps the copies far below the bus's rate
-WINDOW = 512  # steps after which promotions must have raised the hit rate
-GAIN = 0.01  # by so much
-PAUSE = 16  # windows without promotions where they have not
-
-log = logging.getLogger(__name__)
 
 
 class Account(Protocol):
@@ -208,8 +202,10 @@ class Slots:
         self.log = UseLog(account, len(banks), experts)
         self.stats: Counter[str] = Counter()
         self.uses = np.zeros((2, len(banks)), np.int64)  # of slots, and in all, by layer
-        self._before: Counter[str] = Counter()  # stats at the start of the window
-        self._steps, self._paused, self._rate, self._said = 0, 0, 0.0, False
+        self.check, self._used = SelfCheck(len(banks)), True
+        self._before: Counter[str] = Counter()  # stats before the step that is counted next
+        self._steps = self._tokens = 0
+        self._copying = False, False  # beside the last step, and beside this one
         self._cuda = account.device.type == "cuda"
         self._stream: Any = _stream(account.device)
         self._moving: tuple[Any, list[tuple[Arena, Move]]] | None = None
@@ -256,7 +252,8 @@ class Slots:
 
     def _publish(self) -> None:
         """Brings the table to the device, behind the steps that still read the old one."""
-        there = torch.from_numpy(self.seats.copy())
+        seats = self.seats.copy() if self._used else np.full_like(self.seats, EMPTY)
+        there = torch.from_numpy(seats)
         if self._cuda:
             there = there.pin_memory()
         self.table.copy_(there, non_blocking=True)
@@ -269,43 +266,35 @@ class Slots:
 
     def observe(self, uses: NDArray[np.int64]) -> None:
         """Counts one step's routes: how often each expert was chosen, (layers, experts)."""
-        found = int(uses[self.seats != EMPTY].sum())
+        seated = (self.seats != EMPTY) & self._used
+        found = int(uses[seated].sum())
         self.stats["hits"] += found
-        self.uses[0] += (uses * (self.seats != EMPTY)).sum(1)
+        self.uses[0] += (uses * seated).sum(1)
         self.uses[1] += uses.sum(1)
         self.stats["misses"] += int(uses.sum()) - found
         for arena in self.arenas:
             arena.residency.observe_counts(uses[arena.layers, : arena.banks[0].experts])
 
-    def step_done(self, tokens: int) -> None:
+    def step_done(self, tokens: int, seconds: float = 0.0) -> None:
         """Between two steps, when all of the one before is on the device: counts and promotes.
 
         Args:
             tokens: of the step.
+            seconds: what the step before it took; 0 where that is not known.
         """
         self.observe(self.log.take())
+        if 0 < self._tokens * self.log.k <= SEEN:
+            hits, misses = (self.stats[name] - self._before[name] for name in ("hits", "misses"))
+            self.check.step(self._tokens, seconds, hits, misses, self._copying[0])
+        self._before, self._tokens = self.stats.copy(), tokens
         self.log.read(tokens)
         self._steps += 1
-        if self._steps % WINDOW == 0:
-            self._judge()
+        if self._used != self.check.using:
+            self._used = self.check.using
+            self._publish()
         if self._steps % EVERY == 0:
-            self.advance(MOVES if self._paused == 0 else 0)
-
-    def _judge(self) -> None:
-        """Stops promotions for a while where they bring no hits, as with uniform routing."""
-        found = {name: self.stats[name] - self._before[name] for name in ("hits", "misses")}
-        rate = found["hits"] / max(1, sum(found.values()))
-        promoted = self.stats["promotions"] - self._before["promotions"]
-        self._before = Counter(self.stats)
-        if self._paused:
-            self._paused -= 1
-        elif promoted > len(self.seats) and rate < self._rate + GAIN:
-            self._paused = PAUSE
-            if not self._said:
-                log.info("promotions are paused: %d of them left the hit rate at %.1f %%",
-                         promoted, 100 * rate)  # fmt: skip
-            self._said = True
-        self._rate = rate
+            self.advance(self.check.moves if self._used else 0)
+        self._copying = self._copying[1], self._moving is not None
 
     def shrink(self) -> int:
         """Between two steps: gives back half of every layout's slots; returns the bytes."""
@@ -341,6 +330,7 @@ class Slots:
             "resident": self.resident.tolist(),
             "tier": np.where(self.seats == EMPTY, 1, 0).tolist(),
             "heat": heat.round(3).tolist(),
+            "check": self.check.report(),
         }
 
     def advance(self, limit: int) -> None:
@@ -352,6 +342,7 @@ class Slots:
             for arena, move in moves:
                 self._enter(arena, move)
             self.stats["promotions"] += len(moves)
+            self.check.promoted(len(moves))
             self._moving = None
             self._publish()
         moves = [(arena, move) for arena in self.arenas for move in arena.residency.plan(limit)]

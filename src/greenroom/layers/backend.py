@@ -147,8 +147,9 @@ class Backend(Protocol):
     def complete(self) -> None:
         """Called once, when all layers have been prepared."""
 
-    def step_done(self, tokens: int) -> None:
-        """Called between two steps with the tokens of the last one."""
+    def step_done(self, tokens: int, seconds: float = 0.0) -> None:
+        """Called between two steps with the tokens of the last one, and the seconds of the one
+        before it; 0 where they are not known."""
 
     def relieve(self) -> int:
         """After an allocation failed: gives back what can be done without; returns the bytes."""
@@ -201,7 +202,7 @@ class InRam:
     def complete(self) -> None:
         """Nothing is left to do."""
 
-    def step_done(self, tokens: int) -> None:
+    def step_done(self, tokens: int, seconds: float = 0.0) -> None:
         """Nothing moves."""
 
     def relieve(self) -> int:

@@ -147,10 +147,10 @@ class CudaBackend:
         """See `Backend.complete`."""
         self.tiers.complete()
 
-    def step_done(self, tokens: int) -> None:
+    def step_done(self, tokens: int, seconds: float = 0.0) -> None:
         """Promotes experts, see `Slots.step_done`."""
         if self.tiers.slots is not None:
-            self.tiers.slots.step_done(tokens)
+            self.tiers.slots.step_done(tokens, seconds)
 
     def relieve(self) -> int:
         """See `Tiers.relieve`."""

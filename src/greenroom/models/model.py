@@ -327,14 +327,15 @@ class Model:
             if isinstance(blk.ffn, Moe):
                 blk.ffn.record = None if recorder is None else partial(recorder.add, layer)
 
-    def step_done(self, tokens: int) -> None:
+    def step_done(self, tokens: int, seconds: float = 0.0) -> None:
         """Between two steps: what a backend does when nobody waits for it.
 
         Args:
             tokens: of the step that was computed.
+            seconds: what the step before it took; 0 where that is not known.
         """
         for backend in self.backends:
-            backend.step_done(tokens)
+            backend.step_done(tokens, seconds)
 
     def abandon(self) -> None:
         """After a step failed: forgets what it left half done."""
