@@ -1,6 +1,7 @@
 """`greenroom plan`: predictions worked by hand, headers alone, and what is refused."""
 
 import json
+from dataclasses import replace
 
 import httpx
 import pytest
@@ -32,6 +33,24 @@ def test_decode_on_the_cpu() -> None:
     found = predict.decode(WORK, Placement("native", "", layers=10), GPU, 0)
     assert found.rate == pytest.approx(1 / 0.03)
     assert found.bound == "experts from RAM"
+
+
+def test_a_step_and_its_matrices_take_time_of_their_own() -> None:
+    # 30 ms of reading, 1 ms for the step and 100 times 10 us
+    machine = replace(GPU, step_seconds=1e-3, matrix_seconds=1e-5)
+    work = replace(WORK, matrices=100)
+    found = predict.decode(work, Placement("native", "", layers=10), machine, 0)
+    assert found.rate == pytest.approx(1 / 0.032)
+    roofline = predict.decode(work, Placement("native", "", layers=10), machine, 0, hits=0.0)
+    assert roofline.rate == pytest.approx(1 / 0.03)
+
+
+def test_prefill_computes_the_head_once() -> None:
+    # 100 tokens, no experts: (2 - 1) * 1e9 * 2 * 100 operations at 2e12 = 100 ms, and 0.5 GB of
+    # head at 100 GB/s = 5 ms
+    work = replace(WORK, experts={}, expert_values=0, head={"X": 5 * 10**8}, head_values=10**9)
+    found = predict.prefill(work, Placement("native", "", layers=10), GPU, 100)
+    assert found.rate == pytest.approx(100 / 0.105)
 
 
 def test_decode_with_half_of_the_experts_in_vram() -> None:

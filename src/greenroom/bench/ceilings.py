@@ -9,7 +9,7 @@ import os
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -21,6 +21,7 @@ import torch
 
 from greenroom import native
 from greenroom.bench import kernels
+from greenroom.bench.prediction import host_seconds
 from greenroom.experts.slabs import allocate
 from greenroom.placement.calibrate import MachineProfile
 from greenroom.placement.machine import Machine
@@ -55,19 +56,24 @@ def effort(quick: bool, machine: Machine) -> Effort:
     return Effort(formats=_FULL_FORMATS, megabytes=min(2048, room), repeats=5, disk_megabytes=512)
 
 
-def measure(machine: Machine, quick: bool, folder: Path, tell: Tell) -> MachineProfile:
+def measure(
+    machine: Machine, quick: bool, folder: Path, small: Sequence[Path], tell: Tell
+) -> MachineProfile:
     """Measures everything this machine has; half a minute, or about ten seconds if `quick`.
 
     Args:
         machine: its facts.
         quick: fewer formats, less memory.
         folder: on the disk to read from; a temporary file is written there.
+        small: two tiny models; see `host_seconds`.
         tell: takes a line whenever something begins.
     """
     much = effort(quick, machine)
     rates: dict[str, Any] = {}
     tell(f"memory and kernels, {machine.processor.threads} threads, {much.megabytes} MiB")
     rates |= processor_rates(machine.processor.threads, much)
+    tell("steps of tiny models")
+    rates |= host_seconds(small, machine.processor.threads)
     if torch.cuda.is_available():
         tell("PCIe and VRAM")
         rates |= gpu_rates(much.repeats)

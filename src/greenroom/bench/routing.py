@@ -96,13 +96,6 @@ def reuse_distances(routes: Routes, experts: int) -> Counts:
     return found
 
 
-def hits_of_distances(distances: Counts, sizes: Sequence[int]) -> Floats:
-    """(sizes,) share of uses an LRU cache with so many slots in each layer hits (Mattson)."""
-    total = max(int(distances.sum()), 1)
-    first = [distances[:, : min(size, distances.shape[1] - 1)].sum() for size in sizes]
-    return np.array(first) / total
-
-
 # A policy turns (use counts, last uses, next uses), each (layers, experts), into how much each
 # expert deserves to stay; the lowest leaves.
 Policy = Callable[[Counts, Counts, Counts], Floats]

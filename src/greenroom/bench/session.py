@@ -9,7 +9,7 @@ import os
 import threading
 import time
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -138,7 +138,12 @@ class Session:
             "threads": self.llm.engine.config.threads,
             "backend": self.llm.engine.config.backend,
             "context_length": self.llm.engine.config.context_length,
+            "placement": self._placement(),
         }
+
+    def _placement(self) -> dict[str, Any] | None:
+        found = self.llm.engine.placement
+        return None if found is None else asdict(found)
 
     def close(self) -> None:
         """Frees the model."""

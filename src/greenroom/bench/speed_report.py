@@ -8,7 +8,8 @@ from typing import Any
 Row = tuple[str, ...]
 
 HEAD = ("engine", "batch x prompt+tokens", "prefill tokens/s", "first token s", "decode tokens/s",
-        "between tokens ms p50 / p95 / p99", "J/token")  # fmt: skip
+        "between tokens ms p50 / p95 / p99", "J/token",
+        "predicted prefill, decode (error)")  # fmt: skip
 
 
 def rows(document: Mapping[str, Any]) -> Iterator[Row]:
@@ -25,7 +26,14 @@ def rows(document: Mapping[str, Any]) -> Iterator[Row]:
                 _spread(case["decode"], 1),
                 " / ".join(pauses),
                 _spread(case["joules_per_token"], 2),
+                _predicted(case.get("predicted")),
             )
+
+
+def _predicted(found: Mapping[str, Any] | None) -> str:
+    if not found:
+        return "-"
+    return ", ".join(f"{part['rate']:.0f} ({part['error']:+.0%})" for part in found.values())
 
 
 def _spread(summary: Mapping[str, float] | None, digits: int) -> str:

@@ -35,11 +35,6 @@ class Summary:
         """Interquartile range."""
         return self.q3 - self.q1
 
-    @property
-    def spread(self) -> float:
-        """Interquartile range as a share of the median; 0 if the median is."""
-        return self.iqr / abs(self.median) if self.median else 0.0
-
     def json(self) -> dict[str, float]:
         """For a report: the fields and the interquartile range."""
         return {**asdict(self), "iqr": self.iqr}
@@ -52,15 +47,6 @@ class Interval:
     value: float
     low: float
     high: float
-
-    @property
-    def certain(self) -> bool:
-        """Whether the interval leaves out 1, so that a ratio means a difference."""
-        return not self.low <= 1 <= self.high
-
-    def saving(self) -> "Interval":
-        """1 - ratio: what share is saved when the ratio is ours over the baseline's."""
-        return Interval(1 - self.value, 1 - self.high, 1 - self.low)
 
     def json(self) -> dict[str, float]:
         """For a report."""
@@ -99,25 +85,12 @@ def gaps(times: Sequence[float]) -> list[float]:
     return [float(later - earlier) for earlier, later in pairwise(times)]
 
 
-def median_ratio(
-    numerator: Sequence[float], denominator: Sequence[float], seed: int = 0
-) -> Interval:
-    """median(numerator) / median(denominator) of two independent samples, with the percentile
-    bootstrap's interval (Efron and Tibshirani 1993, chapter 13).
-    """
-    rng = np.random.default_rng(seed)
-    above, below = _checked(numerator), _checked(denominator)
-    if np.median(below) == 0:
-        raise RequestError("a ratio to a median of 0 has no meaning")
-    drawn = _medians(above, rng) / _medians(below, rng)
-    return _interval(float(np.median(above) / np.median(below)), drawn)
-
-
 def paired_ratio(
     numerator: Sequence[float], denominator: Sequence[float], seed: int = 0
 ) -> Interval:
     """Median of the ratios of runs that were made in turn; pairs are resampled together, so
-    what changes slowly on the machine cancels.
+    what changes slowly on the machine cancels. The interval is the percentile bootstrap's
+    (Efron and Tibshirani 1993, chapter 13).
     """
     above, below = _checked(numerator), _checked(denominator)
     if len(above) != len(below) or (below == 0).any():

@@ -99,7 +99,7 @@ def _check(against: str | None) -> None:
 def _measured(
     jobs: "list[Job]", schedule: Any, facts: dict[str, Any], here: "Machine", ceilings: bool
 ) -> dict[str, Any]:
-    from greenroom.bench.ceilings import effort, gpu_rates, processor_rates
+    from greenroom.bench.prediction import add_predictions, profile_of, work_of
     from greenroom.bench.session import Remote
     from greenroom.bench.speed import document, measure
     from greenroom.commands.console import errors
@@ -108,19 +108,40 @@ def _measured(
     with ExitStack() as stack:
         status = stack.enter_context(errors.status("measuring the machine"))
         if ceilings:
-            import torch
-
-            limits = processor_rates(here.processor.threads, effort(True, here))
-            limits |= gpu_rates(3) if torch.cuda.is_available() else {}
-            if torch.cuda.is_available():
-                torch.cuda.empty_cache()
+            limits = _ceilings(jobs[0], here)
         sessions = {}
         for job in jobs:
             status.update(f"loading {job.path.name} ({job.name})")
             sessions[job.name] = remote = Remote(job)
             stack.callback(remote.close)
         found = measure(sessions, schedule, status.update)
-        return {**document(facts, here, schedule, sessions, found), "ceilings": limits}
+        whole = {**document(facts, here, schedule, sessions, found), "ceilings": limits}
+    if limits:
+        add_predictions(whole, work_of(jobs[0].path), profile_of(limits, here))
+    return whole
+
+
+def _ceilings(job: "Job", here: "Machine") -> dict[str, Any]:
+    """The machine's rates now, for the formats of the model."""
+    from dataclasses import replace
+
+    import torch
+
+    from greenroom.bench.ceilings import effort, gpu_rates, processor_rates
+    from greenroom.bench.prediction import host_seconds, work_of
+    from greenroom.commands.doctor import small_models
+
+    threads = job.settings["threads"] or here.processor.threads
+    work, much = work_of(job.path), effort(True, here)
+    known = effort(False, here).formats
+    formats = tuple(name for name in known if name in {*work.dense, *work.experts})
+    limits = processor_rates(threads, replace(much, formats=formats or much.formats))
+    with small_models() as small:
+        limits |= host_seconds(small, threads)
+    if torch.cuda.is_available():
+        limits |= gpu_rates(3)
+        torch.cuda.empty_cache()
+    return limits
 
 
 def _against(

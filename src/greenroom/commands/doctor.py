@@ -1,7 +1,9 @@
 """`greenroom doctor`: what this machine has, how fast it is, and what is wrong with it."""
 
 import json
+import tempfile
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -43,8 +45,8 @@ def doctor(
     else:
         from greenroom.bench.ceilings import measure
 
-        with errors.status("measuring") as status:
-            profile = measure(found, quick, folder, status.update)
+        with errors.status("measuring") as status, small_models() as small:
+            profile = measure(found, quick, folder, small, status.update)
         path = save_profile(profile)
     wrong = problems(found, profile)
     if as_json:
@@ -53,6 +55,20 @@ def doctor(
     show(found, profile, wrong)
     if path is not None:
         errors.print(f"saved as {path}")
+
+
+@contextmanager
+def small_models() -> "Iterator[list[Path]]":
+    """Files of two tiny models, of few layers and of many, for as long as the block lasts."""
+    from greenroom.convert.synth import Synthesis, write_synthetic
+    from greenroom.convert.synth_shapes import shape_of
+
+    with tempfile.TemporaryDirectory(prefix="greenroom-") as folder:
+        paths = []
+        for layers in (2, 12):
+            paths.append(Path(folder) / f"{layers}.gguf")
+            write_synthetic(Synthesis(shape_of("deepseek-moe-16b-tiny", layers)), paths[-1])
+        yield paths
 
 
 def document(
@@ -131,6 +147,13 @@ def _rates(profile: "MachineProfile") -> Iterator[tuple[str, str]]:
     yield "registers", f"{profile.int8:.0f} GOP/s int8, {profile.float32:.0f} float32"
     yield "experts, GB/s", _listed(profile.experts)
     yield "dense, GB/s", _listed(profile.dense)
+    yield (
+        "steps",
+        (
+            f"{profile.step_seconds * 1e6:.0f} µs each and {profile.matrix_seconds * 1e6:.1f} "
+            "µs for every matrix, whatever its size"
+        ),
+    )
     yield "512 tokens, GOP/s", _listed(profile.experts_batch)
     if profile.gpu is not None:
         yield "PCIe to GPU, GB/s", _listed(profile.pcie_up, "{} MiB")

@@ -50,6 +50,9 @@ class MachineProfile:
         vram: read rate of VRAM.
         gpu_bf16: GOP/s of a large matrix product.
         disk: direct reads by MiB of a read; empty where the disk has none.
+        step_seconds: a short step on the CPU takes whatever the model: scheduling, sampling.
+        matrix_seconds: of every matrix such a step uses, whatever its size: handing rows to
+            threads, starting to read, what stands between products. Both in seconds.
     """
 
     fingerprint: str
@@ -72,6 +75,8 @@ class MachineProfile:
     vram: float = 0.0
     gpu_bf16: float = 0.0
     disk: Mapping[int, float] = field(default_factory=dict)
+    step_seconds: float = 0.0
+    matrix_seconds: float = 0.0
 
     def json(self) -> dict[str, Any]:
         """The document that `parse` reads."""

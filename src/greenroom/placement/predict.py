@@ -1,19 +1,21 @@
 """Predicts tokens per second of a placement from a machine's measured rates.
 
-The formulas are bounds: bytes over rates, with what runs at the same time taken as the longer of
-the two. Reads a file's tensors and the planner's decision; measures nothing.
+Bytes over rates, with what runs at the same time taken as the longer of the two, and on the CPU
+the measured time that a step and each of its matrices take whatever their size. Reads a file's
+tensors and the planner's decision; measures nothing.
 """
 
 import re
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from greenroom.gguf import TensorInfo
 from greenroom.models.config import ModelConfig
 from greenroom.placement.calibrate import MachineProfile
 from greenroom.placement.placement import Placement
 
+_SPLIT = re.compile(r"\.\d+\.weight$")  # one expert of several, each a tensor of its own
 _EXPERTS = re.compile(r"_exps\.weight$|\.ffn_(gate|up|down)\.\d+\.weight$")
 # Per layer whose experts are on both processors: a flag and 11 KB each way, captured in a graph,
 # took 26 us on an H100 over PCIe 5.
@@ -31,6 +33,8 @@ class Work:
         share: of the experts that one token uses.
         layers: with experts.
         cache: bytes of keys and values per token of context, as float16, windows left out.
+        head, head_values: of `dense` and `dense_values`, what only a prompt's last token reads.
+        matrices: products of a step, the experts of a layer counted as one gate, up and down.
     """
 
     experts: Mapping[str, int]
@@ -41,6 +45,9 @@ class Work:
     count: int
     layers: int
     cache: int
+    head: Mapping[str, int] = field(default_factory=dict)
+    head_values: int = 0
+    matrices: int = 0
 
     @staticmethod
     def of(tensors: Mapping[str, TensorInfo], config: ModelConfig) -> "Work":
@@ -48,8 +55,9 @@ class Work:
         experts: Counter[str] = Counter()
         dense: Counter[str] = Counter()
         values = [0, 0]
-        layers = set()
+        layers, matrices = set(), set()
         tied = "output.weight" not in tensors
+        head = tensors["token_embd.weight" if tied else "output.weight"]
         for name, tensor in tensors.items():
             if name.startswith("token_embd") and not tied:
                 continue
@@ -59,6 +67,8 @@ class Work:
             for size in tensor.ne:
                 count *= size
             values[routed] += count
+            if len(tensor.ne) > 1:
+                matrices.add(_SPLIT.sub("", name))
             if routed:
                 layers.add(name.split(".")[1])
         moe, shape = config.moe, config.attention
@@ -72,6 +82,9 @@ class Work:
             count=moe.experts if moe else 0,
             layers=len(layers),
             cache=per_layer * sum(window is None for window in config.windows),
+            head={head.type.name: head.nbytes},
+            head_values=head.ne[0] * head.ne[1],
+            matrices=len(matrices),
         )
 
     def touched(self, batch: int) -> float:
@@ -109,7 +122,7 @@ def decode(
     """A step of `batch` sequences, each with `context` tokens behind it.
 
     With `hits`, the share of routes that found their expert in VRAM, it is the roofline at that
-    share: bytes only, no handshakes.
+    share: bytes only, neither handshakes nor the host's time.
     """
     measured = hits is not None
     gpu = _share_on_gpu(placement)
@@ -131,7 +144,13 @@ def decode(
     parts[longer] = max(from_ram, from_vram)
     if gpu and hits < 1 and not measured:
         parts["handshakes"] = gpu * work.layers * HANDSHAKE_SECONDS
+    if not measured:
+        parts["host and threads"] = (1 - gpu) * _host(work, machine)
     return _predicted(parts, batch)
+
+
+def _host(work: Work, machine: MachineProfile) -> float:
+    return machine.step_seconds + machine.matrix_seconds * work.matrices
 
 
 def prefill(
@@ -140,14 +159,17 @@ def prefill(
     """A prompt of `tokens` tokens, in steps of what the placement allows."""
     chunk = min(tokens, placement.prefill_chunk or 512)
     gpu = _share_on_gpu(placement)
-    dense_ops = 2 * work.dense_values * chunk
+    dense_ops = 2 * (work.dense_values - work.head_values) * chunk
     expert_ops = 2 * work.expert_values * work.share * chunk
     parts = {
         "dense products on the CPU": (1 - gpu)
         * max(
             dense_ops * _per(work.dense, machine.dense_batch_rate),
-            _seconds(work.dense, machine.dense_rate),
-        )
+            _seconds(work.dense, machine.dense_rate) - _seconds(work.head, machine.dense_rate),
+        ),
+        # of the last token only
+        "head on the CPU": (1 - gpu) * chunk / tokens * _seconds(work.head, machine.dense_rate),
+        "host and threads": (1 - gpu) * _host(work, machine),
     }
     on_cpu = max(
         expert_ops * _per(work.experts, machine.expert_batch_rate),
