@@ -106,7 +106,7 @@ class Replays(DecodeGraphs):
             logits.copy_(compute(staging.there[0].clone(), fixed))
             tokens.copy_(likeliest(logits))
 
-        return Recorded(SimpleNamespace(replay=replay), staging, logits, tokens)
+        return Recorded(SimpleNamespace(replay=replay), staging, step, logits, tokens)
 
 
 def test_replayed_steps_give_the_logits_of_plain_ones(load: Loader) -> None:

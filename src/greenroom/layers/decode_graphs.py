@@ -65,12 +65,14 @@ class Recorded:
 
     Attributes:
         inputs: of the step: embeddings (n, d) float32, then `addresses_of`.
+        step: read by the graph too: what is the same in every step of its kind lies only here.
         logits, likeliest: what a replay leaves, see `Launched`.
         ahead: the batch whose addresses are in `inputs` already, or None.
     """
 
     graph: Any
     inputs: Staging
+    step: DeviceStep
     logits: Tensor
     likeliest: Tensor
     ahead: Batch | None = None
@@ -209,7 +211,7 @@ class DecodeGraphs:
         self._backend.bench.ledger.book("graphs", max(0, grown))
         with self._backend.answering(count):
             graph.replay()
-        return Recorded(graph, staging, logits, tokens)
+        return Recorded(graph, staging, step, logits, tokens)
 
 
 def reading(step: DeviceStep, staging: Staging) -> DeviceStep:
