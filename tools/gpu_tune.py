@@ -20,11 +20,13 @@ import triton
 
 from greenroom.experts import tiers
 from greenroom.experts.slabs import SlabLayout, allocate
-from greenroom.experts.stream import Expert, Work
+from greenroom.experts.stream import ROWS, GroupMlp, Step
 from greenroom.gguf import GGMLType
 from greenroom.kernels import dequantise as expand
 from greenroom.kernels import experts as kernels
 from greenroom.kernels import matvec as dense
+from greenroom.kernels.expert_rows import scaled_rows
+from greenroom.kernels.grouped import Group, Routes
 from greenroom.kernels.lines import Walk
 
 SHAPES: dict[str, Any] = {
@@ -94,6 +96,17 @@ def tune_hits(name: str, quick: bool) -> None:
     print(f"hits {name} best: {best[1]}", flush=True)
 
 
+def grouped_step(experts: int, rows: int, d: int) -> tuple[Step, Group]:
+    """A step in which each of a few experts has so many rows."""
+    ids = torch.arange(experts, dtype=torch.int32, device="cuda").repeat(rows)[:, None]
+    base = torch.arange(experts, dtype=torch.int32, device="cuda")
+    table = torch.stack([base, base * rows, base, base * 0])
+    routes = Routes.sort(ids, torch.rand(experts * rows, 1, device="cuda"), table)
+    hidden = torch.randn(experts * rows, d, device="cuda")
+    step = Step(routes, *scaled_rows(hidden), torch.zeros_like(hidden), ROWS)
+    return step, Group(0, 0, (rows,) * experts)
+
+
 def tune_stream(name: str) -> None:
     kinds, d, f, biased, _, activation = SHAPES[name]
     layout = SlabLayout.plan(tuple(GGMLType(kind) for kind in kinds), d, f, biased)
@@ -104,17 +117,18 @@ def tune_stream(name: str) -> None:
         print(f"expand {name} lines {expand.LINES}: {seconds * 1e6:.1f} us, "
               f"{2 * f * d / seconds / 1e9:.0f} GB/s written")  # fmt: skip
     expand.LINES = 32
-    scratch = torch.empty(2 * d * f, dtype=torch.float16, device="cuda")
-    expert = Expert(layout, activation, scratch)
+    experts = 4  # computed together
+    slabs = slots_of(layout, experts)
+    scratch = torch.empty(experts * 2 * d * f, dtype=torch.float16, device="cuda")
+    mlp = GroupMlp(layout, activation, scratch)
     for rows in (64, 256, 1024):
-        hidden = torch.randn(rows, d, device="cuda")
-        tokens, weights = torch.arange(rows, device="cuda"), torch.rand(rows, device="cuda")
-        work = Work.prepare(hidden, tokens, weights, [0, rows])
-        seconds = timed(partial(expert, work, 0, slab))
+        step, group = grouped_step(experts, rows, d)
+        body = partial(mlp, step, group, slabs)
+        seconds = timed(body) / experts
         begin = time.perf_counter()
         for _ in range(50):
-            expert(work, 0, slab)
-        host = (time.perf_counter() - begin) / 50
+            body()
+        host = (time.perf_counter() - begin) / 50 / experts
         torch.cuda.synchronize()
         rate = 6 * rows * d * f / seconds / 1e12
         device = f"device {seconds * 1e6:.0f} us, host {host * 1e6:.0f} us"

@@ -15,8 +15,9 @@ from triton.runtime.jit import JITFunction
 
 from greenroom.experts.slabs import SlabLayout
 from greenroom.gguf import GGMLType
+from greenroom.kernels import grouped
 from greenroom.kernels.attention import PREFILL_ROWS, ROWS, attend
-from greenroom.kernels.dequantise import dequantise
+from greenroom.kernels.dequantise import dequantise, dequantise_group
 from greenroom.kernels.expert_rows import activated_rows, add_rows, scaled_rows
 from greenroom.kernels.experts import hits
 from greenroom.kernels.handover import publish
@@ -52,8 +53,10 @@ def compile_instead(self: JITFunction, *args: object, grid: object, **named: obj
         (i,): [["tt.divisibility", 16]]
         for i, n in enumerate(names)
         if isinstance(values[n], torch.Tensor)
+        or (type(values[n]) is int and n not in fixed and values[n] and values[n] % 16 == 0)
     }
-    done = compile(ASTSource(self, signature, constants, aligned), target=TARGET)
+    options = {k: v for k, v in named.items() if k in ("num_warps", "num_stages")}
+    done = compile(ASTSource(self, signature, constants, aligned), target=TARGET, options=options)
     print(self.fn.__name__, done.metadata.shared)
 
 
@@ -95,10 +98,20 @@ box = Box(x, ints.view(2, 4), torch.zeros(2, 4), x, ints, ints)
 for table, part in ((None, None), (ints, x)):
     ring(x, ints.view(2, 4), torch.zeros(2, 4), box, ints, table, table)
     collect(box, 2, ints, part, part)
+grouped.carry(ints, ints)
+routes = grouped.Routes(ints.view(2, 4), torch.zeros(2, 4), *[ints] * 3, ints.view(4, 2))
+group = grouped.Group(0, 0, (2,))
 for kinds in [(39, 39, 39), (12, 12, 14), (30, 30, 30)][: 1 if quick else 3]:
     layout = SlabLayout.plan(tuple(GGMLType(kind) for kind in kinds), 256, 256, True)
     memory = torch.zeros(1, 64, dtype=torch.uint8)
     hits(memory, ints, layout, x, ints.view(2, 4), torch.zeros(2, 4), "gpt-oss")
-    activated_rows(x, x, (x, x), x, ints.long(), "gpt-oss")
-    add_rows(x, x, ints.long(), x, x, x)
+    both = torch.zeros(1, 512)
+    activated_rows(both, memory, (0, 0), x, routes, group, 0, "gpt-oss")
+    add_rows(x, x, x, memory, 0, routes, group, 0)
+    half = torch.zeros(1, 32, 256, dtype=torch.float16)
+    dequantise_group(memory, 0, kinds[0], half, routes, group)
+    for rows in (64, 2048)[:: -1 if quick else 1][: 1 if quick else 2]:
+        group = grouped.Group(0, 0, (rows,))
+        grouped._wide = lambda device: TARGET.arch >= 90
+        grouped.product(half[0], half, routes, group, 0, rows, gather=True)
     scaled_rows(x)

@@ -23,6 +23,7 @@ def test_every_kernel_compiles() -> None:
     kernels = {"_matvec", "_attend", "_merge", "_write", "_rotate", "_norm", "_rowmajor"}
     assert set(lines) == kernels | {
         "_dequantise", "_publish", "_gate_up", "_down", "_reduce", "_scaled", "_activated", "_add",
+        "_product", "_carry",
         "_walk", "_logits", "_choose", "_split", "_ring", "_collect",
     }  # fmt: skip
-    assert lines.count("_dequantise") == len({form.scales for form in FORMATS.values()})
+    assert lines.count("_dequantise") == len({form.scales for form in FORMATS.values()}) + 1

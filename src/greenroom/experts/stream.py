@@ -1,30 +1,35 @@
 """Long steps: a layer's experts come to the device over the bus, each just before it is needed.
 
-A ring of staging slabs is filled by a copy stream while the experts before are computed; when a
-layer has nothing left to copy, the next layer's experts follow at once, so that the bus does not
-wait for attention. Experts that have a slot are used from there. Knows nothing of routers.
+Pages of a few experts are filled by a copy stream while those before are computed; when a layer
+has nothing left to copy, the next layer's experts follow at once, so that the bus does not wait
+for attention. Experts that have a slot are used from there. Knows nothing of routers.
 """
 
 from collections import deque
 from collections.abc import Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from greenroom.experts.cpu import CpuExperts
+from greenroom.experts.ring import Page, Ring
 from greenroom.experts.slabs import SlabLayout
-from greenroom.kernels.dequantise import dequantise
+from greenroom.kernels.dequantise import dequantise_group
 from greenroom.kernels.expert_rows import activated_rows, add_rows, scaled_rows
+from greenroom.kernels.grouped import BASE, GROUP, MOST, ORDER, PLACE, Group, Routes, carry, product
 
-ROWS = 4096  # of one expert computed at a time; bounds scratch
+ROWS = 4096  # of a group computed at a time, and no more than tokens; bounds scratch
 # Rates that share a layer between bus and CPU. Constants, because a choice by the clock would give
-# another text every time: the CPU rounds otherwise than the GPU. Measured on an H100 host.
+# another text every time: the CPU rounds otherwise than the GPU. Measured on an H100 host, the
+# operations with AVX-512 while activations keep 16 bits.
 BUS = 50e9  # bytes per second
 THREAD_BYTES = 6e9  # of weights per second and thread
-THREAD_OPERATIONS = 0.15e12  # per second and thread, AVX-512
+THREAD_OPERATIONS = 0.06e12  # per second and thread
+LENT = 0.8  # share of the time of a layer's copies that the CPU has: attention goes first
 COVERAGE = 0.9  # share of a layer's experts that must be in demand to copy before it is known
 
 
@@ -40,78 +45,46 @@ class Resident(Protocol):
         """Takes how often each expert was chosen."""
 
 
-@dataclass(slots=True)
-class _Staged:
-    """One slab of the ring.
-
-    Attributes:
-        data: (bytes of the largest slab,) uint8 on the device.
-        ready: recorded when the copy into it is done, on the copy stream.
-        used: recorded when its last reader is done.
-    """
-
-    data: Tensor
-    ready: Any
-    used: Any
-
-
-class Ring:
-    """Staging slabs and the stream that fills them; one for all layers.
+class Desk:
+    """Where layers write down who is computed when: the table on the device, and the part of it
+    that is pinned.
 
     Args:
-        memory: (slabs, bytes) uint8 on the device, at least two slabs.
+        table: (4 * most experts of a layer,) int32 on the device.
+        scratch: (numbers,) float16 on the device, room for gate and up of one expert or more.
     """
 
-    def __init__(self, memory: Tensor) -> None:
-        self.cuda = memory.is_cuda
-        self.layers: list[LayerStream] = []
-        event: Any = torch.cuda.Event if self.cuda else lambda: None
-        stream: Any = torch.cuda.Stream
-        self._stream: Any = stream(memory.device) if self.cuda else None
-        self._free = deque(_Staged(row, event(), event()) for row in memory)
-        self.staged: deque[tuple[int, int, _Staged]] = deque()  # layer, expert, where
-        self.copied_bytes = 0
+    def __init__(self, table: Tensor, scratch: Tensor) -> None:
+        self.table, self.scratch = table, scratch
+        self._answer = torch.empty(0)
 
-    @property
-    def room(self) -> bool:
-        return bool(self._free)
+    def answer(self, found: Tensor) -> Tensor:
+        """What the CPU computed, (rows, d) float32, in memory the device can read. It is there
+        until the next layer has waited for its routes."""
+        if not self.table.is_cuda:
+            return found
+        if self._answer.numel() < found.numel():
+            torch.cuda.synchronize()
+            self._answer = torch.empty(2 * found.numel(), pin_memory=True)
+        return self._answer[: found.numel()].view(found.shape).copy_(found)
 
-    def fetch(self, layer: int, expert: int) -> None:
-        """Begins the copy of one expert; there must be room."""
-        source = torch.from_numpy(self.layers[layer].cpu.slab(expert))
-        slab = self._free.popleft()
-        target = slab.data[: source.numel()]
-        if self.cuda:
-            self._stream.wait_event(slab.used)
-        with torch.cuda.stream(self._stream) if self.cuda else nullcontext():
-            target.copy_(source, non_blocking=True)
-            if self.cuda:
-                slab.ready.record(self._stream)
-        self.staged.append((layer, expert, slab))
-        self.copied_bytes += target.numel()
 
-    def take(self, slab: _Staged) -> None:
-        """Makes what is computed from now on wait for the slab's copy."""
-        if self.cuda:
-            slab.ready.wait()
+@dataclass(frozen=True, slots=True)
+class Step:
+    """One layer's part of a step.
 
-    def give_back(self, slab: _Staged) -> None:
-        """The slab's readers have all been given to the device."""
-        if self.cuda:
-            slab.used.record()
-        self._free.append(slab)
+    Attributes:
+        routes: of its tokens.
+        half, scales: hidden states as `scaled_rows` gives them.
+        out: (tokens, d) float32, the sum so far.
+        rows: most of a pass.
+    """
 
-    def drop(self, layer: int, wanted: set[int]) -> list[int]:
-        """Frees what is staged and neither of this layer nor wanted; returns what stays."""
-        kept: deque[tuple[int, int, _Staged]] = deque()
-        for entry in self.staged:
-            if entry[0] == layer and entry[1] in wanted:
-                kept.append(entry)
-            else:
-                self.take(entry[2])  # so that "used" also covers the copy
-                self.give_back(entry[2])
-        self.staged = kept
-        return [expert for _, expert, _ in kept]
+    routes: Routes
+    half: Tensor
+    scales: Tensor
+    out: Tensor
+    rows: int
 
 
 class LayerStream:
@@ -120,138 +93,204 @@ class LayerStream:
     Args:
         ring: shared by all layers; the layer joins it.
         cpu: where the slabs are.
-        scratch: (numbers,) float16 on the device, room for gate and up of one expert.
+        desk: shared by all layers.
         resident: this layer's slots, or None.
+        before: the layer that is computed before this one, or None.
     """
 
     def __init__(
-        self, ring: Ring, cpu: CpuExperts, scratch: Tensor, resident: Resident | None = None
+        self,
+        ring: Ring,
+        cpu: CpuExperts,
+        desk: Desk,
+        resident: Resident | None = None,
+        before: "LayerStream | None" = None,
     ) -> None:
         self.ring, self.cpu, self.resident = ring, cpu, resident
-        self._index = len(ring.layers)
-        self._scratch = scratch
-        self._rows = Expert(cpu.layout, cpu.activation, scratch)
-        ring.layers.append(self)
+        self._index = len(ring.banks)
+        self._desk = desk
+        self._after: LayerStream | None = None
+        if before is not None:
+            before._after = self
+        ring.banks.append(cpu)
+        self._rows = GroupMlp(cpu.layout, cpu.activation, desk.scratch)
+        self._most = min(MOST, ring.slabs, self._rows.most)
+        pin, count = ring.cuda, cpu.experts
+        self._table = torch.empty(4, count, dtype=torch.int32, pin_memory=pin)
+        self._starts = torch.empty(count + 1, dtype=torch.int32, pin_memory=pin)
+        event: Any = torch.cuda.Event
+        self._counted = event() if ring.cuda else None
 
     def __call__(self, hidden: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
         """As `ExpertsBeside.__call__`; for steps of many tokens."""
-        k = ids.shape[1]
-        routed, order = torch.sort(ids.view(-1), stable=True)
-        edges = torch.arange(self.cpu.experts + 1, dtype=ids.dtype, device=ids.device)
-        starts = torch.searchsorted(routed, edges).tolist()  # waits for the device
-        work = Work.prepare(hidden, order // k, weights.contiguous().view(-1)[order], starts)
+        tokens, k = ids.shape
+        table = self._desk.table[: self._table.numel()].view(self._table.shape)
+        routes = Routes.sort(ids, weights, table)
+        self._starts.copy_(routes.starts, non_blocking=True)
+        if self._counted is not None:
+            self._counted.record()
+        hidden = hidden.contiguous()
+        step = Step(routes, *scaled_rows(hidden), torch.zeros_like(hidden), min(ROWS, tokens))
+        if self._counted is not None:
+            self._counted.synchronize()
+        sizes = np.diff(self._starts.numpy()).tolist()
         seats = {} if self.resident is None else self.resident.places()
         if self.resident is not None:
-            self.resident.count([starts[e + 1] - starts[e] for e in range(self.cpu.experts)])
-        wanted = [e for e in range(self.cpu.experts) if starts[e + 1] > starts[e]]
-        absent = [e for e in wanted if e not in seats]
-        here = self.ring.drop(self._index, set(absent))
-        waiting = [e for e in absent if e not in set(here)]
-        lent = self._lend(waiting, starts)
-        waiting = [e for e in waiting if e not in set(lent)]
-        absent = [*here, *waiting]
-        queue = deque((self._index, e) for e in waiting)
-        share = 1 - (1 - k / self.cpu.experts) ** hidden.shape[0]
-        if share >= COVERAGE and self._index + 1 < len(self.ring.layers):
-            queue.extend(self.ring.layers[self._index + 1].absent())
-        self._fill(queue)
-        if lent:
-            self._send(work, hidden, lent)
-        for expert in wanted:
-            if expert in seats:
-                assert self.resident is not None
-                self._rows(work, expert, self.resident.memory[seats[expert]])
-        for _ in absent:
-            _, expert, slab = self.ring.staged.popleft()
-            self.ring.take(slab)
-            self._rows(work, expert, slab.data)
-            self.ring.give_back(slab)
-            self._fill(queue)
-        if lent:
-            self._receive(work, lent)
-        return work.out
+            self.resident.count(sizes)
+        share = 1 - (1 - k / self.cpu.experts) ** tokens
+        self._serve(step, sizes, seats, hidden, share >= COVERAGE)
+        return step.out
 
-    def _lend(self, waiting: list[int], starts: list[int]) -> list[int]:
+    def _serve(
+        self, step: Step, sizes: list[int], seats: dict[int, int], hidden: Tensor, ahead: bool
+    ) -> None:
+        """Decides who computes which experts, and has them computed."""
+        wanted = [e for e in range(self.cpu.experts) if sizes[e]]
+        pages = [page.experts for page in self.ring.drop(self._index)]
+        staged = {e for page in pages for e in page}
+        absent = [e for e in wanted if e not in seats]
+        waiting = [e for e in absent if e not in staged]
+        lent = self._lend(waiting, len(absent), sizes)
+        queue = deque((self._index, page) for page in self._cut(waiting, lent))
+        pages += [page for _, page in queue]
+        if ahead and self._after is not None:
+            later = self._after.absent()
+            queue.extend(
+                (self._index + 1, page)
+                for page in self._after._cut(later[: len(later) - len(lent)], [])
+            )
+        plan = _Plan(self._table.numpy(), sizes, step.rows, self._most)
+        held = plan.groups([(e, seats[e]) for e in wanted if e in seats])
+        kept = [
+            plan.groups([(e, i) for i, e in enumerate(page) if sizes[e] and e not in seats])
+            for page in pages
+        ]
+        cpu = plan.whole(lent) if lent else None
+        self._fill(queue)
+        carry(self._table, step.routes.table)
+        if lent:
+            self._send(step, hidden, lent)
+        for group in held:
+            assert self.resident is not None
+            self._rows(step, group, self.resident.memory)
+        for groups in kept:
+            self._compute(step, groups)
+            self._fill(queue)
+        if cpu is not None:
+            found = self._desk.answer(self.cpu.wait())
+            add_rows(step.out, found, None, None, None, step.routes, cpu, 0)
+
+    def _compute(self, step: Step, groups: list[Group]) -> None:
+        """The next page's groups."""
+        page = self.ring.staged.popleft()
+        self.ring.take(page)
+        try:
+            for group in groups:
+                self._rows(step, group, self._slabs(page))
+        finally:
+            self.ring.give_back(page)
+
+    def _slabs(self, page: Page) -> Tensor:
+        """(experts, slab bytes) of a page."""
+        size = self.cpu.layout.nbytes
+        return page.data[: len(page.experts) * size].view(-1, size)
+
+    def _cut(self, experts: list[int], lent: list[int]) -> list[tuple[int, ...]]:
+        """The pages of experts that are copied."""
+        left = [e for e in experts if e not in set(lent)]
+        return [tuple(left[i : i + self._most]) for i in range(0, len(left), self._most)]
+
+    def absent(self) -> list[int]:
+        """Experts that have no slot."""
+        seats = {} if self.resident is None else self.resident.places()
+        return [e for e in range(self.cpu.experts) if e not in seats]
+
+    def _lend(self, waiting: list[int], absent: int, sizes: list[int]) -> list[int]:
         """Which of the experts to be copied the CPU computes meanwhile: those with the fewest
-        tokens, as many as leave both ready at the same time.
+        tokens, as many as are ready when the other absent ones are copied.
         """
         layout, threads = self.cpu.layout, self.cpu.threads
         lent: list[int] = []
-        busy, copying = 0.0, len(waiting) * layout.nbytes / BUS
-        for expert in sorted(waiting, key=lambda e: starts[e + 1] - starts[e]):
-            operations = 6 * (starts[expert + 1] - starts[expert]) * layout.d * layout.f
+        busy, copying = 0.0, absent * layout.nbytes / BUS
+        for expert in sorted(waiting, key=lambda e: sizes[e]):
+            operations = 6 * sizes[expert] * layout.d * layout.f
             reading = layout.nbytes / (THREAD_BYTES * threads)
             busy += max(reading, operations / (THREAD_OPERATIONS * threads))
             copying -= layout.nbytes / BUS
-            if busy > copying:
+            if busy > LENT * copying:
                 break
             lent.append(expert)
         return sorted(lent)
 
-    def _send(self, work: "Work", hidden: Tensor, lent: list[int]) -> None:
+    def _send(self, step: Step, hidden: Tensor, lent: list[int]) -> None:
         """Has the CPU begin the lent experts' routes, a row each."""
-        rows = torch.cat([work.tokens[work.starts[e] : work.starts[e + 1]] for e in lent])
+        starts = self._starts.tolist()
+        rows = torch.cat([step.routes.tokens[starts[e] : starts[e + 1]] for e in lent])
         there = hidden.index_select(0, rows).cpu()  # waits for the gathering only
-        counts = torch.tensor([work.starts[e + 1] - work.starts[e] for e in lent])
+        counts = torch.tensor([starts[e + 1] - starts[e] for e in lent])
         ids = torch.repeat_interleave(torch.tensor(lent, dtype=torch.int32), counts)[:, None]
         self.cpu.submit(there, ids, torch.ones(len(ids), 1))
 
-    def _receive(self, work: "Work", lent: list[int]) -> None:
-        """Adds what the CPU computed, expert by expert: always the same sum."""
-        found = self.cpu.wait().to(work.out.device)
-        ones, row = torch.ones(len(found), device=work.out.device), 0
-        for expert in lent:
-            start, stop = work.starts[expert], work.starts[expert + 1]
-            part = found[row : row + stop - start]
-            tokens, weights = work.tokens[start:stop], work.weights[start:stop]
-            add_rows(work.out, part, tokens, weights, ones, None)
-            row += stop - start
-
-    def absent(self) -> list[tuple[int, int]]:
-        """(layer, expert) of all that have no slot."""
-        seats = {} if self.resident is None else self.resident.places()
-        return [(self._index, e) for e in range(self.cpu.experts) if e not in seats]
-
-    def _fill(self, queue: deque[tuple[int, int]]) -> None:
+    def _fill(self, queue: deque[tuple[int, tuple[int, ...]]]) -> None:
         while queue and self.ring.room:
             self.ring.fetch(*queue.popleft())
 
 
-@dataclass(frozen=True, slots=True)
-class Work:
-    """A step's rows, sorted by expert.
+class _Plan:
+    """Cuts experts into groups and writes the table of `Routes`.
 
-    Attributes:
-        half, scales: hidden states as `scaled_rows` gives them.
-        tokens: (tokens * k,) int64, whose row it is.
-        weights: (tokens * k,) float32.
-        starts: first row of each expert, and the end.
-        out: (tokens, d) float32, the sum so far.
+    Args:
+        table: (4, experts) int32, to be filled.
+        sizes: rows of each expert.
+        rows, most: of a group, unless a single expert has more rows.
     """
 
-    half: Tensor
-    scales: Tensor
-    tokens: Tensor
-    weights: Tensor
-    starts: list[int]
-    out: Tensor
+    def __init__(
+        self, table: NDArray[np.int32], sizes: list[int], rows: int, most: int
+    ) -> None:  # fmt: skip
+        self._table, self._sizes, self._rows, self._most = table, sizes, rows, most
+        self._entries = self._count = 0
+        table[:] = 0
+        table[GROUP] = -1
 
-    @staticmethod
-    def prepare(hidden: Tensor, tokens: Tensor, weights: Tensor, starts: list[int]) -> "Work":
-        """Of hidden (tokens, d) float32 and the sorted routes."""
-        hidden = hidden.contiguous()
-        half, scales = scaled_rows(hidden)
-        return Work(half, scales, tokens, weights, starts, torch.zeros_like(hidden))
+    def groups(self, entries: list[tuple[int, int]]) -> list[Group]:
+        """Groups of (expert, index of its slab)."""
+        found: list[Group] = []
+        part: list[tuple[int, int]] = []
+        rows = 0
+        for entry in entries:
+            size = self._sizes[entry[0]]
+            if part and (len(part) == self._most or rows + size > self._rows):
+                found.append(self._enter(part))
+                part, rows = [], 0
+            part.append(entry)
+            rows += size
+        return [*found, self._enter(part)] if part else found
+
+    def whole(self, experts: list[int]) -> Group:
+        """One group of them all, of which only the sum is left to do."""
+        return self._enter([(e, 0) for e in experts])
+
+    def _enter(self, entries: list[tuple[int, int]]) -> Group:
+        first, base = self._entries, 0
+        for i, (expert, place) in enumerate(entries):
+            self._table[ORDER, first + i] = expert
+            self._table[BASE, expert], self._table[PLACE, expert] = base, place
+            self._table[GROUP, expert] = self._count
+            base += self._sizes[expert]
+        self._entries += len(entries)
+        self._count += 1
+        return Group(self._count - 1, first, tuple(self._sizes[e] for e, _ in entries))
 
 
-class Expert:
-    """The MLP of one expert from its slab, for many tokens.
+class GroupMlp:
+    """The MLPs of a group of experts from their slabs, for many tokens.
 
     Weights are expanded to float16, rows scaled by powers of two so that nothing overflows, and
     sums are float32: eleven bits of both factors, as many as TF32 keeps.
 
     Args:
-        layout: of the slab.
+        layout: of the slabs.
         activation: "silu" or "gpt-oss".
         scratch: (numbers,) float16, at least 2 * d * f.
     """
@@ -260,48 +299,42 @@ class Expert:
         self._layout = layout
         self._activation = activation
         self._scratch = scratch
+        self.most = scratch.numel() // (2 * layout.d * layout.f)  # experts of a group
 
-    def __call__(self, work: Work, expert: int, slab: Tensor) -> None:
-        """Adds the expert's share to work.out; slab: (bytes,) uint8 on the device."""
-        for start in range(work.starts[expert], work.starts[expert + 1], ROWS):
-            self._some(work, start, min(start + ROWS, work.starts[expert + 1]), slab)
+    def __call__(self, step: Step, group: Group, slabs: Tensor) -> None:
+        """Adds the group's share to step.out; slabs: (slabs, bytes) uint8 on the device."""
+        for skip in range(0, group.rows, step.rows):
+            self._some(step, group, skip, min(step.rows, group.rows - skip), slabs)
 
-    def _some(self, work: Work, start: int, stop: int, slab: Tensor) -> None:
-        f, d = self._layout.f, self._layout.d
-        tokens = work.tokens[start:stop]
-        both = product(work.half.index_select(0, tokens), self._gate_up(slab))
-        gate_bias, up_bias, down_bias = (self._bias(slab, i) for i in range(3))
-        biases = None if gate_bias is None or up_bias is None else (gate_bias, up_bias)
+    def _some(self, step: Step, group: Group, skip: int, rows: int, slabs: Tensor) -> None:
+        routes = step.routes
+        gate, up, down = (None, None, None) if (b := self._layout.biases) is None else b
+        biases = None if gate is None or up is None else (gate[0], up[0])
+        weights = self._gate_up(slabs, routes, group)
+        both = product(step.half, weights, routes, group, skip, rows, gather=True)
         inner, scales = activated_rows(
-            both[:, :f], both[:, f:], biases, work.scales, tokens, self._activation
+            both, slabs, biases, step.scales, routes, group, skip, self._activation
         )
-        down = self._matrix(slab, 2, self._scratch[: d * f].view(d, f))
-        y = product(inner, down)
-        add_rows(work.out, y, tokens, work.weights[start:stop], scales, down_bias)
+        f, d, n = self._layout.f, self._layout.d, len(group.counts)
+        last = self._matrix(
+            slabs, 2, self._scratch[: n * d * f].view(n, d, f), routes, group
+        )  # over gate and up, which have been read
+        y = product(inner, last, routes, group, skip, rows, gather=False)
+        bias = None if down is None else down[0]
+        add_rows(step.out, y, scales, slabs, bias, routes, group, skip)
 
-    def _gate_up(self, slab: Tensor) -> Tensor:
-        f, d = self._layout.f, self._layout.d
-        both = self._scratch[: 2 * f * d].view(2 * f, d)
+    def _gate_up(self, slabs: Tensor, routes: Routes, group: Group) -> Tensor:
+        f, d, n = self._layout.f, self._layout.d, len(group.counts)
+        both = self._scratch[: 2 * n * f * d].view(n, 2 * f, d)
         gate, up = self._layout.matrices[:2]
         if self._layout.types[0] == self._layout.types[1] and gate[1] == up[0] and f % 16 == 0:
-            return self._matrix(slab, 0, both)  # up's groups of rows follow gate's
-        self._matrix(slab, 0, both[:f])
-        self._matrix(slab, 1, both[f:])
+            return self._matrix(slabs, 0, both, routes, group)  # up's groups of rows follow gate's
+        self._matrix(slabs, 0, both[:, :f], routes, group)
+        self._matrix(slabs, 1, both[:, f:], routes, group)
         return both
 
-    def _matrix(self, slab: Tensor, index: int, out: Tensor) -> Tensor:
-        start = self._layout.matrices[index][0]
-        return dequantise(slab[start:], int(self._layout.types[index]), out)
-
-    def _bias(self, slab: Tensor, index: int) -> Tensor | None:
-        if self._layout.biases is None:
-            return None
-        start, stop = self._layout.biases[index]
-        return slab[start:stop].view(torch.float32)
-
-
-def product(x: Tensor, weight: Tensor) -> Tensor:
-    """x (rows, cols) times the transpose of weight (n, cols), both float16: (rows, n) float32."""
-    if x.is_cuda:
-        return torch.mm(x, weight.T, out_dtype=torch.float32)
-    return x.float() @ weight.float().T
+    def _matrix(
+        self, slabs: Tensor, index: int, out: Tensor, routes: Routes, group: Group
+    ) -> Tensor:
+        start, kind = self._layout.matrices[index][0], int(self._layout.types[index])
+        return dequantise_group(slabs, start, kind, out, routes, group)

@@ -15,12 +15,16 @@ from numpy.typing import NDArray
 
 from greenroom.experts.beside import ExpertsBeside
 from greenroom.experts.cpu import CpuExperts
+from greenroom.experts.ring import Ring
 from greenroom.experts.slots import Account, LayerSlots, Slots
-from greenroom.experts.stream import LayerStream, Ring
+from greenroom.experts.stream import Desk, LayerStream
+from greenroom.kernels.grouped import MOST
 
 log = logging.getLogger(__name__)
 
-LEAST_STAGED = 2  # slabs: one arrives while the other is computed
+LEAST_STAGED = 2  # pages: one arrives while the other is computed
+PAGES = 4
+PAGE_BYTES = 56 << 20  # about a millisecond on the bus
 
 
 class Tiers:
@@ -29,7 +33,8 @@ class Tiers:
     Args:
         account: books the memory.
         slot_bytes: for slots; 0 for none.
-        staging_bytes: for staging slabs and one expanded expert; 0 leaves long steps to the CPU.
+        staging_bytes: for staged pages of experts and some expanded ones; 0 leaves long steps to
+            the CPU.
         heat: (layers, experts), how much each expert was in demand, if that is known; of more
             layers than this device computes, it is the last that count.
     """
@@ -91,20 +96,39 @@ class Tiers:
         return freed
 
     def _stage(self, banks: Sequence[CpuExperts]) -> None:
-        slab = max(bank.layout.nbytes for bank in banks)
         numbers = 2 * max(bank.layout.d * bank.layout.f for bank in banks)
-        count = (self._staging_bytes - 2 * numbers) // slab
-        if count < LEAST_STAGED:
+        slab = max(bank.layout.nbytes for bank in banks)
+        experts = max(bank.experts for bank in banks)
+        pages, slabs = pages_of(self._staging_bytes, slab, 2 * numbers, experts)
+        if pages < LEAST_STAGED:
             return
-        scratch = self._account.empty("staging", [numbers], torch.float16)
-        count = min(count, len(banks) * banks[0].experts)
-        ring = Ring(self._account.empty("staging", [count, slab], torch.uint8))
-        self._staged = scratch.nbytes + count * slab
+        pages = min(pages, len(banks) * -(-experts // slabs) + 1)
+        scratch = self._account.empty("staging", [slabs * numbers], torch.float16)
+        table = self._account.empty("staging", [4 * experts], torch.int32)
+        ring = Ring(self._account.empty("staging", [pages, slabs * slab], torch.uint8), slabs)
+        self._staged = scratch.nbytes + table.nbytes + pages * slabs * slab
         none: list[LayerSlots | None] = [None] * len(banks)
+        desk, before = Desk(table, scratch), None
         for layer, seats in zip(
             self._layers, none if self.slots is None else self.slots.layers, strict=True
         ):
-            layer.stream = LayerStream(ring, layer.cpu, scratch, seats)
+            layer.stream = before = LayerStream(ring, layer.cpu, desk, seats, before)
+
+
+def pages_of(nbytes: int, slab: int, expanded: int, experts: int) -> tuple[int, int]:
+    """Pages of staging memory and experts of a page: as many of those as the launches of a group
+    are worth, while at least `PAGES` can be on their way.
+
+    Args:
+        nbytes: of the pages, and of a page's experts expanded.
+        slab, expanded: bytes of one expert.
+        experts: of a layer.
+    """
+    wanted = min(MOST, experts, max(1, PAGE_BYTES // slab))
+    slabs = min(wanted, nbytes // (expanded + PAGES * slab))
+    if slabs < 1:
+        return max(0, nbytes - expanded) // slab, 1
+    return (nbytes - slabs * expanded) // (slabs * slab), slabs
 
 
 def pin(experts: CpuExperts) -> None:

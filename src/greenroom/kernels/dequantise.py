@@ -1,13 +1,13 @@
-"""Packed weights to plain row-major floats on the GPU, for products of many tokens.
-
-The scratch matrix it fills is multiplied by the vendor's dense routine; one expert at a time keeps
-it small. Weights lie as docs/slab-layout.md says.
+"""Packed weights to plain row-major floats on the GPU, for products of many tokens: one matrix,
+or the same matrix of a group of experts. The scratch it fills is multiplied afterwards. Weights
+lie as docs/slab-layout.md says.
 """
 
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from greenroom.kernels.grouped import Group, Routes
 from greenroom.kernels.lines import Walk
 from greenroom.kernels.matvec import iq4_table
 from greenroom.kernels.packed import factors
@@ -15,11 +15,16 @@ from greenroom.kernels.packed import factors
 LINES = 32  # lines of 16 words per program
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["first"])
 def _dequantise(
     packed,
     out,
     iq4,
+    table,
+    experts,
+    first,
+    slab_bytes,
+    out_step,
     rows,
     cols,
     group_bytes,
@@ -35,7 +40,12 @@ def _dequantise(
     FLOAT: tl.constexpr,
     CODES: tl.constexpr,
     LINES: tl.constexpr,
+    SLABS: tl.constexpr,
 ):
+    if SLABS:  # `packed` points into the first slab; the table says whose slab is where
+        expert = tl.load(table + first + tl.program_id(2))
+        packed += tl.load(table + 2 * experts + expert).to(tl.int64) * slab_bytes
+        out += tl.program_id(2).to(tl.int64) * out_step
     group = packed + tl.program_id(0).to(tl.int64) * group_bytes
     row = tl.arange(0, 16)
     line = tl.program_id(1) * LINES + tl.arange(0, LINES)
@@ -80,6 +90,23 @@ def _dequantise(
     tl.store(out + index[None, :, None].to(tl.int64) * cols + column, value, mask=live)
 
 
+def _launch(
+    kind: int, rows: int, cols: int
+) -> tuple[tuple[int, int], tuple[int, ...], dict[str, int]]:
+    """The grid of one matrix, its size and its constants."""
+    walk = Walk.of(kind, cols)
+    block_words, low, high, zero, table, scales, parts, float_kind = walk.constants
+    constants = {
+        "BLOCK_WORDS": block_words, "LOW": low, "HIGH": high, "ZERO": zero, "TABLE": table,
+        "SCALES": scales, "PARTS": parts, "FLOAT": float_kind,
+        "CODES": 32 // low,  # columns of a word, for floats too
+        "LINES": LINES,
+    }  # fmt: skip
+    grid = -(-rows // 16), -(-walk.lines // LINES)
+    sizes = rows, cols, walk.group_bytes, walk.payload_bytes, walk.lines
+    return grid, sizes, constants
+
+
 def dequantise(packed: Tensor, kind: int, out: Tensor) -> Tensor:
     """Fills `out` with the numbers of a packed matrix and returns it.
 
@@ -88,12 +115,29 @@ def dequantise(packed: Tensor, kind: int, out: Tensor) -> Tensor:
         out: (rows, cols) float32, bfloat16 or float16, contiguous.
     """
     rows, cols = out.shape
-    walk = Walk.of(kind, cols)
-    block_words, low, high, zero, table, scales, parts, float_kind = walk.constants
-    codes = 32 // low  # columns of a word, for floats too
-    _dequantise[(-(-rows // 16), -(-walk.lines // LINES))](
-        packed, out, iq4_table(out.device), rows, cols, walk.group_bytes, walk.payload_bytes,
-        walk.lines, BLOCK_WORDS=block_words, LOW=low, HIGH=high, ZERO=zero, TABLE=table,
-        SCALES=scales, PARTS=parts, FLOAT=float_kind, CODES=codes, LINES=LINES,
+    grid, arguments, constants = _launch(kind, rows, cols)
+    _dequantise[grid](
+        packed, out, iq4_table(out.device), packed, 0, 0, 0, 0, *arguments, SLABS=False,
+        **constants,
+    )  # fmt: skip
+    return out
+
+
+def dequantise_group(slabs: Tensor, start: int, kind: int, out: Tensor, routes: Routes,
+                     group: Group) -> Tensor:  # fmt: skip
+    """Fills `out` with one matrix of each of a group's experts and returns it.
+
+    Args:
+        slabs: (slabs, bytes) uint8; `Routes.table` says whose is where.
+        start: where the matrix is in a slab.
+        kind: its type (ggml number).
+        out: (experts of the group, rows, cols), each matrix contiguous; types as `dequantise`.
+        routes, group: which experts.
+    """
+    rows, cols = out.shape[1:]
+    grid, arguments, constants = _launch(kind, rows, cols)
+    _dequantise[(*grid, len(group.counts))](
+        slabs.view(-1)[start:], out, iq4_table(out.device), routes.table, routes.table.shape[1],
+        group.first, slabs.shape[1], out.stride(0), *arguments, SLABS=True, **constants,
     )  # fmt: skip
     return out

@@ -32,7 +32,7 @@ LEAST_SCRATCH, MOST_SCRATCH = 16 << 20, 64 << 20
 # through VRAM in a step, so twice the tokens mean twice the speed of long prompts.
 LEAST_CHUNK, GOOD_CHUNK, MOST_CHUNK, CHUNK_STEP = 64, 2048, 8192, 64
 LEAST_CONTEXT = 4096  # tokens of a session on the GPU, if nobody asked for a number
-MOST_STAGING = 256 << 20
+MOST_STAGING = 512 << 20
 STAGED_EXPERTS = 2  # one arrives while the other is computed
 
 
