@@ -81,9 +81,9 @@ def forgets(engine: Any) -> None:
     """Answers depend on how much was asked before."""
     run, calls = engine._runner.run, []
 
-    def drifting(chunks: Any) -> Any:
+    def drifting(*arguments: Any) -> Any:
         calls.append(None)
-        rows = [part.copy() for part in run(chunks)]
+        rows = [part.copy() for part in run(*arguments)]
         for part in rows:
             part[..., len(calls) // 100 % 97] += 1e6
         return rows
