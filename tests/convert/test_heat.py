@@ -1,6 +1,7 @@
 """Mixed precision by heat: the classes, the file, the engine on both backends, and the way back."""
 
 import itertools
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -10,10 +11,11 @@ import torch
 from greenroom.commands import main
 from greenroom.commands.inspect import describe
 from greenroom.convert.allocation import rounding_errors, spend
-from greenroom.convert.heat import Heat, room_for
+from greenroom.convert.heat import Heat, divergence, room_for
 from greenroom.convert.quantise import Quantisation, quantise_file
 from greenroom.convert.quantisers import Quantisers
 from greenroom.errors import ModelFileError, UnsupportedModelError
+from greenroom.experts.trace import Trace
 from greenroom.gguf import GGMLType, GGUFFile, TensorSpec, dequantize, write_gguf
 from greenroom.models import LoadOptions, load_model
 
@@ -168,6 +170,39 @@ def test_the_size_is_kept(tmp_path: Path, percent: int) -> None:
     with GGUFFile(tmp_path / "o.gguf") as file:
         hot = sum(e["experts"] for e in describe(file)["experts"]["classes"][:1])
     assert 0 < hot < counts.size
+
+
+def test_a_measured_sensitivity_decides(tmp_path: Path) -> None:
+    path, counts = source(tmp_path, "qwen3moe")
+    record = Trace.load(trace(tmp_path / "t.npz", counts))
+    known = np.full((*counts.shape, 2), 1e-3)
+    known[-1, 3] = 1.0  # of an expert that is not hot, in the last layer
+    replace(record, sensitivity=known).save(tmp_path / "s.npz")
+    types = []
+    for name in ("t.npz", "s.npz"):
+        heat = Heat(tmp_path / name, "Q8_0", "Q4_0", share=1 / counts.size)
+        quantise_file(Quantisation(path, "F16", heat=heat, threads=2), tmp_path / "o.gguf")
+        with GGUFFile(tmp_path / "o.gguf") as file:
+            classes = [
+                file.tensors[n].data().view(np.int32) if n in file.tensors else None
+                for n in (f"blk.{layer}.ffn_exps.class" for layer in range(len(counts)))
+            ]
+        types.append([(i, int(c.argmin())) for i, c in enumerate(classes) if c is not None])
+    assert types[0] == [(0, 1)]
+    assert types[1] == [(len(counts) - 1, 3)]
+
+
+def test_divergence_is_a_power_through_what_was_measured() -> None:
+    routes = np.array([[[0]], [[0]], [[1]]], np.int16)
+    record = Trace("tiny", 2, (0,), routes, np.zeros(1, np.int64))
+    errors = np.square([[[0.0, 0.05, 0.1, 0.2]]])
+    np.testing.assert_allclose(divergence(record, errors)[0, :, 3], [0.04 * 2 / 3, 0.04 / 3])
+    known = np.array([[[1.0, 4.0], [3.0, 6.0]]])  # with the error's square, and with the error
+    found = divergence(replace(record, sensitivity=known), errors)
+    np.testing.assert_allclose(found, [[[0, 1, 4, 16], [0, 3, 6, 12]]])
+    still = divergence(replace(record, sensitivity=np.zeros((1, 2, 2))), errors)
+    assert (still[..., 1:] > 0).all()
+    assert (still < 1e-20).all()
 
 
 def test_a_trace_of_another_model_is_refused(tmp_path: Path) -> None:

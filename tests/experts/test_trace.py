@@ -35,7 +35,8 @@ def test_counts_add_up_and_files_return_them(
 ) -> None:
     layers = tuple(range(2, 2 + routes.shape[1]))
     starts = np.arange(min(1, len(routes)), dtype=np.int64)
-    written = Trace(name, 7, layers, routes, starts)
+    known = np.arange(14.0 * len(layers)).reshape(-1, 7, 2) if len(name) % 2 else None
+    written = Trace(name, 7, layers, routes, starts, known)
     for layer, row in enumerate(written.counts()):
         for expert in range(7):
             assert row[expert] == (routes[:, layer] == expert).sum()
@@ -46,6 +47,9 @@ def test_counts_add_up_and_files_return_them(
     assert read.routes.dtype == np.int16
     np.testing.assert_array_equal(read.routes, routes)
     np.testing.assert_array_equal(read.starts, starts)
+    assert (read.sensitivity is None) == (known is None)
+    if known is not None:
+        np.testing.assert_array_equal(read.sensitivity, known)
     assert [p.name for p in path.parent.iterdir()] == ["trace"]
 
 
@@ -61,6 +65,10 @@ def test_counts_add_up_and_files_return_them(
         {"experts": 0},
         {"starts": np.array([1, 1], np.int64)},
         {"starts": np.array([2], np.int64)},
+        {"sensitivity": np.ones((2, 4))},
+        {"sensitivity": np.ones((2, 4, 2), np.float32)},
+        {"sensitivity": np.full((2, 4, 2), -1.0)},
+        {"sensitivity": np.full((2, 4, 2), np.nan)},
     ],
 )
 def test_parts_must_fit(change: dict[str, object]) -> None:

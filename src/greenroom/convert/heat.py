@@ -17,13 +17,14 @@ from greenroom.convert.mixture import MIXES, Rules
 from greenroom.convert.quantisers import Quantisers
 from greenroom.convert.values import Bytes, Floats, Values
 from greenroom.errors import ModelFileError, UnsupportedModelError
-from greenroom.experts.trace import Trace
+from greenroom.experts.trace import ERRORS, Trace
 from greenroom.gguf import GGMLType, GGUFFile, TensorInfo, TensorSpec, dequantize
 
 EXPERTS = re.compile(r"blk\.(\d+)\.ffn_(gate|up|down)_exps\.weight")
 CLASS_PART = re.compile(r"(blk\.(\d+)\.ffn_(?:gate|up|down)_exps)\.c(\d+)\.weight")
 DEFAULT_SHARE = 0.25
 _LINE = 160  # bytes of a header that one more tensor may take, and of its padding
+_POWERS = 0.05, 2.0  # of a squared error; what is measured beyond is noise
 # Between hot and cold, where a size is wanted. None of these gives single layers finer types.
 _LADDER = ("Q8_0", "Q6_K", "Q5_K", "Q4_K")
 
@@ -99,11 +100,10 @@ class Classes:
         bytes_of = np.array([self._bytes(stacks[layer]) for layer in trace.layers], np.int64)
         room = room_for(bytes_of, trace.experts, heat, rest)
         if heat.size is None:
-            cost = shares(trace)[..., None] * np.array([0.0, 1.0])  # hot and cold
+            cost = divergence(trace, np.array([0.0, ERRORS[-1] ** 2]))  # hot and cold
         else:
             errors = [self._errors(stacks[layer], quantisers) for layer in trace.layers]
-            # An error counts as often as its expert is used.
-            cost = shares(trace)[..., None] * np.array(errors)
+            cost = divergence(trace, np.array(errors))
         chosen = spend(cost, bytes_of, room)
         self.of = dict(zip(trace.layers, chosen, strict=True))
 
@@ -143,10 +143,30 @@ def smaller(tensor: TensorInfo, rules: Rules) -> GGMLType:
     return min(tensor.type, wanted, key=lambda type: type.row_bytes(columns))
 
 
-def shares(trace: Trace) -> Reals:
-    """Each expert's share of its layer's routes, (layers, experts)."""
-    counts = trace.counts()
-    return np.asarray(counts / np.maximum(counts.sum(1, keepdims=True), 1))
+def divergence(trace: Trace, errors: Reals) -> Reals:
+    """What rounding an expert costs, the larger the worse.
+
+    Where its sensitivity was measured, it is a power of the error through the two that were
+    tried: behind a layer whose errors tip the choice of experts it grows more slowly than the
+    squared error. Else an error counts as often as its expert is used.
+
+    Args:
+        trace: of the model.
+        errors: (layers, experts, candidates), or a part of that to be spread, squared and
+            relative.
+
+    Returns:
+        (layers, experts, candidates).
+    """
+    if trace.sensitivity is None:
+        counts = trace.counts()
+        return np.asarray(
+            (counts / np.maximum(counts.sum(1, keepdims=True), 1))[..., None] * errors
+        )
+    low, high = np.maximum(np.moveaxis(trace.sensitivity, -1, 0), 1e-30)[..., None]
+    small, large = np.square(ERRORS)
+    power = np.clip(np.log(high / low) / np.log(large / small), *_POWERS)
+    return np.asarray(high * (errors / large) ** power)
 
 
 def room_for(bytes_of: Ints, experts: int, heat: Heat, rest: int) -> int:

@@ -19,9 +19,11 @@ from torch import Tensor
 from greenroom.errors import ModelFileError
 
 NOBODY = -1  # a layer that did not compute a token: the last one skips rows nobody asked for
+ERRORS = 0.05, 0.1  # relative to the outputs: about what six-bit and four-bit weights leave
 
 _VERSION = 1
 _FIELDS = ("version", "model", "experts", "layers", "routes", "starts")
+_OPTIONAL = "sensitivity"
 _MOST_BYTES = 4 << 30  # of one array; a million tokens of 48 layers and 8 routes take 0.8 GB
 _MOST_EXPERTS = 1 << 16
 
@@ -37,6 +39,8 @@ class Trace:
         routes: (tokens, moe_layers, k) int16 or int32, expert ids; -1 (in all k places) where
             a layer did not compute the token.
         starts: (sequences,) int64, ascending, the token with which each sequence begins.
+        sensitivity: (moe_layers, experts, 2) float64, nats of divergence that errors of the
+            sizes ERRORS in an expert's outputs cause; None where it was not measured.
 
     Raises:
         ValueError: the parts do not fit together.
@@ -47,6 +51,7 @@ class Trace:
     layers: tuple[int, ...]
     routes: NDArray[np.signedinteger[Any]]
     starts: NDArray[np.int64]
+    sensitivity: NDArray[np.float64] | None = None
 
     def __post_init__(self) -> None:
         routes, starts = self.routes, self.starts
@@ -64,6 +69,13 @@ class Trace:
             raise ValueError("starts must be ascending int64")
         if len(starts) and not 0 <= starts[0] <= starts[-1] < len(routes):
             raise ValueError("a sequence starts outside the tokens")
+        known = self.sensitivity
+        if known is not None and (
+            known.shape != (len(self.layers), self.experts, len(ERRORS))
+            or known.dtype != np.float64
+            or not (np.isfinite(known) & (known >= 0)).all()
+        ):
+            raise ValueError("a sensitivity must be two finite float64 per expert, 0 or more")
 
     @property
     def tokens(self) -> int:
@@ -105,6 +117,8 @@ class Trace:
             "routes": self.routes,
             "starts": self.starts,
         }
+        if self.sensitivity is not None:
+            values[_OPTIONAL] = self.sensitivity
         try:
             with part.open("wb") as file:
                 np.savez_compressed(file, **values)
@@ -123,6 +137,8 @@ class Trace:
         try:
             with zipfile.ZipFile(path) as archive:
                 values = {name: _read(archive, name) for name in _FIELDS}
+                there = f"{_OPTIONAL}.npy" in archive.namelist()
+                sensitivity = _read(archive, _OPTIONAL) if there else None
             if values["version"] != _VERSION:
                 raise ValueError(f"version {values['version']}, known is {_VERSION}")
             return cls(
@@ -131,6 +147,7 @@ class Trace:
                 tuple(int(layer) for layer in values["layers"]),
                 values["routes"],
                 values["starts"],
+                sensitivity,
             )
         except OSError as error:
             message = f"{path}: cannot be opened: {error.strerror or error}"
