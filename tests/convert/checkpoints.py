@@ -2,6 +2,7 @@
 them, trained on a few lines."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from ..models import families
 from ..models.cases import CASES
 from ..models.hf_export import Tiny
 
+Make = Callable[[int, Path], tuple[Tiny, Path]]
 LINES = [
     "The quick brown fox jumps over the lazy dog. 12345 things, it's 99 % true!",
     "Experts wait in the greenroom; those in demand are on stage.",
@@ -66,9 +68,9 @@ def deepseek(seed: int, folder: Path, tiny: Tiny | None = None) -> tuple[Tiny, P
     return tiny, folder
 
 
-def grin(seed: int, folder: Path) -> tuple[Tiny, Path]:
+def grin(seed: int, folder: Path, tiny: Tiny | None = None) -> tuple[Tiny, Path]:
     """GRIN-MoE as it is published: its class's name is no Python name, no rotary scaling."""
-    tiny = CASES["grin-moe"].make(seed)
+    tiny = tiny or CASES["grin-moe"].make(seed)
     save(
         tiny,
         folder,
@@ -117,6 +119,31 @@ def gpt_oss_mxfp4(seed: int, folder: Path) -> tuple[Tiny, Path]:
 def gpt_oss_original(seed: int, folder: Path) -> tuple[Tiny, Path]:
     """The same model under OpenAI's names and keys."""
     tiny, _ = gpt_oss_mxfp4(seed, folder)
+    return under_openai_names(tiny, folder), folder
+
+
+def gpt_oss_original_plain(seed: int, folder: Path) -> tuple[Tiny, Path]:
+    """The experts as numbers, (experts, out, in), as fine-tuned checkpoints have them."""
+    tiny = families.gpt_oss(seed, hidden=64, heads=4, width=96)
+    save(tiny, folder)
+    return under_openai_names(tiny, folder), folder
+
+
+def bfloat16(make: Make) -> Make:
+    """A checkpoint stored in BF16; the reference gets the rounded numbers."""
+
+    def made(seed: int, folder: Path) -> tuple[Tiny, Path]:
+        tiny, _ = make(seed, folder)
+        rename(folder, lambda tensors: {k: v.bfloat16() for k, v in tensors.items()})
+        for p in tiny.model.parameters():
+            p.data = p.data.bfloat16().float()
+        return tiny, folder
+
+    return made
+
+
+def under_openai_names(tiny: Tiny, folder: Path) -> Tiny:
+    """Renames what HF's layout has."""
     config = tiny.model.config
     rope = config.rope_parameters
     original = {
@@ -139,7 +166,7 @@ def gpt_oss_original(seed: int, folder: Path) -> tuple[Tiny, Path]:
     }
     (folder / "config.json").write_text(json.dumps(original))
     rename(folder, _openai_names)
-    return tiny, folder
+    return tiny
 
 
 _OPENAI = {
@@ -156,6 +183,8 @@ _OPENAI = {
     "mlp.experts.down_proj_bias": "mlp.mlp2_bias",
     "mlp.experts.gate_up_proj_": "mlp.mlp1_weight.",
     "mlp.experts.down_proj_": "mlp.mlp2_weight.",
+    "mlp.experts.gate_up_proj": "mlp.mlp1_weight",
+    "mlp.experts.down_proj": "mlp.mlp2_weight",
 }
 
 
@@ -164,7 +193,8 @@ def _openai_names(tensors: Tensors) -> Tensors:
     for name, tensor in tensors.items():
         for old, new in _OPENAI.items():
             name = name.replace(old, new)
-        out[name] = tensor
+        plain = name.endswith(("mlp1_weight", "mlp2_weight"))
+        out[name] = tensor.transpose(1, 2) if plain else tensor
     layers = {name.split(".")[1] for name in out if name.startswith("block.")}
     for layer in layers:
         for end in ("weight", "bias"):

@@ -298,8 +298,10 @@ PUBLISHERS: dict[str, Publisher] = {
 # Whose tokenizer a class's checkpoints have.
 OF_CLASS = {
     "GptOss": "GptOss",
+    "GptOss BF16": "GptOss",
     "GptOss MXFP4": "GptOss",
     "GptOss OpenAI": "GptOss",
+    "GptOss OpenAI BF16": "GptOss",
     "PhiMoE": "Phi",
     "PhiMoE window": "Phi",
     "GRIN-MoE": "Phi",

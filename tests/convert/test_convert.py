@@ -36,8 +36,10 @@ def plain(case: str, **changes: Any) -> Make:
 
 CLASSES: dict[str, Make] = {
     "GptOss": plain("gpt-oss"),
+    "GptOss BF16": checkpoints.bfloat16(plain("gpt-oss")),
     "GptOss MXFP4": checkpoints.gpt_oss_mxfp4,
     "GptOss OpenAI": checkpoints.gpt_oss_original,
+    "GptOss OpenAI BF16": checkpoints.bfloat16(checkpoints.gpt_oss_original_plain),
     "PhiMoE": plain("phi-3.5-moe", architectures=["PhiMoEForCausalLM"]),
     "PhiMoE window": plain("phimoe-window"),
     "GRIN-MoE": checkpoints.grin,
