@@ -25,7 +25,7 @@ from greenroom.kernels.matvec import matvec
 from greenroom.kernels.norm import norm
 from greenroom.kernels.packed import FORMATS
 from greenroom.kernels.rendezvous import Box, collect, ring
-from greenroom.kernels.rope import rotate, write_kv
+from greenroom.kernels.rope import enter
 from greenroom.kernels.router import RULES, choose, logits
 from greenroom.kernels.rowmajor import rowmajor
 
@@ -83,9 +83,9 @@ for rows, splits, dtype, size in [
             torch.zeros(2, 8, size), cache, cache, ints.view(2, 4), ints, ints, ints, ints,
             scale=0.1, rows=rows, splits=splits, window=window, sinks=sinks,
         )  # fmt: skip
-    write_kv(cache[:, :, 0].float(), cache[:, :, 0].float(), ints.long(), cache, cache)
-for neox in (False, True):
-    rotate(torch.zeros(2, 8, 64), ints.long(), torch.zeros(32), 1.0, neox)
+    line, places = cache[:, :, 0].float(), ints.long()
+    for frequencies in (None, torch.zeros(size // 2), torch.zeros(12)):
+        enter(line, line, line, places, cache, cache, places, frequencies, 1.25, size == 64)
 for bias in (None, x):
     norm(x, x, 1e-5, bias, x)
     rowmajor(torch.zeros(2, 256, dtype=torch.bfloat16), x, bias)

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from greenroom.kernels.norm import norm, norm_twin
-from greenroom.kernels.rope import rotate, rotate_twin, write_kv, write_kv_twin
+from greenroom.kernels.rope import enter, enter_twin
 
 
 @pytest.mark.parametrize("width", [1, 48, 100, 2880])
@@ -27,26 +27,40 @@ def test_norm_equals_twin(width, centred, with_residual, device):
 
 
 @pytest.mark.parametrize("neox", [False, True])
-@pytest.mark.parametrize("rotated", [64, 24])
-def test_rotate_equals_twin_at_far_positions(neox, rotated, device):
-    torch.manual_seed(rotated)
-    x = torch.randn(5, 3, 64, device=device)
-    positions = torch.tensor([0, 1, 77, 4095, 131071], device=device)
-    frequencies = 150000.0 ** (-torch.arange(0, rotated, 2, device=device) / rotated)
-    wanted = rotate_twin(x, positions, frequencies, 1.25, neox)
-    got = rotate(x.clone(), positions, frequencies, 1.25, neox)
-    torch.testing.assert_close(got, wanted, atol=2e-5, rtol=2e-5)
-    assert torch.equal(got[..., rotated:], x[..., rotated:])
-
-
+@pytest.mark.parametrize("turned", [0, 24, 64])
+@pytest.mark.parametrize(("heads", "kv_heads"), [(6, 2), (3, 3)])
+@pytest.mark.parametrize("tokens", [1, 5, 16])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
-def test_write_kv_equals_twin_and_skips_padding(dtype, device):
-    torch.manual_seed(0)
-    k, v = torch.randn(4, 2, 48, device=device), torch.randn(4, 2, 32, device=device)
-    slots = torch.tensor([5, 37, -1, 16], device=device)
-    caches = [torch.zeros(3, 2, 16, d, dtype=dtype, device=device) for d in (48, 32, 48, 32)]
-    write_kv(k, v, slots, *caches[:2])
-    write_kv_twin(k, v, slots, *caches[2:])
-    assert torch.equal(caches[0], caches[2])
+def test_enter_equals_twin_at_far_positions(
+    neox, turned, heads, kv_heads, tokens, dtype, device
+) -> None:
+    torch.manual_seed(turned)
+    sizes = [heads * 64, kv_heads * 64, kv_heads * 48]
+    row = torch.randn(tokens, sum(sizes) + 5, device=device)  # columns of one product
+
+    def parts(row):
+        q, k, v, _ = row.split([*sizes, 5], 1)
+        return q.view(tokens, heads, 64), k.view(tokens, kv_heads, 64), v.view(tokens, kv_heads, 48)
+
+    positions = torch.tensor([0, 1, 77, 4095, 131071] * 4, device=device)[-tokens:]
+    slots = torch.randperm(48, device=device)[:tokens]
+    slots[1:2] = -1  # padding
+    frequencies = None
+    if turned:
+        frequencies = 150000.0 ** (-torch.arange(0, turned, 2, device=device) / turned)
+    turn = (positions, frequencies, 1.25, neox)
+    caches = [torch.zeros(3, kv_heads, 16, d, dtype=dtype, device=device) for d in (64, 48, 64, 48)]
+    found, wanted = row.clone(), row.clone()
+    enter(*parts(found), slots, *caches[:2], *turn)
+    enter_twin(*parts(wanted), slots, *caches[2:], *turn)
+    close = {"atol": 2e-5, "rtol": 2e-5}
+    torch.testing.assert_close(found, wanted, **close)
+    assert torch.equal(found[:, sizes[0] :], row[:, sizes[0] :])
+    if turned:
+        assert not torch.equal(found, row)
+    if dtype == torch.float16:
+        close = {"atol": 1e-3, "rtol": 1e-3}
+    torch.testing.assert_close(caches[0], caches[2], **close)
+    assert torch.equal(caches[0][..., turned:], caches[2][..., turned:])
     assert torch.equal(caches[1], caches[3])
-    assert caches[0].abs().sum() > 0
+    assert int((caches[1] != 0).any(-1).sum()) == kv_heads * int((slots >= 0).sum())

@@ -32,6 +32,7 @@ def _attend(
     tile_sequences,
     tile_firsts,
     scale,
+    q_stride,
     table_stride,
     tokens,
     HEADS: tl.constexpr,
@@ -71,7 +72,7 @@ def _attend(
 
     key_dim, value_dim = tl.arange(0, KEY_PAD), tl.arange(0, VALUE_PAD)
     query = tl.load(
-        q + (token[:, None] * HEADS + head[:, None]) * KEY + key_dim[None, :],
+        q + token[:, None].to(tl.int64) * q_stride + head[:, None] * KEY + key_dim[None, :],
         mask=live[:, None] & (key_dim < KEY)[None, :],
         other=0.0,
     ).to(k.dtype.element_ty)
@@ -198,7 +199,8 @@ def attend(
     """Attention of every query row over its sequence's cached keys.
 
     Args:
-        q: (tokens, heads, key_length) float32, already rotated; its keys are in the cache.
+        q: (tokens, heads, key_length) float32, already rotated; its keys are in the cache. Heads
+            and channels of a token contiguous.
         k_cache, v_cache: (blocks, kv_heads, block_size, dim) float16, bfloat16 or float32.
         tables: (sequences, blocks) int32; -1 where the window has moved past.
         query_starts: (sequences + 1,) int32.
@@ -224,8 +226,8 @@ def attend(
     shape = {"HEADS": heads, "VALUE": value, "VALUE_PAD": value_pad, "SPLITS": splits}
     _attend[(tile_sequences.shape[0], kv_heads, splits)](
         q, k_cache, v_cache, parts, stats[0], stats[-1], q if sinks is None else sinks,
-        tables, query_starts, contexts, tile_sequences, tile_firsts, scale, tables.stride(0),
-        tokens, KV_HEADS=kv_heads, KEY=key, KEY_PAD=max(16, triton.next_power_of_2(key)),
+        tables, query_starts, contexts, tile_sequences, tile_firsts, scale, q.stride(0),
+        tables.stride(0), tokens, KV_HEADS=kv_heads, KEY=key, KEY_PAD=max(16, triton.next_power_of_2(key)),
         BLOCK=block, WINDOW=window or 0, SINKS=sinks is not None, ROWS=rows, COLS=COLUMNS, **shape,
     )  # fmt: skip
     if splits > 1:

@@ -1,4 +1,4 @@
-"""Rotary embedding on the GPU, fused with writing keys and values into the paged cache.
+"""Rotary embedding on the GPU, in one launch with writing keys and values into the paged cache.
 
 Knows angles as a table of inverse frequencies; how they were scaled (YaRN, longrope) is decided
 in `layers.rope`.
@@ -11,126 +11,130 @@ from torch import Tensor
 
 
 @triton.jit
-def _rotate(
-    x,
-    positions,
-    frequencies,
-    magnitude,
-    stride,
-    HEADS: tl.constexpr,
-    WIDTH: tl.constexpr,
-    HALF: tl.constexpr,
-    HALF_PAD: tl.constexpr,
-    NEOX: tl.constexpr,
-):
-    token = tl.program_id(0).to(tl.int64)
-    head = tl.program_id(1)
+def _turn(source, target, position, frequencies, magnitude, HALF: tl.constexpr,
+          HALF_PAD: tl.constexpr, NEOX: tl.constexpr):  # fmt: skip
+    """Rotates the first 2 * HALF channels of one head from `source` to `target`; each thread
+    writes the pairs it has read, so both may be the same memory."""
     pair = tl.arange(0, HALF_PAD)
     inside = pair < HALF
     frequency = tl.load(frequencies + pair, mask=inside, other=0.0)
     # float64 angles: at position 100,000 float32 would lose three digits of the phase.
-    angle = (tl.load(positions + token).to(tl.float64) * frequency.to(tl.float64)).to(tl.float64)
-    turns = angle * 0.15915494309189535
+    turns = position.to(tl.float64) * frequency.to(tl.float64) * 0.15915494309189535
     angle = ((turns - tl.floor(turns)) * 6.283185307179586).to(tl.float32)
     cosine, sine = tl.cos(angle) * magnitude, tl.sin(angle) * magnitude
-    base = x + token * stride + head * WIDTH
     if NEOX:
-        low, high = base + pair, base + pair + HALF
+        low, high = pair, pair + HALF
     else:
-        low, high = base + 2 * pair, base + 2 * pair + 1
-    a = tl.load(low, mask=inside, other=0.0)
-    b = tl.load(high, mask=inside, other=0.0)
-    tl.store(low, a * cosine - b * sine, mask=inside)
-    tl.store(high, a * sine + b * cosine, mask=inside)
+        low, high = 2 * pair, 2 * pair + 1
+    a = tl.load(source + low, mask=inside, other=0.0)
+    b = tl.load(source + high, mask=inside, other=0.0)
+    tl.store(target + low, a * cosine - b * sine, mask=inside)
+    tl.store(target + high, a * sine + b * cosine, mask=inside)
 
 
 @triton.jit
-def _write(
-    k,
-    v,
-    k_cache,
-    v_cache,
-    slots,
-    k_stride,
-    v_stride,
-    KV_HEADS: tl.constexpr,
-    KEY: tl.constexpr,
-    VALUE: tl.constexpr,
-    KEY_PAD: tl.constexpr,
-    VALUE_PAD: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
+def _enter(
+    q, k, v, slots, k_cache, v_cache, positions, frequencies, magnitude, q_stride, k_stride,
+    v_stride, KV_HEADS: tl.constexpr, KEY: tl.constexpr, VALUE: tl.constexpr,
+    KEY_PAD: tl.constexpr, VALUE_PAD: tl.constexpr, BLOCK: tl.constexpr, HALF: tl.constexpr,
+    HALF_PAD: tl.constexpr, NEOX: tl.constexpr,
+):  # fmt: skip
     token = tl.program_id(0).to(tl.int64)
-    head = tl.program_id(1)
-    slot = tl.load(slots + token)
-    if slot >= 0:
-        line = (slot // BLOCK * KV_HEADS + head) * BLOCK + slot % BLOCK
-        dim = tl.arange(0, KEY_PAD)
-        key = tl.load(k + token * k_stride + head * KEY + dim, mask=dim < KEY, other=0.0)
-        tl.store(k_cache + line * KEY + dim, key, mask=dim < KEY)
-        dim = tl.arange(0, VALUE_PAD)
-        value = tl.load(v + token * v_stride + head * VALUE + dim, mask=dim < VALUE, other=0.0)
-        tl.store(v_cache + line * VALUE + dim, value, mask=dim < VALUE)
+    head = tl.program_id(1)  # of keys and values, and behind them of queries
+    if head >= KV_HEADS:  # only where there is a rotation
+        here = q + token * q_stride + (head - KV_HEADS) * KEY
+        position = tl.load(positions + token)
+        _turn(here, here, position, frequencies, magnitude, HALF, HALF_PAD, NEOX)
+    else:
+        slot = tl.load(slots + token)
+        if slot >= 0:
+            line = (slot // BLOCK * KV_HEADS + head) * BLOCK + slot % BLOCK
+            source, target = k + token * k_stride + head * KEY, k_cache + line * KEY
+            if HALF > 0:
+                position = tl.load(positions + token)
+                _turn(source, target, position, frequencies, magnitude, HALF, HALF_PAD, NEOX)
+            if KEY > 2 * HALF:
+                dim = tl.arange(0, KEY_PAD)
+                rest = (dim >= 2 * HALF) & (dim < KEY)
+                tl.store(target + dim, tl.load(source + dim, mask=rest, other=0.0), mask=rest)
+            dim = tl.arange(0, VALUE_PAD)
+            source = v + token * v_stride + head * VALUE + dim
+            value = tl.load(source, mask=dim < VALUE, other=0.0)
+            tl.store(v_cache + line * VALUE + dim, value, mask=dim < VALUE)
 
 
-def rotate(
-    x: Tensor, positions: Tensor, frequencies: Tensor, magnitude: float, neox: bool
-) -> Tensor:
-    """Rotates the first 2 * len(frequencies) channels of every head in place and returns x.
+def enter(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    slots: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    positions: Tensor,
+    frequencies: Tensor | None = None,
+    magnitude: float = 1.0,
+    neox: bool = True,
+) -> None:
+    """Rotates the first 2 * len(frequencies) channels of every head of q and k, q in place and k
+    on its way to the cache, and stores each token's keys and values at its slot.
 
     Args:
-        x: (tokens, heads, width) float32; heads and channels contiguous.
+        q: (tokens, heads, key) float32; heads and channels of a token contiguous, as of k and v.
+        k: (tokens, kv_heads, key) float32; left as it is.
+        v: (tokens, kv_heads, value) float32.
+        slots: (tokens,) int64, block * block_size + offset; -1 is skipped.
+        k_cache, v_cache: (blocks, kv_heads, block_size, dim).
         positions: (tokens,) int64.
-        frequencies: (rotated / 2,) float32, radians per position.
+        frequencies: (rotated / 2,) float32, radians per position; None for no rotation.
         magnitude: factor on cosine and sine.
         neox: pairs are (i, i + half); otherwise (2i, 2i + 1).
     """
-    tokens, heads, width = x.shape
-    half = frequencies.shape[0]
-    _rotate[(tokens, heads)](
-        x, positions, frequencies, magnitude, x.stride(0), HEADS=heads, WIDTH=width, HALF=half,
-        HALF_PAD=triton.next_power_of_2(half), NEOX=neox,
-    )  # fmt: skip
-    return x
-
-
-def rotate_twin(
-    x: Tensor, positions: Tensor, frequencies: Tensor, magnitude: float, neox: bool
-) -> Tensor:
-    """`rotate` in plain torch, not in place; the truth it is held against."""
-    half = frequencies.shape[0]
-    angle = (positions[:, None].double() * frequencies.double())[:, None]
-    cosine, sine = ((f(angle) * magnitude).float() for f in (torch.cos, torch.sin))
-    rotated, rest = x[..., : 2 * half], x[..., 2 * half :]
-    if neox:
-        a, b = rotated[..., :half], rotated[..., half:]
-        turned = torch.cat([a * cosine - b * sine, a * sine + b * cosine], -1)
-    else:
-        a, b = rotated[..., 0::2], rotated[..., 1::2]
-        turned = torch.stack([a * cosine - b * sine, a * sine + b * cosine], -1).flatten(-2)
-    return torch.cat([turned, rest], -1)
-
-
-def write_kv(k: Tensor, v: Tensor, slots: Tensor, k_cache: Tensor, v_cache: Tensor) -> None:
-    """Stores each token's keys and values at its slot; a slot of -1 is skipped.
-
-    Args:
-        k, v: (tokens, kv_heads, dim) float32; heads and channels contiguous.
-        slots: (tokens,) int64, block * block_size + offset.
-        k_cache, v_cache: (blocks, kv_heads, block_size, dim).
-    """
     tokens, heads, key = k.shape
     value = v.shape[2]
-    _write[(tokens, heads)](
-        k, v, k_cache, v_cache, slots, k.stride(0), v.stride(0), KV_HEADS=heads, KEY=key,
+    half = 0 if frequencies is None else len(frequencies)
+    _enter[(tokens, heads + (q.shape[1] if half else 0))](
+        q, k, v, slots, k_cache, v_cache, positions, q if frequencies is None else frequencies,
+        float(magnitude), q.stride(0), k.stride(0), v.stride(0), KV_HEADS=heads, KEY=key,
         VALUE=value, KEY_PAD=triton.next_power_of_2(key), VALUE_PAD=triton.next_power_of_2(value),
-        BLOCK=k_cache.shape[2],
+        BLOCK=k_cache.shape[2], HALF=half, HALF_PAD=triton.next_power_of_2(max(half, 1)),
+        NEOX=neox, num_warps=1,
     )  # fmt: skip
 
 
-def write_kv_twin(k: Tensor, v: Tensor, slots: Tensor, k_cache: Tensor, v_cache: Tensor) -> None:
-    """`write_kv` in plain torch; the truth it is held against."""
+def enter_twin(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    slots: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    positions: Tensor,
+    frequencies: Tensor | None = None,
+    magnitude: float = 1.0,
+    neox: bool = True,
+) -> None:
+    """`enter` in plain torch; the truth it is held against."""
+    if frequencies is not None:
+        q.copy_(rotated(q, positions, frequencies, magnitude, neox))
+        k = rotated(k, positions, frequencies, magnitude, neox)
     live = slots >= 0
     block, offset = slots[live] // k_cache.shape[2], slots[live] % k_cache.shape[2]
     k_cache[block, :, offset] = k[live].to(k_cache.dtype)
     v_cache[block, :, offset] = v[live].to(v_cache.dtype)
+
+
+def rotated(
+    x: Tensor, positions: Tensor, frequencies: Tensor, magnitude: float, neox: bool
+) -> Tensor:
+    """(tokens, heads, width) float32 with its first channels rotated as `enter` says."""
+    half = frequencies.shape[0]
+    angle = (positions[:, None].double() * frequencies.double())[:, None]
+    cosine, sine = ((f(angle) * magnitude).float() for f in (torch.cos, torch.sin))
+    turning, rest = x[..., : 2 * half], x[..., 2 * half :]
+    if neox:
+        a, b = turning[..., :half], turning[..., half:]
+        turned = torch.cat([a * cosine - b * sine, a * sine + b * cosine], -1)
+    else:
+        a, b = turning[..., 0::2], turning[..., 1::2]
+        turned = torch.stack([a * cosine - b * sine, a * sine + b * cosine], -1).flatten(-2)
+    return torch.cat([turned, rest], -1)

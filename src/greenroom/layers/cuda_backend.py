@@ -19,7 +19,7 @@ from greenroom.experts.cpu import CpuExperts
 from greenroom.experts.rendezvous import courier_for
 from greenroom.experts.tiers import Tiers
 from greenroom.kernels.attention import PREFILL_ROWS, ROWS, attend, tiles
-from greenroom.kernels.rope import rotate, write_kv
+from greenroom.kernels.rope import enter
 from greenroom.layers.backend import (
     AttentionSpec,
     ExpertWeights,
@@ -230,12 +230,9 @@ class CudaBackend:
     ) -> Tensor:
         """See `Backend.attend`."""
         assert isinstance(step, DeviceStep)
-        q = q.contiguous()
-        if step.rope is not None and step.frequencies is not None:
-            turn = (step.positions, step.frequencies, step.rope.magnitude, step.rope.neox)
-            rotate(q, *turn)
-            k = rotate(k.contiguous(), *turn)
-        write_kv(k, v, step.slots[spec.group], cache.k, cache.v)
+        turn = (1.0, True) if step.rope is None else (step.rope.magnitude, step.rope.neox)
+        slots = step.slots[spec.group]
+        enter(q, k, v, slots, cache.k, cache.v, step.positions, step.frequencies, *turn)
         return attend(
             q,
             cache.k,

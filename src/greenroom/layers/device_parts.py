@@ -185,9 +185,10 @@ class DeviceMatrices:
         return sum(part.nbytes for part in self.parts)
 
     def __call__(self, x: Tensor) -> tuple[Tensor, ...]:
-        """Maps (tokens, cols) float32 to one contiguous (tokens, rows_i) float32 per matrix."""
+        """Maps (tokens, cols) float32 to one (tokens, rows_i) float32 per matrix; those of one
+        type are columns of one tensor."""
         whole = [part(x) for part in self.parts]
-        return tuple(whole[s.matrix][:, s.start : s.stop].contiguous() for s in self._spans)
+        return tuple(whole[s.matrix][:, s.start : s.stop] for s in self._spans)
 
 
 class DeviceMlp:
