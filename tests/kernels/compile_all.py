@@ -20,6 +20,7 @@ from greenroom.kernels.attention import PREFILL_ROWS, ROWS, attend
 from greenroom.kernels.dequantise import dequantise, dequantise_group
 from greenroom.kernels.expert_rows import activated_rows, add_rows, scaled_rows
 from greenroom.kernels.experts import hits
+from greenroom.kernels.gather import KINDS, gather
 from greenroom.kernels.handover import publish
 from greenroom.kernels.matvec import matvec
 from greenroom.kernels.norm import norm
@@ -72,6 +73,8 @@ for kind in by_scales.values() if quick else FORMATS:
         matvec(torch.zeros(64, dtype=torch.uint8), kind, 32, 256, x, x)
         matvec(torch.zeros(64, dtype=torch.uint8), kind, 32, 256, torch.zeros(4, 256), x)
     dequantise(torch.zeros(64, dtype=torch.uint8), kind, torch.empty(32, 256))
+for kind in (12, 14) if quick else sorted(KINDS):
+    gather(torch.zeros(4, 210, dtype=torch.uint8), kind, ints.long(), ints.long(), x)
 for rows, splits, dtype, size in [
     (ROWS, 4, torch.float16, 64),
     (PREFILL_ROWS, 1, torch.float16, 128),

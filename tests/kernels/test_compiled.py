@@ -23,7 +23,7 @@ def test_every_kernel_compiles() -> None:
     kernels = {"_matvec", "_attend", "_merge", "_enter", "_norm", "_rowmajor"}
     assert set(lines) == kernels | {
         "_dequantise", "_publish", "_gate_up", "_down", "_reduce", "_scaled", "_activated", "_add",
-        "_product", "_carry",
+        "_product", "_carry", "_gather",
         "_walk", "_logits", "_choose", "_split", "_ring", "_collect",
     }  # fmt: skip
     assert lines.count("_dequantise") == len({form.scales for form in FORMATS.values()}) + 1

@@ -4,10 +4,8 @@ their layouts are known. Knows memory; not policy.
 """
 
 import logging
-import weakref
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any
 
 import numpy as np
 import torch
@@ -15,6 +13,7 @@ from numpy.typing import NDArray
 
 from greenroom.experts.beside import ExpertsBeside
 from greenroom.experts.cpu import CpuExperts
+from greenroom.experts.pinned import register
 from greenroom.experts.ring import Ring
 from greenroom.experts.slots import Account, LayerSlots, Slots
 from greenroom.experts.stream import Desk, LayerStream
@@ -134,11 +133,5 @@ def pages_of(nbytes: int, slab: int, expanded: int, experts: int) -> tuple[int, 
 def pin(experts: CpuExperts) -> None:
     """Registers a layer's slabs for copies at the bus's full rate; a failure costs speed only."""
     assert experts.block is not None
-    runtime: Any = torch.cuda.cudart()  # type: ignore[no-untyped-call]
-    address = experts.block.ctypes.data
-    result = runtime.cudaHostRegister(address, experts.block.nbytes, 0)
-    if int(result) != 0:
-        log.warning("experts could not be pinned (CUDA error %d): copies will be slow", int(result))
-        return
-    # Memory that comes to lie at the same address must not pass for pinned.
-    weakref.finalize(experts, runtime.cudaHostUnregister, address).atexit = False
+    if error := register(experts.block, experts):
+        log.warning("experts could not be pinned (CUDA error %d): copies will be slow", error)

@@ -27,8 +27,8 @@ from greenroom.layers.backend import (
     Step,
 )
 from greenroom.layers.batch import Batch, KVCache
+from greenroom.layers.device_embedding import DeviceEmbedding
 from greenroom.layers.device_parts import (
-    DeviceEmbedding,
     DeviceMatrices,
     DeviceMatrix,
     DeviceMlp,

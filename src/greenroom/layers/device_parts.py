@@ -1,4 +1,4 @@
-"""A model's dense parts on a GPU: packed matrices, norms, embedding rows on their way there.
+"""A model's dense parts on a GPU: packed matrices and norms.
 
 Steps of a few tokens read the packed blocks in the kernel; longer ones expand a bounded number
 of rows to float32 and leave the product to the vendor's routine. Knows no family.
@@ -20,7 +20,6 @@ from greenroom.kernels.matvec import matvec
 from greenroom.kernels.norm import norm
 from greenroom.kernels.packed import FORMATS, GROUP_ROWS
 from greenroom.kernels.rowmajor import rowmajor
-from greenroom.layers.embedding import Embedding
 from greenroom.layers.ledger import SCRATCH_BYTES, Ledger
 from greenroom.layers.moe import swiglu
 from greenroom.layers.weight import Weight
@@ -234,24 +233,6 @@ class DeviceNorm:
         bias = self._bias if self._centred else None
         y = norm(source, self._weight, self._eps, bias, residual)
         return y if self._centred or self._bias is None else y.add_(self._bias)
-
-
-class DeviceEmbedding(Embedding):
-    """The table stays in RAM; the rows of a step are copied to the device.
-
-    Args:
-        weight: (vocabulary, width).
-        device: where the rows go.
-        copy: keep the bytes in memory of our own instead of in the mapped file.
-    """
-
-    def __init__(self, weight: Weight, device: torch.device, copy: bool) -> None:
-        super().__init__(weight, copy)
-        self._device = device
-
-    def __call__(self, tokens: Tensor) -> Tensor:
-        """Looks up (tokens,) int64 ids in RAM: (tokens, width) float32 on the device."""
-        return to_device(self.rows(tokens), self._device)
 
 
 def to_device(tensor: Tensor, device: torch.device) -> Tensor:

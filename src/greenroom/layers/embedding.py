@@ -36,6 +36,23 @@ class Embedding:
         """Bytes of the table."""
         return self.raw.nbytes
 
+    @property
+    def reads(self) -> bool:
+        """Whether `gather` works: the device looks rows up by itself."""
+        return False
+
+    def gather(self, ids: Tensor, chosen: Tensor) -> Tensor:
+        """Looks rows up without the host; part of a recorded step.
+
+        Args:
+            ids: (n,) int64 on the device; negative ones are found in `chosen`.
+            chosen: (n,) int64 on the device.
+
+        Returns:
+            (n, width) float32 on the device.
+        """
+        raise NotImplementedError
+
     def __call__(self, tokens: Tensor) -> Tensor:
         """Looks up (tokens,) int64 ids below the vocabulary's size: (tokens, width) float32."""
         return self.rows(tokens)
