@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from greenroom.experts.share import Rates
 from greenroom.experts.trace import Trace
 
 from .conftest import Loader
@@ -70,25 +71,52 @@ def test_a_stream_without_slots_copies_what_is_routed(load: Loader) -> None:
     assert not stream.ring.staged
 
 
-@pytest.mark.parametrize("thread_bytes", [1e3, 6e9, 1e15])
-def test_the_cpu_takes_its_share_of_a_long_step(
-    load: Loader, thread_bytes: float, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.mark.parametrize("reading", [1e3, 1e11, 1e18])
+def test_the_cpu_takes_its_share_of_a_long_step(load: Loader, reading: float) -> None:
     """From nothing to nearly everything; the result stays the reference's."""
-    monkeypatch.setattr("greenroom.experts.stream.THREAD_BYTES", thread_bytes)
-    monkeypatch.setattr("greenroom.experts.stream.THREAD_OPERATIONS", 1e18)
     wanted, model = with_tiers(load, "gpt-oss", 0.0, staged=2)
+    share = model.backend.tiers.share
+    usual, share.rates = share.rates, Rates(50e9, reading, 1e18)
     tokens = prompt(9, 34, VOCABULARY)
     ring = model.blk[0].ffn.experts.stream.ring
     before = ring.copied_bytes  # models are shared by tests
-    assert relative_error(one_pass(model, tokens).cpu(), one_pass(wanted, tokens)) < CLOSE
+    try:
+        assert relative_error(one_pass(model, tokens).cpu(), one_pass(wanted, tokens)) < CLOSE
+    finally:
+        share.rates = usual
     copied = ring.copied_bytes - before
     everything = sum(blk.ffn.experts.nbytes for blk in model.blk)
     assert not ring.staged
-    if thread_bytes == 1e3:
+    if reading == 1e3:
         assert copied == everything
-    if thread_bytes == 1e15:  # what was copied is what was staged ahead
+    if reading == 1e18:  # what was copied is what was staged ahead
         assert 0 < copied < everything
+
+
+def test_a_long_step_copies_ahead_but_not_for_the_last_layer(load: Loader) -> None:
+    """The first layer's pages set off before its routes are known, the last one's after."""
+    _, model = with_tiers(load, "gpt-oss", 0.0, staged=2)
+    streams = [blk.ffn.experts.stream for blk in model.blk]
+    ring, fetched, routed = streams[0].ring, [], []
+    fetch, tokens = ring.fetch, prompt(9, 34, VOCABULARY)
+
+    def note(layer: int, experts: tuple[int, ...]) -> None:
+        fetched.append((layer, len(routed)))
+        fetch(layer, experts)
+
+    session = Session(model)
+    ring.fetch = note
+    model.record(type("Routes", (), {"begin": lambda *_: 0, "add": lambda *a: routed.append(a)})())
+    try:
+        session.step([(0, tokens)])
+    finally:
+        model.record(None)
+        del ring.fetch
+    firsts = [next(seen for at, seen in fetched if at == layer) for layer in range(len(streams))]
+    assert firsts[0] == 0
+    assert firsts[1:-1] == list(range(1, len(streams) - 1))
+    assert firsts[-1] == len(streams)
+    assert not ring.staged
 
 
 def test_answers_stay_the_same_after_thousands_of_promotions(load: Loader) -> None:

@@ -141,13 +141,16 @@ class CpuExperts:
             self._load(expert, allocate(self.layouts[expert].nbytes))
         return self._slabs[expert]
 
-    def __call__(self, hidden: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
+    def __call__(
+        self, hidden: Tensor, ids: Tensor, weights: Tensor, out: Tensor | None = None
+    ) -> Tensor:
         """Weighted sum of the chosen experts.
 
         Args:
             hidden: (tokens, d) float32.
             ids: (tokens, k) int32, -1 for routes that are served elsewhere.
             weights: (tokens, k) float32.
+            out: (tokens, d) float32, contiguous, for the result; None for memory of its own.
 
         Returns:
             (tokens, d) float32.
@@ -155,7 +158,8 @@ class CpuExperts:
         Raises:
             NativeError: a shape or an id is wrong.
         """
-        out = torch.empty_like(hidden, memory_format=torch.contiguous_format)
+        if out is None:
+            out = torch.empty_like(hidden, memory_format=torch.contiguous_format)
         if not self.complete:
             for expert in torch.unique(ids).tolist():
                 if 0 <= expert < self.experts:
@@ -174,11 +178,13 @@ class CpuExperts:
         """Bytes of the experts that ids (tokens, k), all of them known or -1, name."""
         return sum(self.layouts[e].nbytes for e in set(ids.flatten().tolist()) - {-1})
 
-    def submit(self, hidden: Tensor, ids: Tensor, weights: Tensor) -> None:
+    def submit(
+        self, hidden: Tensor, ids: Tensor, weights: Tensor, out: Tensor | None = None
+    ) -> None:
         """Starts `__call__` in the background; `wait` returns its result."""
         if self._pending is not None:
             raise NativeError("experts: submit called again before wait")
-        self._pending = _background().submit(self, hidden, ids, weights)
+        self._pending = _background().submit(self, hidden, ids, weights, out)
 
     def abandon(self) -> None:
         """Ends what `submit` began, if nobody waited for it."""

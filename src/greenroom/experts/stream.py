@@ -17,19 +17,13 @@ from torch import Tensor
 
 from greenroom.experts.cpu import CpuExperts
 from greenroom.experts.ring import Page, Ring
+from greenroom.experts.share import Share
 from greenroom.experts.slabs import SlabLayout
 from greenroom.kernels.dequantise import dequantise_group
 from greenroom.kernels.expert_rows import activated_rows, add_rows, scaled_rows
 from greenroom.kernels.grouped import BASE, GROUP, MOST, ORDER, PLACE, Group, Routes, carry, product
 
 ROWS = 4096  # of a group computed at a time, and no more than tokens; bounds scratch
-# Rates that share a layer between bus and CPU. Constants, because a choice by the clock would give
-# another text every time: the CPU rounds otherwise than the GPU. Measured on an H100 host, the
-# operations with AVX-512 while activations keep 16 bits.
-BUS = 50e9  # bytes per second
-THREAD_BYTES = 6e9  # of weights per second and thread
-THREAD_OPERATIONS = 0.06e12  # per second and thread
-LENT = 0.8  # share of the time of a layer's copies that the CPU has: attention goes first
 COVERAGE = 0.9  # share of a layer's experts that must be in demand to copy before it is known
 
 
@@ -46,27 +40,42 @@ class Resident(Protocol):
 
 
 class Desk:
-    """Where layers write down who is computed when: the table on the device, and the part of it
-    that is pinned.
+    """What all layers share: the table that says who is computed when, scratch, and the pinned
+    memory in which rows go to the CPU and back.
 
     Args:
         table: (4 * most experts of a layer,) int32 on the device.
         scratch: (numbers,) float16 on the device, room for gate and up of one expert or more.
+        used: experts of a token, where that is known.
+        share: says what the CPU takes.
     """
 
-    def __init__(self, table: Tensor, scratch: Tensor) -> None:
-        self.table, self.scratch = table, scratch
-        self._answer = torch.empty(0)
+    def __init__(
+        self, table: Tensor, scratch: Tensor, used: int, share: Share
+    ) -> None:  # fmt: skip
+        self.table, self.scratch, self.used, self.share = table, scratch, used, share
+        self._pinned = torch.empty(0)
+        event: Any = torch.cuda.Event
+        self._written = event() if table.is_cuda else None
 
-    def answer(self, found: Tensor) -> Tensor:
-        """What the CPU computed, (rows, d) float32, in memory the device can read. It is there
-        until the next layer has waited for its routes."""
-        if not self.table.is_cuda:
-            return found
-        if self._answer.numel() < found.numel():
-            torch.cuda.synchronize()
-            self._answer = torch.empty(2 * found.numel(), pin_memory=True)
-        return self._answer[: found.numel()].view(found.shape).copy_(found)
+    def write(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """Has rows (n, d) float32 copied to pinned memory, see `wait`; returns that and as much
+        for the answer, which the device can read. Both are anything once the next layer writes;
+        it has waited for its routes then, and with them for whoever read the answer."""
+        if self._pinned.numel() < 2 * rows.numel():
+            if self._written is not None:
+                torch.cuda.synchronize()
+            self._pinned = torch.empty(3 * rows.numel(), pin_memory=rows.is_cuda)
+        there = self._pinned[: rows.numel()].view(rows.shape)
+        there.copy_(rows, non_blocking=True)
+        if self._written is not None:
+            self._written.record()
+        return there, self._pinned[rows.numel() :][: rows.numel()].view(rows.shape)
+
+    def wait(self) -> None:
+        """Returns when the rows written last are there."""
+        if self._written is not None:
+            self._written.synchronize()
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,9 +146,22 @@ class LayerStream:
         seats = {} if self.resident is None else self.resident.places()
         if self.resident is not None:
             self.resident.count(sizes)
-        share = 1 - (1 - k / self.cpu.experts) ** tokens
-        self._serve(step, sizes, seats, hidden, share >= COVERAGE)
+        self._serve(step, sizes, seats, hidden, self._all(tokens, k))
         return step.out
+
+    def begin(self, tokens: int) -> None:
+        """A step of so many tokens begins, and this is its first layer: pages set off before
+        routes are known, unless those are few."""
+        used, experts = self._desk.used, self.cpu.experts
+        if not self._all(tokens, used) or self.ring.drop(self._index):
+            return
+        absent = self.absent()
+        lent = self._lend(absent, len(absent), [tokens * used // experts] * experts)
+        self._fill(deque(self._pages(absent[: len(absent) - len(lent)])))
+
+    def _all(self, tokens: int, used: int) -> bool:
+        """Whether nearly all experts will be in demand when each token uses so many."""
+        return 1 - (1 - used / self.cpu.experts) ** tokens >= COVERAGE
 
     def _serve(
         self, step: Step, sizes: list[int], seats: dict[int, int], hidden: Tensor, ahead: bool
@@ -151,14 +173,12 @@ class LayerStream:
         absent = [e for e in wanted if e not in seats]
         waiting = [e for e in absent if e not in staged]
         lent = self._lend(waiting, len(absent), sizes)
-        queue = deque((self._index, page) for page in self._cut(waiting, lent))
+        queue = deque(self._pages([e for e in waiting if e not in set(lent)]))
         pages += [page for _, page in queue]
-        if ahead and self._after is not None:
-            later = self._after.absent()
-            queue.extend(
-                (self._index + 1, page)
-                for page in self._after._cut(later[: len(later) - len(lent)], [])
-            )
+        if ahead:
+            queue.extend(self._next(len(lent)))
+        self._fill(queue)
+        letter = self._write(step, hidden, lent) if lent else None
         plan = _Plan(self._table.numpy(), sizes, step.rows, self._most)
         held = plan.groups([(e, seats[e]) for e in wanted if e in seats])
         kept = [
@@ -166,10 +186,9 @@ class LayerStream:
             for page in pages
         ]
         cpu = plan.whole(lent) if lent else None
-        self._fill(queue)
         carry(self._table, step.routes.table)
-        if lent:
-            self._send(step, hidden, lent)
+        if letter is not None:
+            self._send(*letter, lent)
         for group in held:
             assert self.resident is not None
             self._rows(step, group, self.resident.memory)
@@ -177,8 +196,15 @@ class LayerStream:
             self._compute(step, groups)
             self._fill(queue)
         if cpu is not None:
-            found = self._desk.answer(self.cpu.wait())
-            add_rows(step.out, found, None, None, None, step.routes, cpu, 0)
+            add_rows(step.out, self.cpu.wait(), None, None, None, step.routes, cpu, 0)
+
+    def _next(self, lent: int) -> list[tuple[int, tuple[int, ...]]]:
+        """Pages of the next layer, but for as many experts as were lent here. None of the last
+        layer: of a prompt it computes one row, which needs few experts."""
+        if self._after is None or self._after._after is None:
+            return []
+        later = self._after.absent()
+        return self._after._pages(later[: len(later) - lent])
 
     def _compute(self, step: Step, groups: list[Group]) -> None:
         """The next page's groups."""
@@ -195,10 +221,10 @@ class LayerStream:
         size = self.cpu.layout.nbytes
         return page.data[: len(page.experts) * size].view(-1, size)
 
-    def _cut(self, experts: list[int], lent: list[int]) -> list[tuple[int, ...]]:
-        """The pages of experts that are copied."""
-        left = [e for e in experts if e not in set(lent)]
-        return [tuple(left[i : i + self._most]) for i in range(0, len(left), self._most)]
+    def _pages(self, experts: list[int]) -> list[tuple[int, tuple[int, ...]]]:
+        """This layer's pages of these experts, for the ring."""
+        cuts = range(0, len(experts), self._most)
+        return [(self._index, tuple(experts[i : i + self._most])) for i in cuts]
 
     def absent(self) -> list[int]:
         """Experts that have no slot."""
@@ -206,30 +232,21 @@ class LayerStream:
         return [e for e in range(self.cpu.experts) if e not in seats]
 
     def _lend(self, waiting: list[int], absent: int, sizes: list[int]) -> list[int]:
-        """Which of the experts to be copied the CPU computes meanwhile: those with the fewest
-        tokens, as many as are ready when the other absent ones are copied.
-        """
-        layout, threads = self.cpu.layout, self.cpu.threads
-        lent: list[int] = []
-        busy, copying = 0.0, absent * layout.nbytes / BUS
-        for expert in sorted(waiting, key=lambda e: sizes[e]):
-            operations = 6 * sizes[expert] * layout.d * layout.f
-            reading = layout.nbytes / (THREAD_BYTES * threads)
-            busy += max(reading, operations / (THREAD_OPERATIONS * threads))
-            copying -= layout.nbytes / BUS
-            if busy > LENT * copying:
-                break
-            lent.append(expert)
-        return sorted(lent)
+        """See `Share.lend`."""
+        return self._desk.share.lend(waiting, absent, sizes, self.cpu.layout)
 
-    def _send(self, step: Step, hidden: Tensor, lent: list[int]) -> None:
-        """Has the CPU begin the lent experts' routes, a row each."""
+    def _write(self, step: Step, hidden: Tensor, lent: list[int]) -> tuple[Tensor, Tensor]:
+        """The rows of the lent experts' routes on their way to the CPU, see `Desk.write`."""
         starts = self._starts.tolist()
         rows = torch.cat([step.routes.tokens[starts[e] : starts[e + 1]] for e in lent])
-        there = hidden.index_select(0, rows).cpu()  # waits for the gathering only
-        counts = torch.tensor([starts[e + 1] - starts[e] for e in lent])
-        ids = torch.repeat_interleave(torch.tensor(lent, dtype=torch.int32), counts)[:, None]
-        self.cpu.submit(there, ids, torch.ones(len(ids), 1))
+        return self._desk.write(hidden.index_select(0, rows))
+
+    def _send(self, there: Tensor, answer: Tensor, lent: list[int]) -> None:
+        """Has the CPU begin the lent experts' routes, a row each."""
+        sizes = torch.from_numpy(np.diff(self._starts.numpy()))[lent]
+        ids = torch.repeat_interleave(torch.tensor(lent, dtype=torch.int32), sizes)[:, None]
+        self._desk.wait()
+        self.cpu.submit(there, ids, torch.ones(len(ids), 1), answer)
 
     def _fill(self, queue: deque[tuple[int, tuple[int, ...]]]) -> None:
         while queue and self.ring.room:

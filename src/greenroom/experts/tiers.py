@@ -15,6 +15,7 @@ from greenroom.experts.beside import ExpertsBeside
 from greenroom.experts.cpu import CpuExperts
 from greenroom.experts.pinned import register
 from greenroom.experts.ring import Ring
+from greenroom.experts.share import Rates, Share
 from greenroom.experts.slots import Account, LayerSlots, Slots
 from greenroom.experts.stream import Desk, LayerStream
 from greenroom.kernels.grouped import MOST
@@ -36,6 +37,8 @@ class Tiers:
             the CPU.
         heat: (layers, experts), how much each expert was in demand, if that is known; of more
             layers than this device computes, it is the last that count.
+        used: experts of a token; 0 if that is not known.
+        share: says what the CPU takes of long steps; None for a rule by the processor.
     """
 
     def __init__(
@@ -44,8 +47,11 @@ class Tiers:
         slot_bytes: int = 0,
         staging_bytes: int = 0,
         heat: NDArray[np.floating] | None = None,
+        used: int = 0,
+        share: Share | None = None,
     ) -> None:
         self._account, self._heat = account, heat
+        self._used, self.share = used, share
         self._slot_bytes, self._staging_bytes = slot_bytes, staging_bytes
         self._layers: list[ExpertsBeside] = []
         self._pins: list[Future[None]] = []
@@ -77,6 +83,12 @@ class Tiers:
                 layer.slots = slots
         self._stage(banks)
 
+    def begin(self, tokens: int) -> None:
+        """A step of so many tokens begins: if it is a long one, its first experts set off."""
+        stream = self._layers[0].stream if self._layers else None
+        if isinstance(stream, LayerStream) and tokens > ExpertsBeside.FEW:
+            stream.begin(tokens)
+
     def relieve(self) -> int:
         """After an allocation failed: gives back half of the slots, or the staging slabs where
         there are no slots to give. Long steps are the CPU's then.
@@ -104,10 +116,11 @@ class Tiers:
         pages = min(pages, len(banks) * -(-experts // slabs) + 1)
         scratch = self._account.empty("staging", [slabs * numbers], torch.float16)
         table = self._account.empty("staging", [4 * experts], torch.int32)
+        self.share = self.share or Share(Rates.usual(banks[0].threads))
         ring = Ring(self._account.empty("staging", [pages, slabs * slab], torch.uint8), slabs)
         self._staged = scratch.nbytes + table.nbytes + pages * slabs * slab
         none: list[LayerSlots | None] = [None] * len(banks)
-        desk, before = Desk(table, scratch), None
+        desk, before = Desk(table, scratch, self._used, self.share), None
         for layer, seats in zip(
             self._layers, none if self.slots is None else self.slots.layers, strict=True
         ):

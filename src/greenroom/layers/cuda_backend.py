@@ -205,6 +205,7 @@ class CudaBackend:
             ],
             self.device,
         )  # fmt: skip
+        self.tiers.begin(len(batch.tokens))  # behind the upload on the bus
         return DeviceStep(
             batch=batch,
             rope=rope,

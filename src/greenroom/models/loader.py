@@ -10,6 +10,7 @@ from os import PathLike
 from typing import Any
 
 from greenroom.errors import ModelFileError, UnsupportedModelError
+from greenroom.experts.share import Rates, Share
 from greenroom.gguf import GGUFFile
 from greenroom.layers.backend import Backend, ReferenceBackend
 from greenroom.layers.ledger import SCRATCH_BYTES, Ledger
@@ -36,6 +37,7 @@ class LoadOptions:
         slot_bytes: of the vram, for experts; 0 leaves all of them to the CPU.
         staging_bytes: of the vram, for experts on their way through it in long steps; 0 leaves
             those to the CPU.
+        rates: what bus and CPU do in a second, for sharing long steps; None to go by the processor.
         trace: file of recorded routes; its popular experts start in the slots.
         threads: of the native pool; None for as many as suit the machine.
         pool: a native pool to share, instead of `threads`.
@@ -53,6 +55,7 @@ class LoadOptions:
     scratch_bytes: int = SCRATCH_BYTES
     slot_bytes: int = 0
     staging_bytes: int = 0
+    rates: Rates | None = None
     trace: str | PathLike[str] | None = None
     threads: int | None = None
     pool: Any = None
@@ -156,7 +159,9 @@ def make_cuda_backend(pool: Any, options: LoadOptions, config: ModelConfig) -> B
     bench = Workbench(pool, ledger, options.scratch_bytes)
     shape = config.attention
     heat = None if options.trace is None else read_heat(options.trace, config)
-    tiers = Tiers(bench.ledger, options.slot_bytes, options.staging_bytes, heat)
+    used = 0 if config.moe is None else config.moe.used
+    share = None if options.rates is None else Share(options.rates)
+    tiers = Tiers(bench.ledger, options.slot_bytes, options.staging_bytes, heat, used, share)
     return CudaBackend(pool, bench, shape.heads // shape.kv_heads, options.mmap, tiers=tiers)
 
 

@@ -260,8 +260,9 @@ class Model:
         """As `forward`, but the normalised hidden states: (outputs, d) float32."""
         if self.recorder is not None:
             self.recorder.begin(batch.positions, batch.output_rows)
+        x = self._embed(batch.tokens)  # first: a step may send experts to the device, which take long
         steps = {id(backend): backend.step(batch, self.rope) for backend in self.backends}
-        return self._layers(self._embed(batch.tokens), steps, caches, batch.output_rows)
+        return self._layers(x, steps, caches, batch.output_rows)
 
     def _embed(self, tokens: Tensor) -> Tensor:
         return self._scaled(self.token_embd(tokens))
