@@ -21,7 +21,7 @@ from greenroom.experts.beside import Courier, WaitingCourier
 from greenroom.experts.cpu import CpuExperts
 from greenroom.kernels.rendezvous import LIMIT_MS, STATE_WORDS, Box, collect, ring
 
-MOST_TOKENS = 16  # of a recorded step
+MOST_TOKENS = 32  # of a recorded step
 WORDS = 16  # a bell has a cache line to itself
 PATIENCE = 10.0  # seconds until the native thread calls a bell that does not ring a failure
 SECONDS = 15.0  # for one layer on the CPU; the device waits LIMIT_MS, which is longer

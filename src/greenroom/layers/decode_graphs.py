@@ -25,7 +25,7 @@ from greenroom.layers.cuda_backend import CudaBackend, DeviceStep
 from greenroom.layers.rope import Rope
 from greenroom.layers.staging import Staging
 
-MOST_SEQUENCES = 16  # longer steps expand weights, where launches no longer matter
+MOST_SEQUENCES = 32  # longer steps stream experts, where launches no longer matter
 USES = 3  # of a kind of step before it is recorded: odd ones are not worth it
 KEPT = 8  # graphs; every one holds memory of the driver's
 FIRST_RANGE, RANGE_FACTOR = 512, 4  # contexts up to 512, 2048, 8192, ...

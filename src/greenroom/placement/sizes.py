@@ -22,7 +22,7 @@ ALLOCATOR = 64 << 20
 GAPS = 1.5
 
 EXPERT_ROWS = 4096  # of one expert that a long step computes at a time
-KEPT_GRAPHS, GRAPH_SEQUENCES = 8, 16  # as `layers.decode_graphs` has them
+KEPT_GRAPHS, GRAPH_SEQUENCES = 8, 32  # as `layers.decode_graphs` has them
 GRAPH_RANGES = (512, 4)  # its first range of contexts, and the factor to the next
 
 _MIB = 1 << 20
