@@ -32,6 +32,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "matrix": ("greenroom.commands.matrix", "Measure several published shapes: one table."),
     "compare": ("greenroom.commands.compare", "Put two benchmark results side by side."),
     "bench": ("greenroom.commands.bench", "Measure a model: speed, memory, energy, baseline."),
+    "sweep": ("greenroom.commands.sweep", "Measure a model under one VRAM budget after another."),
     "bench-kernels": (
         "greenroom.commands.bench_kernels",
         "Measure the CPU kernels against the machine's limits.",

@@ -1,0 +1,96 @@
+"""`greenroom sweep`: speed against VRAM, one budget after another."""
+
+import json
+from collections.abc import Callable
+from dataclasses import asdict
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+from typer import Option
+
+from greenroom.commands import options
+
+if TYPE_CHECKING:
+    from greenroom.bench.sweep import Memory
+
+Budgets = Annotated[str, Option(help="Budgets, the one to compare with first.")]
+Prompt = Annotated[int, Option(help="Tokens of the prompt.", min=1)]
+Generate = Annotated[int, Option(help="Tokens generated.", min=2)]
+Runs = Annotated[int, Option(help="Timed runs per budget.", min=1, max=1000)]
+Report = Annotated[Path | None, Option(help="Folder for sweep.md, sweep.json and a plot.")]
+
+_BUDGETS = "max,16GiB,12GiB,8GiB,6GiB,4GiB,3GiB,2GiB,1GiB,0.5GiB,0.25GiB,0"
+
+
+def sweep(
+    model: options.Model,
+    vram: Budgets = _BUDGETS,
+    context: options.Context = 4096,
+    prompt: Prompt = 16,
+    generate: Generate = 48,
+    runs: Runs = 5,
+    threads: options.Threads = None,
+    report: Report = None,
+) -> None:
+    """Measure a model under every budget of VRAM: speed, peak, hits, and what is saved.
+
+    The first budget is what the others are compared with. The last line of standard output is
+    JSON.
+    """
+    from rich.console import Console
+    from rich.table import Table
+
+    from greenroom.bench import sweep as bench
+    from greenroom.bench.speed import command_line
+    from greenroom.bench.workloads import Case
+    from greenroom.commands.console import errors
+    from greenroom.placement.gpus import gpu_facts
+
+    case = Case(prompt, 1, generate)
+    settings = {"context_length": context, "threads": threads, "max_sequences": 1}
+    budgets = [budget.strip() for budget in vram.split(",")]
+    with errors.status("measuring") as status:
+        opener = _opener(model, settings | {"prefix_cache": False})
+        points = bench.measure(budgets, case, runs, opener, status.update)
+    document = {
+        "kind": bench.KIND, "version": bench.VERSION, "model": model.name,
+        "date": datetime.now(UTC).isoformat(timespec="seconds"), "command": command_line(),
+        "gpus": [gpu.name for gpu in gpu_facts()[0]], "runs": runs, "case": case.name,
+        "context": context,
+    }  # fmt: skip
+    table = Table(*bench.HEAD, box=None, padding=(0, 2, 0, 0))
+    for row in bench.rows(points):
+        table.add_row(*row)
+    Console(highlight=False).print(table)
+    if report is not None:
+        bench.write_report(document, points, report)
+    print(json.dumps({**document, "points": [asdict(point) for point in points]}), flush=True)
+
+
+def _opener(model: Path, settings: dict[str, Any]) -> Any:
+    """Opens the model under one budget after another in this process."""
+    import gc
+
+    import torch
+
+    from greenroom.bench.sweep import Memory
+    from greenroom.engine import LLM
+
+    cuda: Any = torch.cuda
+    there = cuda.is_available()
+
+    def taken() -> "Memory":
+        if not there:
+            return Memory()
+        free, total = cuda.mem_get_info()
+        return Memory(cuda.max_memory_reserved(), total - free - cuda.memory_reserved())
+
+    def opened(budget: str) -> tuple[Any, Callable[[], "Memory"]]:
+        gc.collect()
+        if there:
+            cuda.empty_cache()
+            cuda.reset_peak_memory_stats()
+        return LLM(model, vram=budget if there else None, **settings), taken
+
+    return opened
