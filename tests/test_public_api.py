@@ -20,6 +20,7 @@ NAMES = {
     "LLM",
     "ModelFileError",
     "NativeError",
+    "Placement",
     "RequestError",
     "SamplingParams",
     "TokenOutput",
@@ -27,9 +28,11 @@ NAMES = {
     "TokenizerError",
     "UnsupportedModelError",
     "__version__",
+    "plan",
 }
 
 PARAMETERS = {
+    "plan": ["path", "settings"],
     "LLM": ["path", "progress", "settings"],
     "LLM.generate": ["self", "prompts", "params"],
     "LLM.stream": ["self", "prompt", "params"],
@@ -127,3 +130,15 @@ def test_importing_is_cheap() -> None:
 def test_an_unknown_name_is_an_attribute_error() -> None:
     with pytest.raises(AttributeError, match="nonsense"):
         _ = greenroom.nonsense
+
+
+def test_a_plan_of_a_file(tmp_path) -> None:
+    from greenroom.convert.synth import Synthesis, write_synthetic
+    from greenroom.convert.synth_shapes import shape_of
+
+    path = tmp_path / "m.gguf"
+    write_synthetic(Synthesis(shape_of("gpt-oss-20b-tiny")), path)
+    placement = greenroom.plan(path, vram=0)
+    assert (placement.backend, placement.slots) == ("native", 0)
+    with pytest.raises(greenroom.RequestError, match="much"):
+        greenroom.plan(path, vram="much")

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from greenroom.engine.config import EngineConfig
-    from greenroom.engine.llm import LLM
+    from greenroom.engine.llm import LLM, plan
     from greenroom.engine.output import Completion, TokenOutput
     from greenroom.engine.params import SamplingParams
     from greenroom.errors import (
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
         UnsupportedModelError,
     )
     from greenroom.gguf import GGUFFile
+    from greenroom.placement.placement import Placement
     from greenroom.tokenizer import Tokenizer
 
 __version__ = "0.1.0"
@@ -41,6 +42,7 @@ __all__ = [
     "GreenroomError",
     "ModelFileError",
     "NativeError",
+    "Placement",
     "RequestError",
     "SamplingParams",
     "TokenOutput",
@@ -48,6 +50,7 @@ __all__ = [
     "TokenizerError",
     "UnsupportedModelError",
     "__version__",
+    "plan",
 ]
 
 _HOME = {
@@ -55,9 +58,11 @@ _HOME = {
     "Completion": "greenroom.engine.output",
     "EngineConfig": "greenroom.engine.config",
     "GGUFFile": "greenroom.gguf",
+    "Placement": "greenroom.placement.placement",
     "SamplingParams": "greenroom.engine.params",
     "TokenOutput": "greenroom.engine.output",
     "Tokenizer": "greenroom.tokenizer",
+    "plan": "greenroom.engine.llm",
 }
 
 

@@ -74,7 +74,7 @@ def describe(
 def _plan(file: "GGUFFile", vram: str | None, context: int | None) -> dict[str, Any]:
     """What an engine would put where; a budget on a machine without a GPU supposes one."""
     from greenroom.engine.config import EngineConfig
-    from greenroom.engine.load import plan
+    from greenroom.engine.load import planned
     from greenroom.placement.budget import parse_size
     from greenroom.placement.hardware import Gpu, Hardware, probe
 
@@ -83,7 +83,7 @@ def _plan(file: "GGUFFile", vram: str | None, context: int | None) -> dict[str, 
     budget = None if vram is None else parse_size(vram, "vram")
     if hardware.gpu is None and budget:
         hardware = Hardware(Gpu(f"a GPU with {vram}", budget, budget))
-    found = plan(file, config, hardware)
+    found = planned(file, config, hardware)
     parts = [{"part": p, "remark": remark, "bytes": n} for p, remark, n in found.table()]
     return {"backend": found.backend, "reason": found.reason, "vram": parts}
 

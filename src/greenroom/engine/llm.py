@@ -1,4 +1,5 @@
-"""The engine for Python programs without an event loop: prompts in, completions out.
+"""The engine for Python programs without an event loop: prompts in, completions out; and what
+would go where, before anything is loaded.
 
 Holds no logic of its own beyond turning callbacks into iterators and lists.
 """
@@ -17,12 +18,29 @@ from numpy.typing import NDArray
 from greenroom.engine.config import EngineConfig
 from greenroom.engine.engine import Engine
 from greenroom.engine.jobs import Job
-from greenroom.engine.load import Progress, load_engine
+from greenroom.engine.load import Progress, load_engine, planned
 from greenroom.engine.output import Completion, TokenOutput
 from greenroom.engine.params import SamplingParams
 from greenroom.errors import RequestError
+from greenroom.gguf import GGUFFile
+from greenroom.placement.placement import Placement
 
 Prompt = str | Items[int]
+
+
+def plan(path: str | os.PathLike[str], **settings: Any) -> Placement:
+    """What `LLM(path, **settings)` would place where on this machine; reads the header only.
+
+    Args:
+        path: a GGUF file, or the first of a split set.
+        settings: fields of EngineConfig.
+
+    Raises:
+        ModelFileError, UnsupportedModelError: the file cannot be used.
+        BudgetError, RequestError: the budget is too small, or a setting out of range.
+    """
+    with GGUFFile(path) as file:
+        return planned(file, EngineConfig(**settings))
 
 
 class LLM:

@@ -60,7 +60,7 @@ def load_engine(
 
     config = config or EngineConfig()
     with GGUFFile(path) as file:
-        placement = plan(file, config)
+        placement = planned(file, config)
         log.info("%s", placement.reason)
         if placement.backend == "cuda":  # "max" leaves a margin of its own
             limit(placement.vram if config.vram is not None else None)
@@ -142,7 +142,9 @@ def _session(config: EngineConfig, model: "ModelConfig", file: GGUFFile) -> Engi
     return replace(config, context_length=context)
 
 
-def plan(file: GGUFFile, config: EngineConfig, hardware: "Hardware | None" = None) -> "Placement":
+def planned(
+    file: GGUFFile, config: EngineConfig, hardware: "Hardware | None" = None
+) -> "Placement":
     """Which backend an engine would take, and what would go to VRAM; loads nothing.
 
     Args:
