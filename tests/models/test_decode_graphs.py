@@ -85,7 +85,7 @@ def test_nothing_is_recorded_without_a_gpu_or_for_long_steps(load: Loader) -> No
     _, model = load("deepseek", backend="cuda", device=DEVICE)
     assert model.waits == (DEVICE == "cpu")  # for experts in RAM
     batch = Session(model).batch([(0, [1])])
-    assert graphs(batch, [], model.token_embd.rows, model._compute) is None
+    assert graphs(batch, [], model.token_embd, model._compute) is None
 
 
 class Replays(DecodeGraphs):
@@ -95,18 +95,18 @@ class Replays(DecodeGraphs):
         super().__init__(*arguments)
         self.usable, self.replays = True, 0
 
-    def _capture(self, inputs: Any, step: Any, compute: Any) -> Recorded:
+    def _capture(self, inputs: Any, step: Any, compute: Any, chosen: Any) -> Recorded:
         staging = Staging(torch.device(DEVICE), inputs)
         fixed = reading(step, staging)
-        logits = compute(staging.there[0].clone(), fixed)
-        tokens = likeliest(logits)
+        logits = compute(staging.there[0], fixed)
+        chosen.copy_(likeliest(logits))
 
         def replay() -> None:
             self.replays += 1
-            logits.copy_(compute(staging.there[0].clone(), fixed))
-            tokens.copy_(likeliest(logits))
+            logits.copy_(compute(staging.there[0], fixed))
+            chosen.copy_(likeliest(logits))
 
-        return Recorded(SimpleNamespace(replay=replay), staging, step, logits, tokens)
+        return Recorded(SimpleNamespace(replay=replay), staging, step, logits, chosen)
 
 
 def test_replayed_steps_give_the_logits_of_plain_ones(load: Loader) -> None:
@@ -119,7 +119,7 @@ def test_replayed_steps_give_the_logits_of_plain_ones(load: Loader) -> None:
     with torch.inference_mode():
         for token in range(5):
             batch = session.batch([(0, [3 + token]), (1, [7 * token])])
-            arguments = batch, session.caches, model.token_embd.rows
+            arguments = batch, session.caches, model.token_embd
             assert graphs.replay(*arguments) is None or token > 2
             found = graphs(*arguments, model._compute)
             assert (found is None) == (token < 2)
@@ -134,11 +134,39 @@ def test_replayed_steps_give_the_logits_of_plain_ones(load: Loader) -> None:
         assert again.likeliest.tolist() == plain.argmax(-1).tolist()
         graphs.prepare(later, session.caches)
         later.tokens[:] = torch.tensor([11, 12])  # they are not known until now
-        after = graphs.replay(later, session.caches, model.token_embd.rows)
+        after = graphs.replay(later, session.caches, model.token_embd)
         assert after is not None
         plain = model.forward(later, session.caches)
         torch.testing.assert_close(after.logits, plain, atol=1e-5, rtol=1e-4)
-        assert graphs.replay(batch, list(session.caches), model.token_embd.rows) is None
+        assert graphs.replay(batch, list(session.caches), model.token_embd) is None
+
+
+def test_a_step_goes_on_with_tokens_the_host_has_not_seen(load: Loader) -> None:
+    """A chain of steps that is told no token after the first, against steps that are told all."""
+    _, model = load("gpt-oss", seed=3, backend="cuda", device=DEVICE)
+    session = Session(model, sequences=2)
+    prompts = [prompt(i, length, VOCABULARY) for i, length in enumerate((9, 5))]
+    first = session.batch([(0, prompts[0]), (1, prompts[1])], last_only=True)
+    tokens = model.forward(first, session.caches).argmax(-1)
+    graphs = Replays(model.backend, model.rope)
+    chosen: list[torch.Tensor | None] = [None]
+    with torch.inference_mode():
+        for step in range(8):
+            batch = session.batch([(i, [token]) for i, token in enumerate(tokens.tolist())])
+            logits = model.forward(batch, session.caches)
+            tokens = logits.argmax(-1)
+            arguments = batch, session.caches, model.token_embd
+            if step < 3:
+                graphs(*arguments, model._compute)
+                continue
+            if chosen[-1] is not None:
+                batch.tokens[:] = 0
+            found = graphs.replay(*arguments, chosen[-1])
+            assert found is not None
+            torch.testing.assert_close(found.logits, logits, atol=1e-5, rtol=1e-4)
+            # Left by the graph itself, or drawn and elsewhere.
+            chosen.append(found.likeliest.clone() if step == 5 else found.likeliest)
+    assert graphs.replays == 5
 
 
 def test_tables_narrower_than_their_place_are_filled_up() -> None:

@@ -4,6 +4,7 @@ of logits or states where somebody wants to see them. Knows neither models nor r
 
 import logging
 from collections.abc import Sequence as Items
+from contextlib import suppress
 from itertools import pairwise
 from typing import Any
 
@@ -31,20 +32,26 @@ class Fetch:
         rows: (rows, width) float32, of all chunks, where they were computed.
         ends: row behind each chunk's.
         tokens: (rows,) int64 in RAM, chosen ones; None if there are none.
+        chosen: for each chunk, whether its token is chosen where the rows are.
+        there: (rows,) int64, the tokens where the rows are, if `rows` outlast the next step and
+            every chunk has one token that is chosen; else None.
         views: for each chunk, its rows in RAM if they are fetched, or None.
         arrived: when tokens and views are there.
+        undecided: whether `take` found a token that only the host can choose.
     """
 
     def __init__(self, rows: Tensor, ends: Items[int]) -> None:
         self.rows, self.ends = rows, ends
         self.tokens: Tensor | None = None
         self.chosen: list[bool] = [False] * len(ends)
+        self.there: Tensor | None = None
+        self.undecided = False
         self.views: list[Tensor | None] = [None] * len(ends)
         self.arrived: Any = None
 
     def take(self) -> list[Found]:
         """Waits; the token or the rows of each chunk. Rows of a sequence that only wants the
-        next token are overwritten by the next step."""
+        next token are overwritten by the next step, unless they are kept."""
         if self.arrived is not None:
             self.arrived.synchronize()
         tokens = [] if self.tokens is None else self.tokens.tolist()
@@ -55,6 +62,7 @@ class Fetch:
             if self.chosen[index] and tokens[first] != UNDECIDED:
                 found.append(tokens[first])
             else:
+                self.undecided |= self.chosen[index]
                 found.append((self.rows[first:end].cpu() if view is None else view).numpy())
             first = end
         return found
@@ -75,7 +83,12 @@ class Collector:
         self._draws = True
 
     def begin(
-        self, rows: Tensor, tokens: Tensor | None, chunks: Items[Chunk], ends: Items[int]
+        self,
+        rows: Tensor,
+        tokens: Tensor | None,
+        chunks: Items[Chunk],
+        ends: Items[int],
+        keep: bool = False,
     ) -> Fetch:
         """Begins to fetch; returns before the device is done.
 
@@ -84,6 +97,7 @@ class Collector:
             tokens: (rows,) int64, the likeliest of each row, if that is known already.
             chunks: of the step.
             ends: row behind each chunk's.
+            keep: have `Fetch.there` if possible: the next step may begin before `take`.
         """
         fetch = Fetch(rows, ends)
         if not (rows.is_cuda or self._remote):
@@ -102,12 +116,20 @@ class Collector:
             fetch.chosen[index] = choices[row] is not None
         if any(fetch.chosen) and tokens is not None:
             fetch.tokens = self._fetch_tokens(tokens)
+            if keep and all(fetch.chosen) and len(tokens) == len(rows):
+                self._keep(fetch, tokens)
         self._fetch_rows(fetch, [index for index, _ in singles if not fetch.chosen[index]])
         if rows.is_cuda:
             event: Any = torch.cuda.Event
             fetch.arrived = event()
             fetch.arrived.record()
         return fetch
+
+    def _keep(self, fetch: Fetch, tokens: Tensor) -> None:
+        """Copies the rows: the host needs those of a token that turns out to be undecided."""
+        with suppress(torch.OutOfMemoryError):
+            fetch.rows = fetch.rows.clone()
+            fetch.there = tokens
 
     def _choose(
         self, rows: Tensor, likeliest_: Tensor | None, choices: list[Choice | None]

@@ -287,6 +287,7 @@ class Engine:
             self._closed = EngineClosedError(f"the engine stopped after an error: {error}")
         finally:
             assert self._closed is not None
+            self._runner.settle()
             self._deliver()
             for action in self._inbox:
                 action()
@@ -298,6 +299,7 @@ class Engine:
         while True:
             if not self._jobs:
                 self._deliver()
+                self._runner.settle()
             with self._wake:
                 while not (self._inbox or self._jobs or self._closed):
                     self._wake.wait()
@@ -308,10 +310,10 @@ class Engine:
                 return self._closed is None
 
     def _step(self) -> None:
-        chunks = self._scheduler.schedule()
+        chunks = self._scheduler.schedule(self._runner.under_way)
         for chunk, found in zip(chunks, self._run(chunks), strict=True):
             job = self._jobs.get(chunk.sequence)
-            if job is None:  # it was given up meanwhile
+            if job is None or found is None:  # it ended meanwhile
                 continue
             if isinstance(found, Exception):
                 self._fail(job, found)
@@ -319,9 +321,9 @@ class Engine:
                 self._finish_chunk(job, chunk, found)
         self._counts["steps"] += 1
 
-    def _run(self, chunks: list[Chunk]) -> Items[Found | Exception]:
+    def _run(self, chunks: list[Chunk]) -> Items[Found | Exception | None]:
         try:
-            return self._runner.run(chunks, self._deliver)
+            return self._runner.run(chunks, self._deliver, self._lasting(chunks))
         except Exception as error:
             if len(chunks) == 1:
                 if not isinstance(error, GreenroomError):
@@ -329,7 +331,13 @@ class Engine:
                 return [error]
         # One of them is to blame; alone, it fails alone. Positions are written again, which
         # changes nothing.
-        return [self._run([chunk])[0] for chunk in chunks]
+        return [self._run([c])[0] if c.sequence in self._jobs else None for c in chunks]
+
+    def _lasting(self, chunks: list[Chunk]) -> bool:
+        """Whether the next step is likely to be of the same sequences."""
+        if self._inbox or not self._scheduler.steady(chunks):
+            return False
+        return all(self._jobs[chunk.sequence].lasting for chunk in chunks)
 
     def _finish_chunk(self, job: Job, chunk: Chunk, found: Found) -> None:
         self._scheduler.commit(chunk)

@@ -27,6 +27,11 @@ class Job(ABC):
         self.sink = sink
         self.finish_reason: str | None = None
 
+    @property
+    def lasting(self) -> bool:
+        """Whether a step that begins before the result of this one is known is likely of use."""
+        return False
+
     @abstractmethod
     def consume(self, found: Found) -> list[Any]:
         """Takes the wanted rows of one chunk; returns results for the sink and sets
@@ -71,6 +76,11 @@ class Generation(Job):
         self.prompt_logprobs: list[TokenLogprob | None] | None = None
         if params.prompt_logprobs is not None:
             self.prompt_logprobs = [None]
+
+    @property
+    def lasting(self) -> bool:
+        """See `Job.lasting`: only an end token or string can end it."""
+        return len(self.sequence) + 1 < self.limit
 
     def consume(self, found: Found) -> list[TokenOutput]:
         if isinstance(found, int):

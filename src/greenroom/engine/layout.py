@@ -36,7 +36,7 @@ class Layout:
         then `__call__` returns this very batch with its tokens filled in. None if it cannot.
         """
         self._ahead = None
-        if any(chunk.sequence.want != "next" for chunk in chunks):
+        if any(chunk.sequence.want != "next" or chunk.sequence.row < 0 for chunk in chunks):
             return None
         following = [Chunk(chunk.sequence, chunk.end, chunk.end + 1) for chunk in chunks]
         for chunk in following:

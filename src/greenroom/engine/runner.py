@@ -6,17 +6,20 @@ import logging
 import time
 from collections.abc import Callable
 from collections.abc import Sequence as Items
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from greenroom.engine.collect import Collector, Found
+from greenroom.engine.collect import Collector, Fetch, Found
 from greenroom.engine.kv_cache import BlockCache
 from greenroom.engine.layout import Layout
 from greenroom.engine.scheduler import Chunk
-from greenroom.errors import BudgetError
-from greenroom.layers.batch import Batch, KVCache
+from greenroom.errors import BudgetError, GreenroomError
+from greenroom.layers.batch import Batch, KVCache, Launched
+
+PAUSE = 32  # steps without looking ahead after a token that only the host could choose
 
 log = logging.getLogger(__name__)
 
@@ -51,13 +54,27 @@ class ModelLike(Protocol):
     def memory(self) -> dict[str, int]: ...
 
 
+@dataclass(slots=True)
+class Early:
+    """A step that was launched before the tokens it begins with were known to the host."""
+
+    chunks: list[Chunk]
+    launched: Launched
+
+
 class Runner:
     """Runs a model on the chunks of a step.
+
+    Where the model chains, a decode step may be launched while the one before it is computed: its
+    tokens never leave the device on their way. It is computed in vain if no sequence goes on.
 
     Args:
         model: what computes.
         caches: keys and values, one per layer.
         blocks: who holds which block.
+
+    Attributes:
+        looks_ahead: whether steps may be launched early.
     """
 
     def __init__(self, model: ModelLike, caches: Items[KVCache], blocks: BlockCache) -> None:
@@ -65,22 +82,50 @@ class Runner:
         self.caches = caches
         self._layout = Layout(blocks)
         self._step_done = getattr(model, "step_done", lambda tokens, seconds: None)
-        self._launch = getattr(model, "launch", None)
+        self._launch: Any = getattr(model, "launch", None)
         self._prepare = getattr(model, "prepare", None)
         self._collector = Collector()
+        self.looks_ahead, self._lasting = True, False
+        self._early: Early | None = None
+        self._pause = 0
         self._seconds = 0.0  # of the last step
+        self._ended = 0.0  # when it ended
         self._relieved = 0  # bytes given back
 
-    def run(self, chunks: list[Chunk], meanwhile: Callable[[], None] = _nothing) -> list[Found]:
+    @property
+    def under_way(self) -> list[Chunk] | None:
+        """Chunks of a step that was launched early; `run` takes its results for this very list."""
+        return None if self._early is None else self._early.chunks
+
+    def settle(self) -> None:
+        """Gives up a step that was launched early, if there is one. What it writes to the caches
+        lies behind what is computed, and in blocks whose next owner writes later."""
+        early, self._early = self._early, None
+        if early is not None:
+            try:
+                with early.launched.answering:
+                    pass
+            except GreenroomError as error:  # it concerns nobody
+                log.warning("a step that was not needed failed: %s", error)
+
+    def run(
+        self,
+        chunks: list[Chunk],
+        meanwhile: Callable[[], None] = _nothing,
+        lasting: bool = False,
+    ) -> list[Found]:
         """Computes the chunks.
 
         Args:
             chunks: at least one.
             meanwhile: called at least once, as early as what it takes delays no computation.
+            lasting: whether the next step is likely to be of the same sequences; it may be
+                launched then before this one is done.
 
         Returns:
             The rows each chunk's sequence wants, maybe none, or its next token; see `Fetch.take`.
         """
+        self._lasting = lasting
         hidden = [chunk.sequence.want == "hidden" for chunk in chunks]
         if not any(hidden):
             return self._relieving(chunks, False, meanwhile)
@@ -126,15 +171,23 @@ class Runner:
             raise
 
     def _abandon(self) -> None:
+        self.settle()
         forget = getattr(self.model, "abandon", None)
         if forget is not None:
             forget()
 
     @torch.inference_mode()
     def _run(self, chunks: list[Chunk], hidden: bool, meanwhile: Callable[[], None]) -> list[Found]:
-        batch, ends = self._layout(chunks)
-        begun, before, self._seconds = time.perf_counter(), self._seconds, 0.0
-        launched = None if hidden or self._launch is None else self._launch(batch, self.caches)
+        before, self._seconds = self._seconds, 0.0
+        early, launched, begun = self._early, None, self._ended
+        if early is not None and early.chunks is chunks:
+            self._early, launched = None, early.launched
+        else:
+            self.settle()
+            batch, ends = self._layout(chunks)
+            begun = time.perf_counter()
+            if self._launch is not None and not hidden:
+                launched = self._launch(batch, self.caches)
         if launched is None:
             meanwhile()
             begun = time.perf_counter()
@@ -142,13 +195,45 @@ class Runner:
             fetch = self._collector.begin(compute(batch, self.caches), None, chunks, ends)
             self._step_done(len(batch.tokens), before)
         else:
-            with launched.answering:
-                fetch = self._collector.begin(launched.logits, launched.likeliest, chunks, ends)
-                meanwhile()
-                self._step_done(len(ends), before)
-                following = self._layout.ahead(chunks)
-                if following is not None and self._prepare is not None:
-                    self._prepare(following, self.caches)
+            fetch = self._beside(launched, chunks, before, meanwhile)
         found = fetch.take()
-        self._seconds = time.perf_counter() - begun
+        self._ended = time.perf_counter()
+        self._seconds = self._ended - begun
+        if fetch.undecided:  # a step that was launched early began with no token
+            self._pause = PAUSE
+            self.settle()
         return found
+
+    def _beside(
+        self, launched: Launched, chunks: list[Chunk], before: float, meanwhile: Callable[[], None]
+    ) -> Fetch:
+        """Does all that can be done while a launched step is computed, up to launching the next.
+
+        Args:
+            before: seconds the step before took.
+        """
+        self._pause -= self._pause > 0
+        chain = self._lasting and self.looks_ahead and not self._pause
+        chain = chain and getattr(self.model, "chains", False)
+        ends = range(1, len(chunks) + 1)
+        with launched.answering:
+            fetch = self._collector.begin(launched.logits, launched.likeliest, chunks, ends, chain)
+            meanwhile()
+            self._step_done(len(chunks), before)
+            following = self._layout.ahead(chunks)
+            if following is not None and fetch.there is None and self._prepare is not None:
+                self._prepare(following, self.caches)
+        if following is not None and fetch.there is not None:
+            self._launch_early(chunks, following, fetch.there)
+        return fetch
+
+    def _launch_early(self, chunks: list[Chunk], following: Batch, tokens: Tensor) -> None:
+        """Launches the step behind the chunks', which begins with tokens on the device."""
+        try:
+            launched = self._launch(following, self.caches, tokens)
+        except Exception as error:  # it concerns nobody yet: what has come true is not lost for it
+            log.debug("a step could not be launched early: %s", error)
+            self._pause = PAUSE
+            return
+        if launched is not None:
+            self._early = Early([Chunk(c.sequence, c.end, c.end + 1) for c in chunks], launched)

@@ -53,8 +53,16 @@ class Scheduler:
         else:
             self.waiting.remove(sequence)
 
-    def schedule(self) -> list[Chunk]:
-        """The chunks of one step; empty only if there is nothing to do."""
+    def schedule(self, under_way: list[Chunk] | None = None) -> list[Chunk]:
+        """The chunks of one step; empty only if there is nothing to do.
+
+        Args:
+            under_way: of a step that was begun already; it is the next one as long as any of its
+                sequences goes on. Others may have ended meanwhile.
+        """
+        if under_way is not None and any(chunk.sequence.row >= 0 for chunk in under_way):
+            self._admit()
+            return under_way
         while True:
             self._admit()
             chunks = self._decodes() + self._prefills()
@@ -62,6 +70,11 @@ class Scheduler:
                 return chunks
             if self.running:  # each waits for blocks another one holds
                 self._preempt(self.running[-1])
+
+    def steady(self, chunks: list[Chunk]) -> bool:
+        """Whether the step behind this one is of the same sequences if none of them ends."""
+        alive = all(chunk.sequence.row >= 0 for chunk in chunks)
+        return alive and len(chunks) == len(self.running)
 
     def commit(self, chunk: Chunk) -> None:
         """Takes note that a chunk was computed."""

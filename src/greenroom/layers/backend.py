@@ -4,7 +4,7 @@ A model asks its backend for parts (linear layers, norms, experts) once, when it
 for attention in every layer. A backend knows no family.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -84,9 +84,6 @@ class ExpertWeights:
     activation: str = "silu"
 
 
-Embed = Callable[[Tensor], Tensor]  # ids (n,) to rows of the table (n, d) float32, all in RAM
-
-
 class Compute(Protocol):
     """The rest of a step, on one backend."""
 
@@ -99,16 +96,30 @@ class Graphs(Protocol):
     """Steps recorded once and replayed, see `DecodeGraphs`."""
 
     def __call__(
-        self, batch: Batch, caches: Sequence[KVCache], embed: Embed, compute: Compute
+        self, batch: Batch, caches: Sequence[KVCache], table: Embedding, compute: Compute
     ) -> Tensor | None:
         """Logits (sequences, vocabulary) float32, or None to leave the step to the caller."""
 
-    def replay(self, batch: Batch, caches: Sequence[KVCache], embed: Embed) -> Launched | None:
-        """Launches a recorded step and does not wait for it; None where none was recorded."""
+    def replay(
+        self,
+        batch: Batch,
+        caches: Sequence[KVCache],
+        table: Embedding,
+        chosen: Tensor | None = None,
+    ) -> Launched | None:
+        """Launches a recorded step and does not wait for it; None where none was recorded.
+
+        Args:
+            batch: the step.
+            caches: one per layer.
+            table: the model's embedding.
+            chosen: (sequences,) int64 on the device, the tokens if `batch` does not tell them;
+                only if the table `reads`.
+        """
 
     def prepare(self, batch: Batch, caches: Sequence[KVCache]) -> None:
         """While a step is computed: writes what `replay` will need for this very batch, all but
-        the embeddings of its tokens, which are not known yet."""
+        its tokens, which are not known yet."""
 
     def clear(self) -> None:
         """Forgets what was recorded, because memory it reads is given back."""

@@ -50,7 +50,8 @@ class Launched:
 
     Attributes:
         logits: (outputs, vocabulary) float32.
-        likeliest: (outputs,) int64; -1 where the largest logit is no finite number.
+        likeliest: (outputs,) int64; -1 where the largest logit is no finite number. A step that
+            is told nothing else goes on with them.
         answering: entered already; its end waits for what the CPU computes in the step, or
             gives the step up after an error.
     """

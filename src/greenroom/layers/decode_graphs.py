@@ -18,10 +18,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from greenroom.layers.backend import Compute, Embed
+from greenroom.layers.backend import Compute
 from greenroom.layers.batch import Batch, KVCache, KVGroup, Launched
-from greenroom.layers.choice import likeliest
+from greenroom.layers.choice import UNDECIDED, likeliest
 from greenroom.layers.cuda_backend import CudaBackend, DeviceStep
+from greenroom.layers.embedding import Embedding
 from greenroom.layers.rope import Rope
 from greenroom.layers.staging import Staging
 
@@ -64,9 +65,10 @@ class Recorded:
     """A graph and the memory it reads and writes.
 
     Attributes:
-        inputs: of the step: embeddings (n, d) float32, then `addresses_of`.
+        inputs: of the step: `first_input`, then `addresses_of`.
         step: read by the graph too: what is the same in every step of its kind lies only here.
-        logits, likeliest: what a replay leaves, see `Launched`.
+        logits, likeliest: what a replay leaves, see `Launched`; it also begins with the likeliest
+            of the last one where its tokens are negative.
         ahead: the batch whose addresses are in `inputs` already, or None.
     """
 
@@ -76,6 +78,11 @@ class Recorded:
     logits: Tensor
     likeliest: Tensor
     ahead: Batch | None = None
+
+
+def first_input(table: Embedding, tokens: Tensor) -> Tensor:
+    """Tokens (n,) int64 where the device looks up their rows by itself, else the rows (n, d)."""
+    return tokens if table.reads else table.rows(tokens)
 
 
 def addresses_of(batch: Batch) -> list[Tensor]:
@@ -112,10 +119,10 @@ class DecodeGraphs:
         self.usable = backend.device.type == "cuda"
 
     def __call__(
-        self, batch: Batch, caches: Sequence[KVCache], embed: Embed, compute: Compute
+        self, batch: Batch, caches: Sequence[KVCache], table: Embedding, compute: Compute
     ) -> Tensor | None:
         """See `Graphs.__call__`; the memory of the result is used again by the next call."""
-        replayed = self.replay(batch, caches, embed)
+        replayed = self.replay(batch, caches, table)
         if replayed is not None:
             with replayed.answering:
                 return replayed.logits
@@ -126,15 +133,26 @@ class DecodeGraphs:
         if self._uses[key] < USES:
             return None
         wide = widened(batch, -(-key[1] // caches[0].k.shape[2]))
-        return self._record(key, embed(batch.tokens), wide, partial(compute, caches=caches))
+        return self._record(key, table, wide, partial(compute, caches=caches))
 
-    def replay(self, batch: Batch, caches: Sequence[KVCache], embed: Embed) -> Launched | None:
+    def replay(
+        self,
+        batch: Batch,
+        caches: Sequence[KVCache],
+        table: Embedding,
+        chosen: Tensor | None = None,
+    ) -> Launched | None:
         """See `Graphs.replay`."""
         known = self._known(batch, caches)
         if known is None:
             return None
         inputs = known.inputs
-        inputs.here[0][...] = embed(batch.tokens).numpy()
+        if chosen is None:
+            inputs.here[0][...] = first_input(table, batch.tokens).numpy()
+        else:
+            inputs.here[0][...] = UNDECIDED
+            if chosen is not known.likeliest:  # drawn, or by another kind of step
+                known.likeliest.copy_(chosen)
         if known.ahead is not batch:
             fill(inputs.here[1:], addresses_of(batch))
         known.ahead = None
@@ -166,18 +184,31 @@ class DecodeGraphs:
         self._caches = None
 
     def _record(
-        self, key: tuple[int, int], x: Tensor, batch: Batch, compute: Callable[..., Tensor]
+        self,
+        key: tuple[int, int],
+        table: Embedding,
+        batch: Batch,
+        compute: Callable[[Tensor, DeviceStep], Tensor],
     ) -> Tensor:
         """Runs the step plainly, records it, and keeps the graph if its replay gives the same.
 
         Args:
-            x: (n, d) float32, embeddings in RAM.
+            key: what kind of step it is.
+            table: the embedding.
             batch: the step with the widest tables of its kind.
+            compute: rows of the table, which it overwrites, to logits.
         """
         step = replace(self._backend.step(batch, self._rope), longest=key[1])
-        plain = compute(self._backend.bring(x.clone()), step)  # it is overwritten
+        plain = compute(self._backend.bring(table.rows(batch.tokens)), step)
+        chosen = torch.zeros(len(batch.tokens), dtype=torch.int64, device=plain.device)
+
+        def whole(first: Tensor, step: DeviceStep) -> Tensor:
+            """The step from its `first_input` on."""
+            return compute(table.gather(first, chosen) if table.reads else first.clone(), step)
+
+        inputs = [first_input(table, batch.tokens), *addresses_of(batch)]
         try:
-            found = self._capture([x, *addresses_of(batch)], step, compute)
+            found = self._capture(inputs, step, whole, chosen)
             error = float((found.logits - plain).abs().max() / plain.abs().max())
             if not error < CLOSE:
                 raise RuntimeError(f"a replayed step differs from the plain one by {error:.1e}")
@@ -192,30 +223,35 @@ class DecodeGraphs:
         return plain
 
     def _capture(
-        self, inputs: list[Tensor], step: DeviceStep, compute: Callable[..., Tensor]
+        self,
+        inputs: list[Tensor],
+        step: DeviceStep,
+        compute: Callable[[Tensor, DeviceStep], Tensor],
+        chosen: Tensor,
     ) -> Recorded:
+        """Records `compute` of the first input, and the likeliest tokens in `chosen`."""
         graphs: Any = torch.cuda
         self._pool = self._pool or graphs.graph_pool_handle()
         graph, count = graphs.CUDAGraph(), len(inputs[0])
         with self._backend.recording():
             staging = Staging(self._backend.device, inputs)
-            x, step = staging.there[0], reading(step, staging)
+            first, fixed = staging.there[0], reading(step, staging)
             with self._backend.answering(count):  # loads kernels that only such steps have
-                likeliest(compute(x.clone(), step))  # the residual is added to in place
+                chosen.copy_(likeliest(compute(first, fixed)))
             torch.cuda.empty_cache()
             before = torch.cuda.memory_reserved(self._backend.device)
             with graphs.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
-                logits = compute(x.clone(), step)
-                tokens = likeliest(logits)
+                logits = compute(first, fixed)
+                chosen.copy_(likeliest(logits))
         grown = torch.cuda.memory_reserved(self._backend.device) - before
         self._backend.bench.ledger.book("graphs", max(0, grown))
         with self._backend.answering(count):
             graph.replay()
-        return Recorded(graph, staging, step, logits, tokens)
+        return Recorded(graph, staging, step, logits, chosen)
 
 
 def reading(step: DeviceStep, staging: Staging) -> DeviceStep:
-    """The step with its addresses in `staging`, behind the embeddings."""
+    """The step with its addresses in `staging`, behind the first input."""
     _, positions, contexts, *rest = staging.there
     groups = len(rest) // 2
     return replace(

@@ -224,19 +224,32 @@ class Model:
         """
         if self._recordable:
             assert self.graphs is not None
-            replayed = self.graphs(batch, caches, self.token_embd.rows, self._compute)
+            replayed = self.graphs(batch, caches, self.token_embd, self._compute)
             if replayed is not None:
                 return replayed
         return self._logits(self.hidden(batch, caches))
 
-    def launch(self, batch: Batch, caches: Sequence[KVCache]) -> Launched | None:
+    def launch(
+        self, batch: Batch, caches: Sequence[KVCache], chosen: Tensor | None = None
+    ) -> Launched | None:
         """As `forward`, where the step was recorded and need only be launched: returns before
         it is computed. None where `forward` has more to do. Only within torch.inference_mode().
+
+        Args:
+            batch: the step.
+            caches: one per layer, from `new_caches`.
+            chosen: (sequences,) int64 where the last step left them, the tokens if `batch` does
+                not tell them; only if `chains`.
         """
         if not self._recordable:
             return None
         assert self.graphs is not None
-        return self.graphs.replay(batch, caches, self.token_embd.rows)
+        return self.graphs.replay(batch, caches, self.token_embd, chosen)
+
+    @property
+    def chains(self) -> bool:
+        """Whether a launched step can go on with tokens the host has not seen."""
+        return self._recordable and self.token_embd.reads
 
     def prepare(self, batch: Batch, caches: Sequence[KVCache]) -> None:
         """While a launched step is computed: takes in the batch of the next `launch`, whose
