@@ -19,7 +19,7 @@ from greenroom.gguf.formats import DECODERS
 from greenroom.gguf.header import MAX_ITEMS, MAX_TENSORS, read_header
 from greenroom.gguf.metadata import Metadata
 
-SECOND = 1.0
+QUICK = 20.0  # seconds of CPU time; tenths of one were measured, however slow a machine is
 # Sizes that overflow 32 or 64 bits, alone or after multiplication.
 HUGE = [1 << 16, 1 << 31, (1 << 32) - 1, 1 << 32, 1 << 61, 1 << 62, (1 << 63) - 1, (1 << 64) - 1]
 
@@ -143,7 +143,7 @@ def bounded(size: int, spare: int = 1 << 20) -> Iterator[None]:
         _, peak = tracemalloc.get_traced_memory()
     finally:
         tracemalloc.stop()
-    assert taken < SECOND
+    assert taken < QUICK
     assert peak < size + spare
 
 
@@ -185,7 +185,7 @@ def test_the_largest_headers_are_quick(good: bool) -> None:
         start = time.process_time()
         with contextlib.nullcontext() if good else pytest.raises(ModelFileError):
             read_header(content, "model.gguf")
-        assert time.process_time() - start < SECOND
+        assert time.process_time() - start < QUICK
         # Python's objects for one tensor or key take up to 400 bytes, hence the allowance.
         tracemalloc.start()
         with contextlib.suppress(ModelFileError):
@@ -234,12 +234,12 @@ def sound(tmp_path_factory: pytest.TempPathFactory) -> bytes:
 
 
 def read_all(content: bytes) -> bool:
-    """Reads everything within a second of CPU time; True if the file was accepted."""
+    """Reads everything without hanging; True if the file was accepted."""
     start = time.process_time()
     try:
         return read_all_untimed(content)
     finally:
-        assert time.process_time() - start < SECOND
+        assert time.process_time() - start < QUICK
 
 
 def read_all_untimed(content: bytes) -> bool:

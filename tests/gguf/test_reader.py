@@ -213,33 +213,24 @@ def test_vocabularies(name: str) -> None:
 
 
 LARGE = """
-import sys, time
+import sys
 import numpy
 from greenroom.gguf import GGUFFile
-start = time.process_time()
 with GGUFFile(sys.argv[1]) as file:
-    opened = time.process_time() - start
     values = [file.metadata[key] for key in file.metadata]
-taken = time.process_time() - start
 sizes = sorted(len(value) for value in values if isinstance(value, list))
 # Not ru_maxrss: a child inherits its parent's.
 status = dict(line.split(":", 1) for line in open("/proc/self/status"))
-print(opened, taken, int(status["VmHWM"].split()[0]) / 1024, *sizes)
+print(int(status["VmHWM"].split()[0]) / 1024, *sizes)
 """
 
 
-def test_the_largest_vocabulary_is_fast_and_small() -> None:
+def test_the_largest_vocabulary_is_small() -> None:
     path = VOCABULARIES / "gpt-4o.gguf"
     if not path.exists():
         pytest.skip("the shared vocabularies are not beside the checkout")
-    runs = [
-        subprocess.run([sys.executable, "-c", LARGE, path], capture_output=True, check=True)
-        for _ in range(2)
-    ]
-    figures = [[float(word) for word in run.stdout.split()] for run in runs]
-    opened, taken, memory = (min(column) for column in list(zip(*figures, strict=True))[:3])
-    assert figures[0][3:] == [201088, 446189]
-    # Measured: 0.05 s to open, 0.25 s with every value decoded, 130 MB of process.
-    assert opened < 0.4
-    assert taken < 0.7
-    assert memory < 300
+    call = [sys.executable, "-c", LARGE, path]
+    run = subprocess.run(call, capture_output=True, check=True)
+    memory, *sizes = map(float, run.stdout.split())
+    assert sizes == [201088, 446189]
+    assert memory < 300  # MiB; measured: 130

@@ -102,8 +102,8 @@ def test_idle_pool_uses_no_processor() -> None:
     pool._exercise(regions=10, tasks=10)
     time.sleep(0.05)  # past the spinning
     start = time.process_time()
-    time.sleep(0.3)
-    assert time.process_time() - start < 0.05
+    time.sleep(0.5)
+    assert time.process_time() - start < 0.25  # one that spins: 0.5 and more
 
 
 def test_bound_workers_still_do_everything() -> None:

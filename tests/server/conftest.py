@@ -69,6 +69,7 @@ class FakeEngine:
     width: int = 3
     running: int = 0
     cancelled: int = 0
+    yielded: int = 0
     closed: bool = False
     prompts: list[list[int]] = field(default_factory=list)
     params: list[Any] = field(default_factory=list)
@@ -111,6 +112,7 @@ class FakeEngine:
                     reason = "length"
                 if reason and not stopped:
                     said += text.finish()[0]
+                self.yielded += 1
                 yield self._output(tokens, params, number, token, said, reason)
                 if reason:
                     return

@@ -11,7 +11,8 @@ def test_memory_is_trimmed_now_and_then_and_no_longer(monkeypatch) -> None:
 
     async def run() -> int:
         async with memory.trimmed(0.005):
-            await asyncio.sleep(0.1)
+            while len(calls) < 2:
+                await asyncio.sleep(0.005)
         seen = len(calls)
         await asyncio.sleep(0.05)
         return seen

@@ -295,7 +295,7 @@ def test_long_texts_are_protected_in_parts_as_they_would_be_at_once(
     breaks = shield._Breaks(["<|end|>", "[INST]", "</s>"])
     texts = ["", " ", "<|", " a<|end|>b", "<<||>>", "x</s>  ", "]\n", "  ]", "[IN[INST]ST]", " >< "]
     at_once = [breaks.apply(text, "!") for text in texts]
-    monkeypatch.setattr(shield, "_PART", part)
+    monkeypatch.setattr(shield, "PORTION", part)
     for text, expected in zip(texts, at_once, strict=True):
         assert breaks.apply(text, "!") == expected
         assert shield.without(expected, "!") == text

@@ -13,6 +13,7 @@ from greenroom.server.stream import encode
 
 _DEPTH = 5  # below it are values of one token: small
 _NUMBERS = 1024  # written in one call
+_CHARACTERS = 1 << 16  # likewise
 
 
 def large_json(value: Any) -> bytes:
@@ -21,7 +22,12 @@ def large_json(value: Any) -> bytes:
 
 
 def _pieces(value: Any, depth: int) -> Iterator[bytes]:
-    if depth == _DEPTH or not value or not isinstance(value, dict | list | tuple):
+    if isinstance(value, str) and len(value) > _CHARACTERS:
+        starts = range(0, len(value), _CHARACTERS)
+        yield b'"'
+        yield from (encode(value[at : at + _CHARACTERS])[1:-1] for at in starts)
+        yield b'"'
+    elif depth == _DEPTH or not value or not isinstance(value, dict | list | tuple):
         yield encode(value)
     elif isinstance(value, dict):
         items = ((encode(str(key)) + b":", item) for key, item in value.items())
@@ -46,3 +52,8 @@ async def large_response(value: Any) -> Response:
     """A JSON response of a value that may be large."""
     content = await asyncio.to_thread(large_json, value)
     return Response(content, media_type="application/json")
+
+
+async def large_event(value: Any) -> bytes:
+    """A server-sent event of a value that may be large."""
+    return b"data: " + await asyncio.to_thread(large_json, value) + b"\n\n"

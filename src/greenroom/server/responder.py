@@ -18,6 +18,7 @@ from greenroom.server.registry import Registry
 from greenroom.server.settings import ServerSettings
 from greenroom.server.stream import Stream, encode, event, line, unless_gone
 
+_MANY = 4096  # prompt tokens; an answer may repeat them
 EVENTS = "text/event-stream"
 LINES = "application/x-ndjson"
 
@@ -57,7 +58,8 @@ async def whole(
     generation = await state(request).runner.start(call, keep_alive)
     try:
         found = await unless_gone(request, write(generation))
-        return await large_response(found) if generation.scored else Json(found)
+        large = generation.scored or generation.usage.prompt > _MANY
+        return await large_response(found) if large else Json(found)
     finally:
         await generation.close()
 

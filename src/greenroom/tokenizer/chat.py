@@ -25,6 +25,7 @@ from greenroom.tokenizer.messages import (
     with_written_arguments,
 )
 from greenroom.tokenizer.parsers import TextFormat, TextParser
+from greenroom.tokenizer.portions import find
 from greenroom.tokenizer.shield import Shield, escaped, without
 from greenroom.tokenizer.template import TemplateTypeError, shared_renderer
 from greenroom.tokenizer.tokenizer import Tokenizer
@@ -157,7 +158,9 @@ class ChatFormat:
             )
         context = self._variables(given, prompt, variables, sentinel)
         text = self._fill(template, context, checked, sentinel)
-        return text.replace(escaped(sentinel), sentinel), sentinel
+        if find(text, escaped(sentinel)) >= 0:
+            text = text.replace(escaped(sentinel), sentinel)
+        return text, sentinel
 
     def _fill(
         self, template: str, context: Message, messages: Sequence[Message], sentinel: str

@@ -6,20 +6,18 @@ it are then tokenised together, as they would be without it. It knows token text
 """
 
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from itertools import pairwise
 from typing import Any
 
 from greenroom.errors import ChatTemplateError
+from greenroom.tokenizer.portions import PORTION, find, portions
 from greenroom.tokenizer.vocabulary import TokenKind, Vocabulary
 
 # A user-defined token that looks like markup is one the model takes instructions from; others
 # (runs of spaces, joined words) are only a shorter spelling.
 _MARKUP = re.compile(r"[<\[{|｜].+[>\]}|｜]", re.DOTALL)
 _PLAIN = re.compile(r"\w*")
-# Characters looked at in one call: one call for megabytes keeps the interpreter lock for half a
-# second.
-_PART = 1 << 14
 _FIRST_SENTINEL, _SENTINELS = 0xE000, 0x1900  # private use: no text means anything by it
 
 
@@ -46,14 +44,14 @@ class _Breaks:
         if self._breaks is None or self._inside is None or self._start is None:
             return text
         end = max(0, len(text.rstrip()) - 1)  # only from here on can it be an edge
-        cuts = [*range(0, end, _PART), *range(end, len(text), _PART), len(text)]
+        cuts = [*range(0, end, PORTION), *range(end, len(text), PORTION), len(text)]
         done = []
         for begin, stop in pairwise(cuts):
             before = text[begin - 1 : begin] if begin else ""
             breaks = self._breaks if begin == end else self._inside
             done.append(breaks.sub(sentinel, before + text[begin:stop])[len(before) :])
         text = "".join(done)
-        spaces = max(0, len(text) - len(text.lstrip()) - _PART)
+        spaces = max(0, len(text) - len(text.lstrip()) - PORTION)
         return text[:spaces] + self._start.sub(lambda m: m[0] + sentinel, text[spaces:])
 
 
@@ -76,10 +74,11 @@ class Shield:
         texts = [text for value in values for text in _strings(value)]
         used: set[str] = set()
         for text in texts:
-            for part in _parts(text):
+            for part in portions(text):
                 used.update(part)
         for code in range(_FIRST_SENTINEL, _FIRST_SENTINEL + _SENTINELS):
-            if chr(code) not in used and not any(escaped(chr(code)) in text for text in texts):
+            spelled = escaped(chr(code))
+            if chr(code) not in used and all(find(text, spelled) < 0 for text in texts):
                 return chr(code)
         raise ChatTemplateError("the messages use all characters of the private use area")
 
@@ -104,11 +103,7 @@ class Shield:
 
 def without(text: str, sentinel: str) -> str:
     """The text as it was before it was protected."""
-    return "".join([part.replace(sentinel, "") for part in _parts(text)])
-
-
-def _parts(text: str) -> Iterator[str]:
-    return (text[at : at + _PART] for at in range(0, len(text), _PART))
+    return "".join([part.replace(sentinel, "") for part in portions(text)])
 
 
 def escaped(sentinel: str) -> str:

@@ -7,19 +7,11 @@ pieces that are still text. It knows token texts and ids, not what they mean.
 import string
 from collections.abc import Iterable
 
+from greenroom.tokenizer.portions import find
 from greenroom.tokenizer.vocabulary import TokenKind, Vocabulary
 
 _SPACE = string.whitespace  # C isspace(), which llama.cpp strips by
 _PREFIX = 3
-_PART = 1 << 20  # characters looked through in one call, which keeps the interpreter lock
-
-
-def _find(text: str, what: str, begin: int = 0) -> int:
-    """`text.find(what, begin)`, in parts."""
-    for at in range(begin, len(text), _PART):
-        if (found := text.find(what, at, at + _PART + len(what) - 1)) >= 0:
-            return found
-    return -1
 
 
 class SpecialTokens:
@@ -47,8 +39,8 @@ class SpecialTokens:
     def _present(self, text: str, parse_special: bool) -> list[tuple[str, int]]:
         found = []
         for prefix, group in self._groups.items():
-            if _find(text, prefix) >= 0:
-                found += [item for item in group if _find(text, item[1]) >= 0]
+            if find(text, prefix) >= 0:
+                found += [item for item in group if find(text, item[1]) >= 0]
         return [
             (special, token)
             for _, special, token, kind in sorted(found)
@@ -56,13 +48,13 @@ class SpecialTokens:
         ]
 
     def _cut(self, piece: str | int, special: str, token: int) -> Iterable[str | int]:
-        if isinstance(piece, int) or special not in piece:
+        if isinstance(piece, int) or find(piece, special) < 0:
             yield piece
             return
         strips = token in self._strip_after
         begin = 0
         while True:  # not split(), which would make all parts of a long text in one call
-            found = _find(piece, special, begin)
+            found = find(piece, special, begin)
             part = piece[begin : found if found >= 0 else None]
             part = part.lstrip(_SPACE) if strips and begin else part
             if part:

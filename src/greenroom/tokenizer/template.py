@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from greenroom.errors import ChatTemplateError
+from greenroom.tokenizer.portions import PORTION, decoded, encoded
 
 _WORKER = Path(__file__).with_name("template_worker.py")
 _LENGTH_BYTES = 4
@@ -101,7 +102,7 @@ class TemplateRenderer:
         if not header:
             self._explain_death(process)
         if header[:1] == b"t":
-            return {"text": answer.decode("utf-8", "surrogatepass")}
+            return {"text": decoded(answer)}
         found: dict[str, str] = json.loads(answer)
         return found
 
@@ -143,15 +144,17 @@ class TemplateRenderer:
 
 
 def _plain(value: Any) -> Any:
-    """A copy of a JSON value. It travels in Python's own form, since JSON of a long text takes
-    several times as long, with the interpreter lock held.
+    """A copy of a JSON value in which long texts are bytes. It travels in Python's own form,
+    since JSON takes several times as long, with the interpreter lock held.
 
     Raises TypeError for anything else.
     """
-    if value is None or isinstance(value, str | int | float):
+    if isinstance(value, str):
+        return encoded(value) if len(value) > PORTION else value
+    if value is None or isinstance(value, int | float):
         return value
     if isinstance(value, Mapping):
-        return {str(key): _plain(item) for key, item in value.items()}
+        return {_plain(str(key)): _plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
         return [_plain(item) for item in value]
     raise TypeError(f"a {type(value).__name__} is no JSON value")

@@ -2,9 +2,9 @@
 
 A template comes with a downloaded model, so it is untrusted code: it runs in Jinja's immutable
 sandbox, under a limit of memory and an alarm that kills this process. The environment is the one
-transformers' `apply_chat_template` defines. A request is marshalled template and variables
-behind a four-byte length; an answer a byte, a length, and the text or an error as JSON. It
-imports nothing of ours, so that it starts fast and has little to reach for.
+transformers' `apply_chat_template` defines. A request is marshalled template and variables, long
+texts as bytes, behind a four-byte length; an answer a byte, a length, and the text or an error
+as JSON. It imports nothing of ours, so that it starts fast and has little to reach for.
 """
 
 import json
@@ -139,9 +139,20 @@ def _render(template: str, variables: Mapping[str, Any]) -> dict[str, str]:
         return {"kind": "failed", "error": f"{type(error).__name__}: {error}"}
 
 
+def _texts(value: Any) -> Any:
+    """The variables as the template sees them: long texts came as bytes."""
+    if isinstance(value, bytes):
+        return value.decode("utf-8", "surrogatepass")
+    if isinstance(value, dict):
+        return {_texts(key): _texts(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_texts(item) for item in value]
+    return value
+
+
 def _answer(template: str, variables: Mapping[str, Any]) -> tuple[bytes, bytes]:
     try:
-        found = _render(template, variables)
+        found = _render(template, _texts(variables))
         if "text" in found:
             return TEXT, found["text"].encode("utf-8", "surrogatepass")
         return ERROR, json.dumps(found).encode()

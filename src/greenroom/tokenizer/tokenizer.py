@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from greenroom.errors import TokenizerError
 from greenroom.tokenizer.bpe import BytePairEncoder
+from greenroom.tokenizer.portions import portions
 from greenroom.tokenizer.special import SpecialTokens
 from greenroom.tokenizer.spm import SentencePieceEncoder
 from greenroom.tokenizer.stream import StreamDecoder
@@ -168,7 +169,8 @@ def _encoder(
 def _without_surrogates(text: str) -> str:
     """The text with lone surrogates, which UTF-8 cannot hold, replaced by U+FFFD."""
     try:
-        text.encode()
+        for part in portions(text):
+            part.encode()
     except UnicodeEncodeError:
         return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
     return text

@@ -14,6 +14,7 @@ from greenroom.server.answer import collect, new_id
 from greenroom.server.body import apart, read, takes
 from greenroom.server.call import Call, given
 from greenroom.server.generation import Generation
+from greenroom.server.large import large_event
 from greenroom.server.logprobs import completion_logprobs
 from greenroom.server.protocol.openai import CompletionRequest
 from greenroom.server.responder import streamed, whole
@@ -84,7 +85,7 @@ async def _completion(generation: Generation, body: CompletionRequest) -> dict[s
             text, outputs = "", []
         rows = _rows(outputs) if body.logprobs is not None else []
         if body.echo:
-            text = tokenizer.decode(tokens) + text
+            text = await generation.served.in_worker(tokenizer.decode, tokens) + text
             if body.logprobs is not None:
                 rows = _prompt_rows(tokens, answer.outputs[0]) + rows
         logprobs = None
@@ -110,25 +111,27 @@ async def _chunks(generation: Generation, body: CompletionRequest) -> AsyncItera
     async for piece in generation.pieces():
         index, text = piece.choice, "".join(delta.text for delta in piece.deltas)
         rows = _rows([piece.output]) if body.logprobs is not None else []
-        if not begun[index]:
+        first = not begun[index]
+        if first:
             tokens = generation.choices[index].tokens
-            text = tokenizer.decode(tokens) + text
+            text = await generation.served.in_worker(tokenizer.decode, tokens) + text
             rows = _prompt_rows(tokens, piece.output) + rows if rows else rows
             begun[index] = True
-        found = None
+        scores = None
         if len(rows) > 1:  # the prompt's
             work = generation.served.in_worker
-            found = await work(completion_logprobs, tokenizer, rows, offsets[index])
+            scores = await work(completion_logprobs, tokenizer, rows, offsets[index])
         elif rows:
-            found = completion_logprobs(tokenizer, rows, offsets[index])
+            scores = completion_logprobs(tokenizer, rows, offsets[index])
         offsets[index] += len(text)
         choice = {
             "index": index,
             "text": text,
-            "logprobs": found,
+            "logprobs": scores,
             "finish_reason": piece.finish_reason,
         }
-        yield event({**head, "choices": [choice], **open_usage})
+        found = {**head, "choices": [choice], **open_usage}
+        yield await large_event(found) if first else event(found)
     if with_usage:
         yield event({**head, "choices": [], "usage": usage_body(generation.usage)})
     yield DONE

@@ -91,7 +91,8 @@ async def detokenize(request: Request) -> Response:
         if max(body.tokens, default=0) >= size:
             message = f"tokens: {max(body.tokens)} is outside the vocabulary of {size}"
             raise RequestError(message, "tokens")
-        return Json({"prompt": await served.in_worker(tokenizer.decode, body.tokens)})
+        text = await served.in_worker(tokenizer.decode, body.tokens)
+    return await large_response({"prompt": text})
 
 
 @router.get("/tokenizer_info")
