@@ -21,8 +21,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-TESTS = Path(__file__).parents[1]
-sys.path.insert(0, str(TESTS / "server"))
+sys.path.insert(0, str(Path(__file__).parents[1] / "server"))
 
 from conftest import Client, FakeEngine
 from heavy import HEAVY, post, prepared, request
@@ -82,8 +81,10 @@ def pauses(name: str, rounds: int) -> tuple[float, float]:
 
 def first_bytes(count: int = 200) -> list[float]:
     """Seconds until `/v1/models` begins to answer, sorted; one connection."""
-    command = [sys.executable, str(TESTS / "server" / "serve_fake.py"), "-", "0"]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+    command = [sys.executable, str(Path(sys.path[0], "serve_fake.py")), "-", "0"]
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+    ) as process:
         try:
             address = urlsplit(process.stdout.readline().strip()).netloc
             connection, seconds = http.client.HTTPConnection(address), []
