@@ -57,7 +57,7 @@ def test_decode_with_half_of_the_experts_in_vram() -> None:
     # dense 1 ms; misses 0.5 GB / 50 = 10 ms, longer than the hits' 0.5 ms; 10 handshakes
     place = Placement("cuda", "", layers=10, layers_on_gpu=10, slots=50)
     found = predict.decode(WORK, place, GPU, 0)
-    assert found.rate == pytest.approx(1 / (0.001 + 0.010 + 10 * 26e-6))
+    assert found.rate == pytest.approx(1 / (0.001 + 0.010 + 10 * 11e-6))
 
 
 def test_decode_batches_share_experts() -> None:
