@@ -102,6 +102,24 @@ def test_gpt_oss_without_resident_experts_needs_1700_mib() -> None:
     assert found.prefill_chunk >= 768
 
 
+@pytest.mark.parametrize("name", ["gpt-oss-20b", "qwen3-30b-a3b"])
+def test_a_prompt_of_8192_tokens_is_one_step_in_4_gib(name: str) -> None:
+    """Else every expert would come over the bus more than once; some still have a place."""
+    found = placed(name, 4 * GIB, context=8400)
+    assert found.prefill_chunk == 8192
+    assert found.slots > 60
+    assert placed(name, 3 * GIB, context=8400).prefill_chunk > 4096  # two steps
+
+
+def test_experts_get_places_before_steps_are_as_long_as_can_be() -> None:
+    for mib in range(2500, 4000, 100):
+        found = placed("gpt-oss-20b", mib * MIB, context=8400)
+        if found.prefill_chunk > 4096:
+            assert found.slots > 0
+        more = placed("gpt-oss-20b", (mib + 100) * MIB, context=8400)
+        assert more.prefill_chunk >= found.prefill_chunk
+
+
 @pytest.mark.parametrize("name", SHAPES)
 def test_long_steps_stream_as_soon_as_two_experts_fit(name: str) -> None:
     tensors, config = model(name)

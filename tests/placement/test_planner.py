@@ -58,7 +58,9 @@ def test_a_wrong_size_is_refused_by_name(text) -> None:
     assert caught.value.field == "vram"
 
 
-@pytest.fixture(scope="module", params=["gpt-oss-20b-tiny", "deepseek-moe-16b-tiny"])
+@pytest.fixture(
+    scope="module", params=["gpt-oss-20b-tiny", "deepseek-moe-16b-tiny", "qwen3-30b-a3b-tiny"]
+)
 def file(request, tmp_path_factory):
     path = tmp_path_factory.mktemp("synth") / "model.gguf"
     write_synthetic(Synthesis(shape_of(request.param, 2)), path)

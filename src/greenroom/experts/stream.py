@@ -332,6 +332,7 @@ class GroupMlp:
         inner, scales = activated_rows(
             both, slabs, biases, step.scales, routes, group, skip, self._activation
         )
+        del both  # large: its room is that of y
         f, d, n = self._layout.f, self._layout.d, len(group.counts)
         last = self._matrix(
             slabs, 2, self._scratch[: n * d * f].view(n, d, f), routes, group

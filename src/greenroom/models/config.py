@@ -22,6 +22,7 @@ class AttentionConfig:
         key_length, value_length: of one head.
         scale: factor of the scores, or None for 1/sqrt(key_length).
         clamp: bound of query, key and value values, or None.
+        normed: whether queries and keys have norms of their own.
     """
 
     heads: int
@@ -30,6 +31,7 @@ class AttentionConfig:
     value_length: int
     scale: float | None = None
     clamp: float | None = None
+    normed: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -137,7 +139,7 @@ class ModelConfig:
         hidden = keys.count("embedding_length")
         context = keys.count("context_length")
         refuse_unknown(keys)
-        attention = read_attention(keys, hidden)
+        attention = read_attention(keys, hidden, any(".attn_q_norm." in name for name in tensors))
         moe = read_moe(keys)
         return cls(
             architecture=keys.architecture,
@@ -218,7 +220,7 @@ def refuse_unknown(keys: Keys) -> None:
             )
 
 
-def read_attention(keys: Keys, hidden: int) -> AttentionConfig:
+def read_attention(keys: Keys, hidden: int, normed: bool) -> AttentionConfig:
     """Shapes of the attention; head_count may be an array if all layers are alike."""
     heads = keys.count("attention.head_count")
     kv_heads = keys.count("attention.head_count_kv", default=heads)
@@ -236,6 +238,7 @@ def read_attention(keys: Keys, hidden: int) -> AttentionConfig:
         value_length=keys.count("attention.value_length", default=default or key_length),
         scale=keys.number("attention.scale", default=0.0) or None,
         clamp=keys.number("attention.clamp_kqv", default=0.0) or None,
+        normed=normed,
     )
 
 

@@ -96,6 +96,12 @@ class Block:
         Returns:
             (tokens, d) float32, to be added to x.
         """
+        # Nothing holds the queries once they have been used: they are large in a long step.
+        out = self.backend.attend(*self._heads(x, delta), cache, step, self.spec)
+        return self._scaled(self.attn_output(out.view(x.shape[0], -1)))
+
+    def _heads(self, x: Tensor, delta: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values, (tokens, heads, length) float32; arguments as of `attend`."""
         shape, tokens = self.shape, x.shape[0]
         q, k, v = self.attn_qkv(self.attn_norm(x, delta))
         if shape.clamp is not None:
@@ -107,8 +113,7 @@ class Block:
         v = v.view(tokens, shape.kv_heads, shape.value_length)
         if self.qk_norm == "head":
             q, k = self.attn_q_norm(q), self.attn_k_norm(k)
-        out = self.backend.attend(q, k, v, cache, step, self.spec)
-        return self._scaled(self.attn_output(out.view(tokens, -1)))
+        return q, k, v
 
     def feed(self, x: Tensor, delta: Tensor) -> Tensor:
         """The feed-forward part; arguments and result as those of `attend`."""
@@ -273,7 +278,8 @@ class Model:
         """As `forward`, but the normalised hidden states: (outputs, d) float32."""
         if self.recorder is not None:
             self.recorder.begin(batch.positions, batch.output_rows)
-        x = self._embed(batch.tokens)  # first: a step may send experts to the device, which take long
+        # First: a step may send experts to the device, and what comes later waits behind them.
+        x = self._embed(batch.tokens)
         steps = {id(backend): backend.step(batch, self.rope) for backend in self.backends}
         return self._layers(x, steps, caches, batch.output_rows)
 

@@ -277,7 +277,9 @@ class Plan:
 
     def _chunk(self, rest: int, tokens: int) -> tuple[int, int]:
         """Tokens of a step, and the bytes granted: all there is for steps in which a copied
-        expert pays, a quarter of what is left then for longer ones."""
+        expert pays, three quarters of what is left then for longer ones. In a prompt of 8192
+        tokens a MiB saves more time there than as a place for experts in hundreds of tokens
+        that follow, but a few places are worth most where routing has favourites."""
 
         def cost(chunk: int, at: int = tokens) -> int:
             cache = self._cache_pieces(at, chunk) - self._cache_pieces(at, self.least_chunk)
@@ -285,7 +287,7 @@ class Plan:
 
         most = max(self.most_tokens, tokens)
         first = min(rest, cost(min(GOOD_CHUNK, self.most_chunk), most))
-        share = min(first + (rest - first) // 4, cost(self.most_chunk, most))
+        share = min(first + 3 * (rest - first) // 4, cost(self.most_chunk, most))
         return _largest(cost, share, self.least_chunk, self.most_chunk, CHUNK_STEP), share
 
     def _cache_pieces(self, tokens: int, chunk: int) -> int:

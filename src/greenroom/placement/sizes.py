@@ -138,19 +138,22 @@ def _expert_name(tensors: Mapping[str, TensorInfo], layer: int, part: str) -> st
 def step_bytes(config: ModelConfig, tokens: int) -> int:
     """Bytes a step computes, at most, the logits apart."""
     shape, moe, d = config.attention, config.moe, config.hidden_size
-    projected = shape.heads * shape.key_length
-    projected += shape.kv_heads * (shape.key_length + shape.value_length)
-    # Residual, what is added to it, its norm; projections and their contiguous copies.
-    widest = 3 * d + 2 * projected
+    queries, attended = shape.heads * shape.key_length, shape.heads * shape.value_length
+    projected = queries + shape.kv_heads * (shape.key_length + shape.value_length)
+    # Residual and what is added to it; the norm of their sum and projections, then these, copies
+    # for a norm of their own or a bound, and what attention gives.
+    copies = projected if shape.normed or shape.clamp is not None else 0
+    widest = 2 * d + max(d + projected, projected + copies + attended, 2 * d + attended)
     if moe is None or moe.dense_layers:  # gate and up, and copies or activations of them
         widest = max(widest, 4 * d + 4 * config.feed_forward_length)
     if moe is None:
         return 4 * widest * tokens
     # The sum, the router's values, routes sorted by expert; rows in half precision, and of the
-    # rows of one expert gate and up, their product and the output: see `experts.stream`.
+    # rows of a group gate and up beside their product, or that and the output: see
+    # `experts.stream`.
     routed = 4 * d + 4 * moe.experts + 16 * moe.used
     widest = max(widest, routed + 4 * moe.shared_width, routed + d // 2)
-    rows = min(tokens, EXPERT_ROWS) * (d + 5 * moe.width // 2)
+    rows = min(tokens, EXPERT_ROWS) * max(5 * moe.width // 2, d + moe.width // 2)
     return 4 * max(widest * tokens, (routed + d // 2) * tokens + rows)
 
 
