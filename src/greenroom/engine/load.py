@@ -27,6 +27,7 @@ from greenroom.placement.enforce import limit
 from greenroom.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
+    from greenroom.experts.share import Rates
     from greenroom.models.config import ModelConfig
     from greenroom.placement.hardware import Hardware
     from greenroom.placement.placement import Placement
@@ -79,6 +80,7 @@ def load_engine(
             scratch_bytes=placement.scratch,
             slot_bytes=placement.slot_bytes,
             staging_bytes=placement.staging,
+            rates=_rates(file, config.threads) if placement.staging else None,
             trace=config.trace,
             mmap=config.mmap,
             progress=progress,
@@ -87,6 +89,21 @@ def load_engine(
     engine = assemble(model, tokenizer, config, chat, placement.cache_room)
     engine.placement = placement
     return engine
+
+
+def _rates(file: GGUFFile, threads: int | None) -> "Rates | None":
+    """What bus and CPU do in a second on this machine, if it was measured."""
+    from greenroom.models.loader import read_config
+    from greenroom.placement.calibrate import saved_profile
+    from greenroom.placement.machine import machine
+    from greenroom.placement.predict import Work
+    from greenroom.placement.sharing import measured_rates
+
+    profile = saved_profile(machine().fingerprint)
+    if profile is None:
+        return None
+    experts = Work.of(file.tensors, read_config(file)).experts
+    return measured_rates(profile, experts, threads or profile.threads)
 
 
 def _decided(config: EngineConfig, placement: "Placement") -> EngineConfig:

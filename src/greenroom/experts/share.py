@@ -37,8 +37,8 @@ class Rates:
     @staticmethod
     def usual(threads: int) -> "Rates":
         """Of a machine that was not measured."""
-        tier = native.lib().__name__.rsplit("_native_", 1)[-1]
-        return Rates(BUS, threads * THREAD_BYTES, threads * THREAD_OPERATIONS[tier])
+        operations = THREAD_OPERATIONS[native.lib().tier]
+        return Rates(BUS, threads * THREAD_BYTES, threads * operations)
 
 
 @dataclass(slots=True)

@@ -1,0 +1,36 @@
+"""The rates by which long steps are shared between bus and CPU, from what was measured of a
+machine. They are rounded, so that a new measurement seldom changes a choice, and with it the text.
+"""
+
+import math
+from collections.abc import Mapping
+
+from greenroom.experts.share import Rates
+from greenroom.placement.calibrate import MachineProfile
+
+STEPS = 4  # to a factor of two
+
+
+def measured_rates(
+    profile: MachineProfile, experts: Mapping[str, int], threads: int
+) -> Rates | None:
+    """Rates of a machine for a model; None where the profile lacks one.
+
+    Args:
+        profile: of the machine.
+        experts: bytes of the model's experts by format.
+        threads: that compute.
+    """
+    total, bus, dram = sum(experts.values()), profile.pcie, profile.dram_best
+    speeds = {name: profile.expert_batch_rate(name) for name in experts}
+    if not (total and bus and dram and all(speeds.values())):
+        return None
+    operations = total / sum(size / speeds[name] for name, size in experts.items())
+    reading = max(dram - bus, dram / 4)  # the copies read the same memory
+    part = threads / profile.threads
+    return Rates(*(1e9 * rounded(rate) for rate in (bus, reading * part, operations * part)))
+
+
+def rounded(rate: float) -> float:
+    """The nearest power of two, in quarter steps."""
+    return float(2 ** (round(STEPS * math.log2(rate)) / STEPS))
