@@ -21,5 +21,9 @@ def test_doctor_measures_and_saves(tmp_path, monkeypatch, capsys) -> None:
     assert saved.dram_best > 0.5
     assert 0 < saved.experts["MXFP4"] < 20 * saved.dram_best
     assert found["machine"]["processor"]["threads"] >= 1
-    assert main(["doctor", "--no-measure"]) == 0
+    report = tmp_path / "report"
+    assert main(["doctor", "--no-measure", "--report", str(report)]) == 0
     assert "RAM read" in capsys.readouterr().out
+    assert "| RAM read, GB/s |" in (report / "doctor.md").read_text()
+    assert json.loads((report / "doctor.json").read_text())["profile"] == found["profile"]
+    assert str(tmp_path) not in (report / "doctor.json").read_text()

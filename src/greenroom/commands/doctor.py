@@ -22,10 +22,15 @@ NoMeasure = Annotated[bool, Option("--no-measure", help="Only look; keep what wa
 Folder = Annotated[
     Path | None, Option("--disk", help="Folder whose disk is read.  [default: the cache folder]")
 ]
+Report = Annotated[Path | None, Option(help="Folder for doctor.md and doctor.json.")]
 
 
 def doctor(
-    as_json: Json = False, quick: Quick = False, no_measure: NoMeasure = False, disk: Folder = None
+    as_json: Json = False,
+    quick: Quick = False,
+    no_measure: NoMeasure = False,
+    disk: Folder = None,
+    report: Report = None,
 ) -> None:
     """Look at this machine, measure it, and name what slows models down.
 
@@ -49,6 +54,8 @@ def doctor(
             profile = measure(found, quick, folder, small, status.update)
         path = save_profile(profile)
     wrong = problems(found, profile)
+    if report is not None:
+        _write(found, profile, wrong, report)
     if as_json:
         print(json.dumps(document(found, profile, wrong), indent=1))
         return
@@ -85,6 +92,23 @@ def document(
         "profile": None if profile is None else profile.json(),
         "problems": [asdict(problem) for problem in wrong],
     }
+
+
+def _write(
+    machine: "Machine", profile: "MachineProfile | None", wrong: "list[Problem]", folder: Path
+) -> None:
+    """doctor.json and doctor.md, without the names of this user's folders."""
+    from greenroom.bench.speed import command_line, public
+
+    whole = document(machine, profile, wrong) | {"machine": public(machine)}
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "doctor.json").write_text(json.dumps(whole, indent=1) + "\n")
+    facts = [(name, text) for name, text in _facts(machine) if name != "disk"]
+    facts += [] if profile is None else list(_rates(profile))
+    lines = ["# What this machine is", "", f"`{command_line()}`", "", "| | |", "|---|---|"]
+    lines += [f"| {name} | {text} |" for name, text in facts]
+    lines += ["", *(f"- {problem.what}; fix: {problem.fix}" for problem in wrong), ""]
+    (folder / "doctor.md").write_text("\n".join(lines))
 
 
 def show(machine: "Machine", profile: "MachineProfile | None", wrong: "list[Problem]") -> None:
