@@ -107,7 +107,7 @@ class Collector:
             for index, (first, end) in enumerate(pairwise((0, *ends)))
             if end == first + 1 and chunks[index].sequence.want == "next"
         ]
-        choices: list[Choice | None] = [None] * len(rows)
+        choices: list[Choice | None] = [None] * rows.shape[0]
         for index, row in singles:
             choices[row] = chunks[index].sequence.choice
         if any(choices):
@@ -116,7 +116,7 @@ class Collector:
             fetch.chosen[index] = choices[row] is not None
         if any(fetch.chosen) and tokens is not None:
             fetch.tokens = self._fetch_tokens(tokens)
-            if keep and all(fetch.chosen) and len(tokens) == len(rows):
+            if keep and all(fetch.chosen) and tokens.shape == rows.shape[:1]:
                 self._keep(fetch, tokens)
         self._fetch_rows(fetch, [index for index, _ in singles if not fetch.chosen[index]])
         if rows.is_cuda:
@@ -158,9 +158,10 @@ class Collector:
         return choose(rows, choices, self._numbers.there[0])
 
     def _fetch_tokens(self, tokens: Tensor) -> Tensor:
-        if len(self._tokens) < len(tokens):
+        count = tokens.shape[0]
+        if self._tokens.shape[0] < count:
             self._tokens = torch.empty_like(tokens, device="cpu", pin_memory=tokens.is_cuda)
-        return self._tokens[: len(tokens)].copy_(tokens, non_blocking=True)
+        return self._tokens[:count].copy_(tokens, non_blocking=True)
 
     def _fetch_rows(self, fetch: Fetch, chunks: Items[int]) -> None:
         """Begins to copy the rows of these chunks, one each, as far as memory is kept for it."""
