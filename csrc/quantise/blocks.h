@@ -116,43 +116,56 @@ struct AffineSuper {
                 static_cast<std::uint8_t>(nearest((x[i] + depth(r)) * inv, 0, Top));
     }
 
-    // The pair of integers near the fitted numbers that errs least.
+    // Of sixteen pairs of integers around the fitted numbers the one that errs least.
     void choose(int r, const float* x, const float* w, float scale, float low) {
-        const int s0 = nearest(scale * inverse(d), 0, ScaleTop);
-        const int m0 = nearest(low * inverse(dmin), 0, ScaleTop);
-        float least = INFINITY;
-        for (int s = std::max(s0 - 1, 0); s <= std::min(s0 + 1, ScaleTop); ++s)
-            for (int m = std::max(m0 - 1, 0); m <= std::min(m0 + 1, ScaleTop); ++m) {
-                const float error = affine_error({x, w, count}, {d * s, -dmin * m}, Top);
-                if (error < least)
-                    least = error, scales[r] = static_cast<std::uint8_t>(s),
-                    mins[r] = static_cast<std::uint8_t>(m);
-            }
+        const int s0 = below(scale * inverse(d)), m0 = below(low * inverse(dmin));
+        int s[lanes], m[lanes];
+        float step[lanes], from[lanes], error[lanes];
+        for (int i = 0; i < lanes; ++i) {
+            s[i] = std::clamp(s0 - 1 + i / 4, 0, ScaleTop);
+            m[i] = std::clamp(m0 - 1 + i % 4, 0, ScaleTop);
+            step[i] = d * s[i], from[i] = -dmin * m[i];
+        }
+        affine_errors({x, w, count}, step, from, Top, error);
+        const auto best = std::min_element(error, error + lanes) - error;
+        scales[r] = static_cast<std::uint8_t>(s[best]);
+        mins[r] = static_cast<std::uint8_t>(m[best]);
     }
 
+    static int below(float value) { return static_cast<int>(std::min(value, 2.0f * ScaleTop)); }
+
     float error(const float* x, const float* w) const {
-        float sum = 0;
-        for (int r = 0; r < Runs; ++r)
-            sum += affine_error({x + r * count, w + r * count, count}, {step(r), -depth(r)}, Top);
-        return sum;
+        Floats sum = simd::zero();
+        for (int i = 0; i < 256; i += lanes) {
+            const int r = i / count;
+            const Floats at = simd::load(x + i), from = simd::splat(-depth(r));
+            const Floats code = nearest((at - from) * simd::splat(inverse(step(r))), 0, Top);
+            const Floats off = simd::splat(step(r)) * code + from - at;
+            sum = sum + simd::load(w + i) * off * off;
+        }
+        return total(sum);
     }
 
     // Least squares for d and dmin over the whole block, kept if they err less.
     void refine(const float* x, const float* w, std::uint8_t* d_at, std::uint8_t* dmin_at) {
         const float before = error(x, w), old_d = d, old_dmin = dmin;
-        double aa = 0, ab = 0, bb = 0, ax = 0, bx = 0;
-        for (int r = 0; r < Runs; ++r) {
-            encode(r, x + r * count);
-            for (int i = r * count; i < (r + 1) * count; ++i) {
-                const double a = scales[r] * codes[i], b = -static_cast<double>(mins[r]);
-                aa += w[i] * a * a, ab += w[i] * a * b, bb += w[i] * b * b;
-                ax += w[i] * a * x[i], bx += w[i] * b * x[i];
-            }
+        Floats aa = simd::zero(), ab = aa, bb = aa, ax = aa, bx = aa;
+        for (int i = 0; i < 256; i += lanes) {
+            const int r = i / count;
+            const Floats at = simd::load(x + i), weight = simd::load(w + i);
+            const Floats code =
+                nearest((at + simd::splat(depth(r))) * simd::splat(inverse(step(r))), 0, Top);
+            const Floats a = simd::splat(scales[r]) * code,
+                         b = simd::splat(-static_cast<float>(mins[r]));
+            aa = aa + weight * a * a, ab = ab + weight * a * b, bb = bb + weight * b * b;
+            ax = ax + weight * a * at, bx = bx + weight * b * at;
         }
-        const double det = aa * bb - ab * ab;
-        if (det <= 1e-12 * aa * bb) return;
-        d = put_half(d_at, static_cast<float>((ax * bb - bx * ab) / det));
-        dmin = put_half(dmin_at, static_cast<float>((bx * aa - ax * ab) / det));
+        const double saa = total(aa), sab = total(ab), sbb = total(bb);
+        const double sax = total(ax), sbx = total(bx);
+        const double det = saa * sbb - sab * sab;
+        if (det <= 1e-12 * saa * sbb) return;
+        d = put_half(d_at, static_cast<float>((sax * sbb - sbx * sab) / det));
+        dmin = put_half(dmin_at, static_cast<float>((sbx * saa - sax * sab) / det));
         if (d > 0 && dmin >= 0 && error(x, w) <= before) return;
         d = put_half(d_at, old_d), dmin = put_half(dmin_at, old_dmin);
     }
@@ -180,37 +193,48 @@ struct SymmetricSuper {
 
     static int code(float x, float step) { return nearest(x * inverse(step), -Middle, Middle - 1); }
 
-    static float error(const float* x, const float* w, float step) {
-        float sum = 0;
-        for (int i = 0; i < 16; ++i) {
-            const float off = step * code(x[i], step) - x[i];
-            sum += w[i] * off * off;
-        }
-        return sum;
-    }
-
+    // Of sixteen integers around the fitted number the one that errs least.
     void choose(int r, const float* x, const float* w, float scale) {
         const int near = nearest(scale * inverse(d), -ScaleMiddle, ScaleMiddle - 1);
-        float least = INFINITY;
-        for (int s = std::max(near - 1, -ScaleMiddle); s <= std::min(near + 1, ScaleMiddle - 1);
-             ++s) {
-            const float found = error(x, w, d * s);
-            if (found < least) least = found, scales[r] = s;
+        int s[lanes];
+        float step[lanes], error[lanes];
+        for (int i = 0; i < lanes; ++i) {
+            s[i] = std::clamp(near - 8 + i, -ScaleMiddle, ScaleMiddle - 1);
+            step[i] = d * s[i];
         }
+        symmetric_errors({x, w, 16}, step, Middle, error);
+        scales[r] = s[std::min_element(error, error + lanes) - error];
+    }
+
+    static Floats codes_of(Floats x, float step) {
+        return nearest(x * simd::splat(inverse(step)), -Middle, Middle - 1);
+    }
+
+    float error(const float* x, const float* w) const {
+        Floats sum = simd::zero();
+        for (int r = 0; r < 16; ++r) {
+            const float step = d * scales[r];
+            const Floats at = simd::load(x + 16 * r);
+            const Floats off = simd::splat(step) * codes_of(at, step) - at;
+            sum = sum + simd::load(w + 16 * r) * off * off;
+        }
+        return total(sum);
     }
 
     void refine(const float* x, const float* w, std::uint8_t* d_at) {
-        double before = 0, after = 0, vv = 0, xv = 0;
-        for (int r = 0; r < 16; ++r) before += error(x + 16 * r, w + 16 * r, d * scales[r]);
-        for (int i = 0; i < 256; ++i) {
-            const double v = scales[i / 16] * code(x[i], d * scales[i / 16]);
-            vv += w[i] * v * v, xv += w[i] * v * x[i];
+        const float before = error(x, w), old = d;
+        Floats vv = simd::zero(), xv = vv;
+        for (int r = 0; r < 16; ++r) {
+            const Floats at = simd::load(x + 16 * r), weight = simd::load(w + 16 * r);
+            const Floats value = simd::splat(static_cast<float>(scales[r])) *
+                                 codes_of(at, d * static_cast<float>(scales[r]));
+            vv = vv + weight * value * value;
+            xv = xv + weight * value * at;
         }
-        if (vv <= 0) return;
-        const float old = d;
-        d = put_half(d_at, static_cast<float>(xv / vv));
-        for (int r = 0; r < 16; ++r) after += error(x + 16 * r, w + 16 * r, d * scales[r]);
-        if (after > before) d = put_half(d_at, old);
+        const float size = total(vv);
+        if (size <= 0) return;
+        d = put_half(d_at, total(xv) / size);
+        if (error(x, w) > before) d = put_half(d_at, old);
     }
 };
 

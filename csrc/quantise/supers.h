@@ -132,21 +132,23 @@ inline int fp4_code(float value) {
     const float edges[7] = {0.25f, 0.75f, 1.25f, 1.75f, 2.5f, 3.5f, 5.0f};
     const float size = std::fabs(value);
     int code = 0;
-    while (code < 7 && size > edges[code]) ++code;
+    for (const float edge : edges) code += size > edge;
     return code ? code | (value < 0 ? 8 : 0) : 0;
 }
-inline float fp4_value(int code) {
-    const float sizes[8] = {0, 0.5f, 1, 1.5f, 2, 3, 4, 6};
-    return code & 8 ? -sizes[code & 7] : sizes[code & 7];
-}
-inline float fp4_error(const Run& run, float step) {
-    const float inv = inverse(step);
-    float sum = 0;
+// Squared errors of sixteen scales. Up to 2 values lie half apart, up to 4 one, up to 6 two.
+inline void fp4_errors(const Run& run, const float* scale, float* error) {
+    const Floats step = simd::load(scale), by = inverses(scale);
+    const Floats two = simd::splat(2.0f), half = simd::splat(0.5f), four = simd::splat(4.0f);
+    Floats sum = simd::zero();
     for (int i = 0; i < run.count; ++i) {
-        const float off = step * fp4_value(fp4_code(run.x[i] * inv)) - run.x[i];
-        sum += run.w[i] * off * off;
+        const Floats size = simd::abs(simd::splat(run.x[i]));
+        const Floats code = size * by;
+        const Floats value = half * nearest(code * two, 0, 4) + nearest(code - two, 0, 2) +
+                             two * nearest((code - four) * half, 0, 1);
+        const Floats off = step * value - size;
+        sum = sum + simd::splat(run.w[i]) * off * off;
     }
-    return sum;
+    simd::store(error, sum);
 }
 
 struct MXFP4 {
@@ -154,13 +156,16 @@ struct MXFP4 {
     static void encode(const float* x, const float* w, std::uint8_t* out) {
         const Run run{x, w, 32};
         const float peak = std::fabs(extreme(run));
-        int exponent = peak > 0 ? std::clamp(std::ilogb(peak) - 2, -126, 127) : -127;
-        if (peak > 0)
-            for (int other : {exponent + 1, exponent - 1})
-                if (other >= -126 && other <= 127 &&
-                    fp4_error(run, std::ldexp(1.0f, other)) <
-                        fp4_error(run, std::ldexp(1.0f, exponent)))
-                    exponent = other;
+        int exponent = -127;
+        if (peak > 0) {
+            const int around[3] = {std::clamp(std::ilogb(peak) - 2, -126, 127),
+                                   std::clamp(std::ilogb(peak) - 1, -126, 127),
+                                   std::clamp(std::ilogb(peak) - 3, -126, 127)};
+            float step[lanes] = {}, error[lanes];
+            for (int i = 0; i < 3; ++i) step[i] = std::ldexp(1.0f, around[i]);
+            fp4_errors(run, step, error);
+            exponent = around[std::min_element(error, error + 3) - error];
+        }
         out[0] = static_cast<std::uint8_t>(exponent + 127);
         const float inv = std::ldexp(1.0f, -exponent);
         std::uint8_t codes[32];
@@ -182,9 +187,11 @@ struct NVFP4 {
             const float wanted = std::fabs(extreme(run)) / 6.0f;
             int base = 0;
             while (base < 0x7e && scale_of(base) < wanted) ++base;
-            int best = base;
-            for (int byte = std::max(base - 5, 0); byte <= std::min(base + 5, 0x7e); ++byte)
-                if (fp4_error(run, scale_of(byte)) < fp4_error(run, scale_of(best))) best = byte;
+            float step[lanes], error[lanes];
+            for (int i = 0; i < lanes; ++i) step[i] = scale_of(std::clamp(base - 8 + i, 0, 0x7e));
+            fp4_errors(run, step, error);
+            const int pick = static_cast<int>(std::min_element(error, error + lanes) - error);
+            const int best = std::clamp(base - 8 + pick, 0, 0x7e);
             out[part] = static_cast<std::uint8_t>(best);
             const float inv = inverse(scale_of(best));
             std::uint8_t codes[16];

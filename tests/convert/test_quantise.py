@@ -11,6 +11,7 @@ import gguf
 import numpy as np
 import pytest
 
+from greenroom import native
 from greenroom.convert.imatrix import read_imatrix
 from greenroom.convert.mixture import MIXES, Rules, parse_override
 from greenroom.convert.quantise import Quantisation, quantise_file
@@ -100,6 +101,20 @@ def test_threads_do_not_change_the_bytes() -> None:
     x = numbers("normal")
     one, two = (Quantisers(n).quantise(GGMLType.Q4_K, x) for n in (1, 2))
     assert (one == two).all()
+
+
+@pytest.mark.parametrize("name", TYPES)
+def test_every_processor_writes_the_same_bytes(name: str) -> None:
+    rng = np.random.default_rng(5)
+    x = (0.1 * rng.standard_t(5, 64 * 1024) + 0.02).astype(np.float32)
+    weights = (rng.random(1024) + 0.01).astype(np.float32)
+    type, written = GGMLType[name], []
+    for tier in native.usable_tiers():
+        lib = native.module(tier)
+        out = np.zeros(64 * type.row_bytes(1024), np.uint8)
+        lib.quantise(lib.Pool(1), int(type), 64, 1024, x, out, weights)
+        written.append(out.tobytes())
+    assert len(set(written)) == 1
 
 
 def model(path: Path, layers: int = 8) -> Path:
