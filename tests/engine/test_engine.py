@@ -327,3 +327,13 @@ def test_half_a_character_is_never_text() -> None:
     assert [output.text for output in outputs] == ["", "é", "", "€", "", "€"]
     assert FakeTokenizer().decode([90, 91]) == "é"
     engine.close()
+
+
+def test_prompts_given_together_share_the_first_step() -> None:
+    """Or the texts would depend on which step each of them happened to join."""
+    prompts = [[1, 2], [3], [4, 5, 6]] * 2
+    for _ in range(20):
+        model = FakeModel()
+        with LLM.from_engine(fake_engine(model)) as llm:
+            llm.generate(prompts, SamplingParams(max_tokens=2, temperature=0, ignore_eos=True))
+        assert len(model.steps[0].context_lengths) == 6

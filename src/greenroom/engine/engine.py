@@ -9,7 +9,7 @@ import logging
 import sys
 import threading
 from collections import Counter
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterator
 from collections.abc import Sequence as Items
 from functools import partial
 from typing import Any
@@ -233,6 +233,14 @@ class Engine:
             end_tokens=ends,
         )
         return self._submit(job)
+
+    @contextlib.contextmanager
+    def together(self) -> Iterator[None]:
+        """Requests started inside are queued before any of them is computed, so that the same
+        requests always share the same steps, and with them their last bits.
+        """
+        with self._wake:
+            yield
 
     def start_scoring(self, tokens: Items[int], sink: Sink) -> Job:
         """Queues the computation of all logits of a text (see Scoring)."""

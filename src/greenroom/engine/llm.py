@@ -96,8 +96,9 @@ class LLM:
             self.engine.check(tokens, params)
         running: list[_Running] = []
         try:
-            for index, tokens in enumerate(encoded):
-                running.append(self._start(tokens, _with_seed(params, index)))
+            with self.engine.together():
+                for index, tokens in enumerate(encoded):
+                    running.append(self._start(tokens, _with_seed(params, index)))
             return [
                 _completion(tokens, tuple(_outputs(request)))
                 for tokens, request in zip(encoded, running, strict=True)
