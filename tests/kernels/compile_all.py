@@ -69,7 +69,7 @@ quick = "quick" in sys.argv
 # Q3_K (11) stores its scales as Q6_K does.
 by_scales = {form.scales: kind for kind, form in FORMATS.items() if kind != 11}
 for kind in by_scales.values() if quick else FORMATS:
-    if not quick or kind == 14:
+    if not quick or kind in (14, 23):  # planes, and a table that is looked up
         matvec(torch.zeros(64, dtype=torch.uint8), kind, 32, 256, x, x)
         matvec(torch.zeros(64, dtype=torch.uint8), kind, 32, 256, torch.zeros(4, 256), x)
     dequantise(torch.zeros(64, dtype=torch.uint8), kind, torch.empty(32, 256))
@@ -90,7 +90,8 @@ for rows, splits, dtype, size in [
     for frequencies in (None, torch.zeros(size // 2), torch.zeros(12)):
         enter(line, line, line, places, cache, cache, places, frequencies, 1.25, size == 64)
 for bias in (None, x):
-    norm(x, x, 1e-5, bias, x)
+    for cut in (0, 1, 2):
+        norm(x, x, 1e-5, bias, x, cut)
     rowmajor(torch.zeros(2, 256, dtype=torch.bfloat16), x, bias)
 for gating in RULES:
     choose(x, gating, 2)

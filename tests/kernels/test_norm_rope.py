@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from greenroom.kernels.norm import norm, norm_twin
+from greenroom.kernels.planes import NATURAL, PERMUTED, split
 from greenroom.kernels.rope import enter, enter_twin
 
 
@@ -19,11 +20,29 @@ def test_norm_equals_twin(width, centred, with_residual, device):
     if with_residual:
         residuals = [torch.randn(3, width, device=device)] * 2
         residuals = [r.clone() for r in residuals]
-    got = norm(x, weight, 1e-5, bias, residuals[0])
+    got, planes = norm(x, weight, 1e-5, bias, residuals[0])
+    assert planes is None
     wanted = norm_twin(x, weight, 1e-5, bias, residuals[1])
     torch.testing.assert_close(got, wanted, atol=1e-4, rtol=1e-4)
     if with_residual:
         torch.testing.assert_close(residuals[0], residuals[1])
+
+
+@pytest.mark.parametrize("kind", [NATURAL, PERMUTED])
+@pytest.mark.parametrize("width", [32, 96, 1056])
+@pytest.mark.parametrize("centred", [False, True])
+def test_norm_cuts_its_result_as_split_does(kind, width, centred, device):
+    torch.manual_seed(width)
+    x, weight = torch.randn(3, width, device=device), torch.randn(width, device=device)
+    bias = torch.randn(width, device=device) if centred else None
+    residual = torch.randn(3, width, device=device)
+    wanted = norm_twin(x, weight, 1e-5, bias, residual.clone())
+    got, planes = norm(x, weight, 1e-5, bias, residual, kind)
+    torch.testing.assert_close(got, wanted, atol=1e-4, rtol=1e-4)
+    assert planes is not None
+    words, units = split(got, kind)
+    assert torch.equal(planes[0], words)
+    assert torch.equal(planes[1], units)
 
 
 @pytest.mark.parametrize("neox", [False, True])

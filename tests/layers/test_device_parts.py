@@ -11,6 +11,7 @@ if not torch.cuda.is_available():
 
 from greenroom import native
 from greenroom.gguf import GGMLType, random_blocks
+from greenroom.kernels.planes import split
 from greenroom.layers.device_parts import FEW, DeviceMatrices, DeviceMatrix, DeviceNorm, Workbench
 from greenroom.layers.ledger import Ledger
 from greenroom.layers.norm import Norm
@@ -72,3 +73,27 @@ def test_norms_equal_the_plain_ones(centred: bool, biased: bool) -> None:
     wanted = Norm(values, bias, 1e-5, centred)(x, delta)
     torch.testing.assert_close(found.cpu(), wanted, atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(there.cpu(), x)
+
+
+def test_a_norm_cuts_its_result_for_the_matrix_that_reads_it(monkeypatch) -> None:
+    torch.manual_seed(0)
+    bench, source = workbench(), weight(GGMLType.Q8_0, 48, 64)
+    matrix = DeviceMatrix(bench, [source], [None])
+    plain = DeviceNorm(bench.ledger, torch.ones(64), None, 1e-5, False)
+    asked = DeviceNorm(bench.ledger, torch.ones(64), None, 1e-5, False, bench.cut)
+    splits: list[int] = []
+
+    def counted(x: torch.Tensor, kind: int) -> tuple[torch.Tensor, torch.Tensor]:
+        splits.append(kind)
+        return split(x, kind)
+
+    monkeypatch.setattr("greenroom.kernels.planes.split", counted)
+    x = torch.randn(2, 64).to(DEVICE)
+    first, then, apart = matrix(asked(x)), matrix(asked(x)), matrix(plain(x))
+    assert len(splits) == 2  # by the first, before it was asked, and by the plain one
+    assert asked.kind == splits[0]
+    assert torch.equal(first, then)
+    assert torch.equal(first, apart)
+    other = matrix(asked(x) * 2)  # not what the norm has made
+    assert len(splits) == 3
+    torch.testing.assert_close(other, 2 * first)

@@ -19,6 +19,7 @@ from greenroom.experts.residency import EMPTY, Move, Residency
 from greenroom.experts.selfcheck import SelfCheck
 from greenroom.experts.slabs import SlabLayout
 from greenroom.kernels.experts import hits
+from greenroom.kernels.planes import Cutter
 
 SEEN = 512  # routes of a layer that a step's log holds
 EVERY = 4  # steps between promotions
@@ -41,6 +42,7 @@ class LayerSlots:
         memory: (slots, slab bytes) uint8, shared with the layers of equal layout.
         table: (experts,) int32 on the device, an expert's slot or -1.
         full: whether there is a slot for every expert; then none ever leaves.
+        cut: cuts hidden states into planes.
     """
 
     full = False
@@ -59,12 +61,15 @@ class LayerSlots:
         self._seats = seats
         self._layout = cpu.layout
         self._activation = cpu.activation
+        self.cut = Cutter()
 
     def hits(self, hidden: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
         """The sum over routes whose expert has a slot, see `kernels.experts.hits`."""
         arguments = (hidden.contiguous(), ids.contiguous(), weights.contiguous())
         seen = self.seen.row(ids)
-        return hits(self.memory, self.table, self._layout, *arguments, self._activation, seen)
+        return hits(
+            self.memory, self.table, self._layout, *arguments, self._activation, seen, self.cut
+        )
 
     def count(self, uses: Sequence[int]) -> None:
         """Tells of a long step how often each expert was chosen."""

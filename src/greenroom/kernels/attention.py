@@ -227,8 +227,9 @@ def attend(
     _attend[(tile_sequences.shape[0], kv_heads, splits)](
         q, k_cache, v_cache, parts, stats[0], stats[-1], q if sinks is None else sinks,
         tables, query_starts, contexts, tile_sequences, tile_firsts, scale, q.stride(0),
-        tables.stride(0), tokens, KV_HEADS=kv_heads, KEY=key, KEY_PAD=max(16, triton.next_power_of_2(key)),
-        BLOCK=block, WINDOW=window or 0, SINKS=sinks is not None, ROWS=rows, COLS=COLUMNS, **shape,
+        tables.stride(0), tokens, KV_HEADS=kv_heads, KEY=key,
+        KEY_PAD=max(16, triton.next_power_of_2(key)), BLOCK=block, WINDOW=window or 0,
+        SINKS=sinks is not None, ROWS=rows, COLS=COLUMNS, **shape,
     )  # fmt: skip
     if splits > 1:
         _merge[(tokens * heads,)](

@@ -3,6 +3,7 @@ finds is computed from its slab; the others are left alone. Shapes do not depend
 nothing waits for the host, so the launches can be captured in a graph. Knows slabs, not policy.
 """
 
+from collections.abc import Callable
 from typing import Any, Protocol
 
 import torch
@@ -16,8 +17,8 @@ from greenroom.kernels.planes import (
     INTERPRETED,
     PERMUTED,
     PLANES,
+    group_dots,
     in_order,
-    line_dots,
     order,
     room,
     split,
@@ -25,8 +26,8 @@ from greenroom.kernels.planes import (
 )
 
 WARPS = 4
-LINES = 128  # read at a time by a program
-TABLE_LINES = 64  # of codes looked up in a table, which needs registers of its own
+LINES = 32  # read at a time by a program, or groups of sixteen columns
+TABLE_LINES = 32  # of codes looked up in a table, which needs registers of its own
 REDUCE = 256  # columns per program of the last sum
 ACTIVATIONS = {"silu": 0, "gpt-oss": 1}
 
@@ -70,26 +71,27 @@ def _rows(
     there are some, else from x. Without TWO the second is left out."""
     acc = tl.zeros((LINES, 16), tl.float32)
     acc2 = acc
-    for start in range(0, lines, LINES):
-        line = start + tl.arange(0, LINES)
-        if ORDER > 0:
-            one, two = line_dots(
-                first, second, words, units, line, lines, stride, payload_bytes, C, PLANES, ASM, TWO
-            )
-        else:
-            one = line_products(
+    if ORDER > 0:
+        for start in range(0, cols // 16, LINES):
+            one, two = group_dots(
+                first, second, words, units, start + tl.arange(0, LINES), cols // 16, stride,
+                payload_bytes, C, PLANES, ASM, TWO,
+            )  # fmt: skip
+            acc += one
+            if TWO:
+                acc2 += two
+    else:
+        for start in range(0, lines, LINES):
+            line = start + tl.arange(0, LINES)
+            acc += line_products(
                 first, iq4, x, line, lines, cols, payload_bytes,
                 C[0], C[1], C[2], C[3], C[4], C[5], C[6], C[7],
             )  # fmt: skip
-            two = one
             if TWO:
-                two = line_products(
+                acc2 += line_products(
                     second, iq4, x, line, lines, cols, payload_bytes,
                     C[0], C[1], C[2], C[3], C[4], C[5], C[6], C[7],
                 )  # fmt: skip
-        acc += one
-        if TWO:
-            acc2 += two
     return tl.sum(acc, 0), tl.sum(acc2, 0)
 
 
@@ -189,6 +191,7 @@ def hits(
     weights: Tensor,
     activation: str = "silu",
     seen: Tensor | None = None,
+    cut: Callable[[Tensor, int], tuple[Tensor, Tensor]] = split,
 ) -> Tensor:
     """Weighted sum of the chosen experts that have a slot.
 
@@ -201,6 +204,7 @@ def hits(
         weights: (tokens, k) float32, contiguous.
         activation: "silu" or "gpt-oss".
         seen: (at least tokens * k,) int32 that takes the ids, hits or not, or None.
+        cut: `split`, or what knows the planes of `hidden` already.
 
     Returns:
         (tokens, d) float32; zeros where nothing hit.
@@ -209,7 +213,10 @@ def hits(
     d, f = layout.d, layout.f
     walk = Walk.of(int(layout.types[2]), f)
     then = order(walk.constants)
-    inner = _activations(memory, table, layout, hidden, ids, activation, seen, then)
+    gate, up = (Walk.of(int(kind), d) for kind in layout.types[:2])
+    first = order(gate.constants) if order(gate.constants) == order(up.constants) else 0
+    planes = cut(hidden, first) if first else (ids, hidden)
+    inner = _activations(memory, table, layout, hidden, planes, ids, activation, seen, first, then)
     parts = torch.empty(tokens * k, d, device=hidden.device)
     out = torch.empty(tokens, d, device=hidden.device)
     _down[(tokens * k, -(-d // 16))](
@@ -231,22 +238,22 @@ def _activations(
     table: Tensor,
     layout: Layout,
     hidden: Tensor,
+    cut: tuple[Tensor, Tensor],
     ids: Tensor,
     activation: str,
     seen: Tensor | None,
+    first: int,
     then: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gate, up and activation of `hits`: (routes, f) float32, and its planes and units in the
-    order `then`, unless that is 0."""
+    order `then`, unless that is 0. cut: hidden's in the order `first`, likewise."""
     (tokens, k), d, f, device = ids.shape, layout.d, layout.f, hidden.device
     gate, up = (Walk.of(int(kind), d) for kind in layout.types[:2])
-    first = order(gate.constants) if order(gate.constants) == order(up.constants) else 0
-    words, units = split(hidden, first) if first else (ids, hidden)
     inner = torch.empty(tokens * k, f, device=device)
     planes = room(tokens * k, f, device) if then else (ids, inner)
     gate_bias, up_bias = (layout.biases[0][0], layout.biases[1][0]) if layout.biases else (0, 0)
     _gate_up[(tokens * k, -(-f // 16))](
-        memory, table, ids, ids if seen is None else seen, hidden, words, units, inner, *planes,
+        memory, table, ids, ids if seen is None else seen, hidden, *cut, inner, *planes,
         iq4_table(device), layout.nbytes, d, f, layout.matrices[1][0], gate_bias, up_bias,
         gate.group_bytes, gate.payload_bytes, gate.lines, up.group_bytes, up.payload_bytes,
         up.lines, K=k, G=gate.constants, U=up.constants, ORDER=first, THEN=then, PLANES=PLANES,

@@ -4,6 +4,7 @@ A program owns 16 rows and walks the columns; no tensor cores, since a step of o
 is bound by the bytes of the weights. Weights lie as docs/slab-layout.md says.
 """
 
+from collections.abc import Callable
 from functools import cache
 
 import torch
@@ -13,12 +14,14 @@ from torch import Tensor
 
 from greenroom.kernels.lines import Walk, rows_product
 from greenroom.kernels.packed import FORMATS, IQ4_VALUES, code, factors, number
+from greenroom.kernels.planes import INTERPRETED, PLANES, group_dots, order, split
 
 BLOCKS = 32  # blocks of 32 columns read at a time
 SINGLE = 2  # tokens up to which each walks the lines by itself: wider loads, fewer instructions
 MANY = 1024  # groups of rows from which there are programs enough to fill a GPU several times
-FEW_LINES, FEW_WARPS = 256, 4  # of that walk below MANY: much to wait for at a time
+FEW_LINES, FEW_WARPS = 256, 8  # of that walk below MANY: much to wait for at a time
 LINES, WARPS = 64, 2  # and above
+FEW_GROUPS, GROUPS, GROUPS_WARPS = 64, 32, 4  # the same in planes: groups of sixteen columns
 
 
 @triton.jit
@@ -92,6 +95,29 @@ def _walk(
     tl.store(out + token * rows + row, y, mask=row < rows)
 
 
+@triton.jit
+def _dots(
+    packed, words, units, bias, out, rows, cols, group_bytes, payload_bytes, C: tl.constexpr,
+    PLANES: tl.constexpr, ASM: tl.constexpr, BIAS: tl.constexpr, GROUPS: tl.constexpr,
+):  # fmt: skip
+    token = tl.program_id(0).to(tl.int64)
+    matrix = packed + tl.program_id(1).to(tl.int64) * group_bytes
+    words += token * PLANES * (cols // 4)
+    units += token * (cols // 8)
+    acc = tl.zeros((GROUPS, 16), tl.float32)
+    for start in range(0, cols // 16, GROUPS):
+        part, _ = group_dots(
+            matrix, matrix, words, units, start + tl.arange(0, GROUPS), cols // 16, cols // 4,
+            payload_bytes, C, PLANES, ASM, False,
+        )  # fmt: skip
+        acc += part
+    y = tl.sum(acc, 0)
+    row = tl.program_id(1) * 16 + tl.arange(0, 16)
+    if BIAS:
+        y += tl.load(bias + row, mask=row < rows, other=0.0)
+    tl.store(out + token * rows + row, y, mask=row < rows)
+
+
 @cache
 def iq4_table(device: torch.device) -> Tensor:
     """IQ4's sixteen values as float32 on the device."""
@@ -99,7 +125,13 @@ def iq4_table(device: torch.device) -> Tensor:
 
 
 def matvec(
-    packed: Tensor, kind: int, rows: int, cols: int, x: Tensor, bias: Tensor | None = None
+    packed: Tensor,
+    kind: int,
+    rows: int,
+    cols: int,
+    x: Tensor,
+    bias: Tensor | None = None,
+    cut: Callable[[Tensor, int], tuple[Tensor, Tensor]] = split,
 ) -> Tensor:
     """x times the transpose of a packed matrix.
 
@@ -107,6 +139,7 @@ def matvec(
         packed: (bytes,) uint8, a (rows, cols) matrix of quantised type `kind` (ggml number).
         x: (tokens, cols) float32, contiguous.
         bias: (rows,) float32.
+        cut: `split`, or what knows the planes of x already.
 
     Returns:
         (tokens, rows) float32.
@@ -116,6 +149,15 @@ def matvec(
     out = torch.empty(tokens, rows, device=x.device, dtype=torch.float32)
     if tokens <= SINGLE:
         walk, groups = Walk.of(kind, cols), -(-rows // 16)
+        in_planes = order(walk.constants)
+        if in_planes:
+            size, warps = (GROUPS, GROUPS_WARPS) if groups > MANY else (FEW_GROUPS, FEW_WARPS)
+            _dots[(tokens, groups)](
+                packed, *cut(x, in_planes), x if bias is None else bias, out, rows, cols,
+                walk.group_bytes, walk.payload_bytes, C=walk.constants, PLANES=PLANES,
+                ASM=not INTERPRETED, BIAS=bias is not None, GROUPS=size, num_warps=warps,
+            )  # fmt: skip
+            return out
         lines, warps = (LINES, WARPS) if groups > MANY else (FEW_LINES, FEW_WARPS)
         _walk[(tokens, groups)](
             packed, x, x if bias is None else bias, out, iq4_table(x.device), rows, cols,

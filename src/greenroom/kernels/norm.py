@@ -1,6 +1,7 @@
 """RMSNorm and LayerNorm on the GPU, with the residual addition that stands before them fused in.
 
-One program per row; statistics in float32. Knows nothing of what the rows are.
+One program per row; statistics in float32. Where a product wants the result in planes of bytes,
+they are made here. Knows nothing of what the rows are.
 """
 
 import torch
@@ -8,34 +9,39 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from greenroom.kernels.planes import PLANES, columns_of, room, store_planes
+
+PER_WARP = 256  # columns: little to do one after another, since a row has one program
+
 
 @triton.jit
 def _norm(
-    x,
-    residual,
-    weight,
-    bias,
-    out,
-    width,
-    eps,
-    RESIDUAL: tl.constexpr,
-    CENTRED: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
+    x, residual, weight, bias, out, words, units, width, eps, RESIDUAL: tl.constexpr,
+    CENTRED: tl.constexpr, ORDER: tl.constexpr, PLANES: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
-    column = tl.arange(0, BLOCK)
+    column = columns_of(tl.arange(0, BLOCK // 4), ORDER)
     inside = column < width
     value = tl.load(x + row * width + column, mask=inside, other=0.0).to(tl.float32)
     if RESIDUAL:
         value += tl.load(residual + row * width + column, mask=inside, other=0.0)
+    factor = tl.load(weight + column, mask=inside, other=0.0)  # before anything waits for sums
+    if CENTRED:
+        shift = tl.load(bias + column, mask=inside, other=0.0)
+    if RESIDUAL:
         tl.store(residual + row * width + column, value, mask=inside)
     if CENTRED:
-        value = tl.where(inside, value - tl.sum(value) / width, 0.0)
-    spread = tl.rsqrt(tl.sum(value * value) / width + eps)
-    value = value * spread * tl.load(weight + column, mask=inside, other=0.0)
+        value = tl.where(inside, value - tl.sum(tl.sum(value, 1), 0) / width, 0.0)
+    spread = tl.rsqrt(tl.sum(tl.sum(value * value, 1), 0) / width + eps)
+    value = value * spread * factor
     if CENTRED:
-        value += tl.load(bias + column, mask=inside, other=0.0)
+        value += shift
     tl.store(out + row * width + column, value, mask=inside)
+    if ORDER > 0:
+        store_planes(
+            value, words + row * PLANES * (width // 4), units + row * (width // 8), 0, width // 4,
+            width // 4, PLANES,
+        )  # fmt: skip
 
 
 def norm(
@@ -44,7 +50,8 @@ def norm(
     eps: float,
     bias: Tensor | None = None,
     residual: Tensor | None = None,
-) -> Tensor:
+    kind: int = 0,
+) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
     """Normalises the rows of `x + residual`; RMSNorm, or LayerNorm where a bias is given.
 
     Args:
@@ -52,18 +59,23 @@ def norm(
         weight, bias: (width,) float32.
         eps: added to the variance.
         residual: shape of x, float32; overwritten with x + residual.
+        kind: order of the planes the result is cut into; 0 for none.
 
     Returns:
-        Shape of x, float32.
+        Shape of x, float32; and what `planes.split` makes of it, or None.
     """
     width = x.shape[-1]
+    rows = x.numel() // width
     out = torch.empty_like(x, dtype=torch.float32)
-    _norm[(x.numel() // width,)](
+    planes = room(rows, width, x.device) if kind else None
+    block = max(16, triton.next_power_of_2(width))
+    _norm[(rows,)](
         x, x if residual is None else residual, weight, weight if bias is None else bias, out,
-        width, eps, RESIDUAL=residual is not None, CENTRED=bias is not None,
-        BLOCK=triton.next_power_of_2(width),
+        *(planes or (out, out)), width, eps, RESIDUAL=residual is not None,
+        CENTRED=bias is not None, ORDER=kind, PLANES=PLANES, BLOCK=block,
+        num_warps=min(16, max(1, block // PER_WARP)),
     )  # fmt: skip
-    return out
+    return out, planes
 
 
 def norm_twin(

@@ -98,8 +98,8 @@ def number(code, iq4, ZERO: tl.constexpr, TABLE: tl.constexpr):
 
 
 @triton.jit
-def _half(pointer):
-    return tl.load(pointer.to(tl.pointer_type(tl.float16))).to(tl.float32)
+def _half(halves, index):
+    return tl.load(halves + index).to(tl.float32)
 
 
 @triton.jit
@@ -108,12 +108,12 @@ def factors(records, block, row, part, KIND: tl.constexpr):
     scale plane, block: index of the 32 columns, row: 0..15, broadcast against each other."""
     # One way out: a compiled function must return the same types wherever it ends.
     low = 0.0
+    halves = records.to(tl.pointer_type(tl.float16))
     if KIND == 0:  # F16
-        scale = _half(records + block * 32 + 2 * row)
+        scale = _half(halves, block * 16 + row)
     elif KIND == 1:  # F16_MIN
-        at = records + block * 64 + 2 * row
-        scale = _half(at)
-        low = -_half(at + 32)
+        scale = _half(halves, block * 32 + row)
+        low = -_half(halves, block * 32 + 16 + row)
     elif KIND == 2:  # E8M0
         exponent = tl.load(records + block * 16 + row).to(tl.int32)
         scale = (exponent << 23).to(tl.float32, bitcast=True)
@@ -121,21 +121,22 @@ def factors(records, block, row, part, KIND: tl.constexpr):
         byte = tl.load(records + block * 32 + 16 * part + row).to(tl.int32)
         scale = (byte << 20).to(tl.float32, bitcast=True) * 1.329227995784916e36
     elif KIND == 4:  # K_MIN
-        at = records + block // 8 * 320
-        inner = 16 * (block % 8) + row
-        scale = _half(at + 2 * row) * tl.load(at + 64 + inner).to(tl.float32)
-        low = _half(at + 32 + 2 * row) * tl.load(at + 192 + inner).to(tl.float32)
+        at = block // 8 * 320
+        inner = at + 64 + 16 * (block % 8) + row
+        scale = _half(halves, at // 2 + row) * tl.load(records + inner).to(tl.float32)
+        low = _half(halves, at // 2 + 16 + row) * tl.load(records + inner + 128).to(tl.float32)
     elif KIND == 5:  # K2_MIN
-        at = records + block // 8 * 320
-        byte = tl.load(at + 64 + 16 * (2 * (block % 8) + part) + row).to(tl.int32)
-        scale = _half(at + 2 * row) * (byte & 15).to(tl.float32)
-        low = _half(at + 32 + 2 * row) * (byte >> 4).to(tl.float32)
+        at = block // 8 * 320
+        inner = at + 64 + 16 * (2 * (block % 8) + part) + row
+        byte = tl.load(records + inner).to(tl.int32)
+        scale = _half(halves, at // 2 + row) * (byte & 15).to(tl.float32)
+        low = _half(halves, at // 2 + 16 + row) * (byte >> 4).to(tl.float32)
     elif KIND == 6:  # K_SIGNED16
-        at = records + block // 8 * 288
-        byte = tl.load(at + 32 + 16 * (2 * (block % 8) + part) + row)
-        scale = _half(at + 2 * row) * byte.to(tl.int8, bitcast=True).to(tl.float32)
+        at = block // 8 * 288
+        byte = tl.load(records + at + 32 + 16 * (2 * (block % 8) + part) + row)
+        scale = _half(halves, at // 2 + row) * byte.to(tl.int8, bitcast=True).to(tl.float32)
     else:  # K_SIGNED32
-        at = records + block // 8 * 160
-        byte = tl.load(at + 32 + 16 * (block % 8) + row)
-        scale = _half(at + 2 * row) * byte.to(tl.int8, bitcast=True).to(tl.float32)
+        at = block // 8 * 160
+        byte = tl.load(records + at + 32 + 16 * (block % 8) + row)
+        scale = _half(halves, at // 2 + row) * byte.to(tl.int8, bitcast=True).to(tl.float32)
     return scale, low

@@ -1,5 +1,5 @@
 """Activations as planes of bytes, and their products with packed codes by the four-byte dot
-instruction: exact integers within a line of weights, so that only scales are ever rounded.
+instruction: integers within sixteen columns, so that little but scales is ever rounded.
 
 Sixteen columns share a unit; three planes keep 23 bits of the largest of them, as many as a
 float32 has. Beside the unit stands the columns' sum, for codes that count from a zero of their
@@ -7,6 +7,8 @@ own. A word is four columns of one plane. Where codes are looked up in a table o
 words take the order in which the byte permutation yields them: of eight columns k..k+7 first
 k, k+4, k+1, k+5, then k+2, k+6, k+3, k+7. Knows formats; not what is computed with them.
 """
+
+from typing import Protocol
 
 import torch
 import triton
@@ -20,6 +22,16 @@ PER_UNIT = 16  # columns
 COLUMNS = 1024  # of a program
 INTERPRETED = triton.knobs.runtime.interpret
 NATURAL, PERMUTED = 1, 2  # orders of columns; 0: activations stay float32
+
+
+class Maker(Protocol):
+    """Makes activations and can cut them into planes in the same launch.
+
+    Attributes:
+        kind: in which order; 0 for none.
+    """
+
+    kind: int
 
 
 def order(constants: tuple[int, ...]) -> int:
@@ -46,11 +58,11 @@ def _dp4a(codes, x, acc, SIGNED: tl.constexpr, ASM: tl.constexpr):
                 is_pure=True, pack=1,
             )  # fmt: skip
     else:
-        for byte in tl.static_range(4):
-            code = (codes << (24 - 8 * byte)) >> 24
-            if not SIGNED:
-                code &= 255
-            acc += code * ((x << (24 - 8 * byte)) >> 24)
+        up = 24 - 8 * tl.arange(0, 4)[None, None, :]  # one byte each to the top
+        code = (codes[:, :, None] << up) >> 24
+        if not SIGNED:
+            code &= 255
+        acc += tl.sum(code * ((x[:, :, None] << up) >> 24), 2)
     return acc
 
 
@@ -64,19 +76,12 @@ def _e2m1(word, ASM: tl.constexpr):
             "=r,r", [word], dtype=tl.int32, is_pure=True, pack=1,
         )  # fmt: skip
     else:
-        out = word & 0
-        for byte in tl.static_range(4):
-            code = (word >> (4 * byte)) & 15
-            e, m = (code & 7) >> 1, code & 1
-            twice = tl.where(e > 0, (2 + m) << (tl.maximum(e, 1) - 1), m)
-            out |= tl.where(code > 7, 12 - twice, 12 + twice) << (8 * byte)
+        byte = tl.arange(0, 4)[None, None, :]
+        code = (word[:, :, None] >> (4 * byte)) & 15
+        e, m = (code & 7) >> 1, code & 1
+        twice = tl.where(e > 0, (2 + m) << (tl.maximum(e, 1) - 1), m)
+        out = tl.xor_sum(tl.where(code > 7, 12 - twice, 12 + twice) << (8 * byte), 2)
     return out
-
-
-@triton.jit
-def _float(integer):
-    """int32 below 2^22 as float32, without the slow conversion."""
-    return (integer + 0x4B400000).to(tl.float32, bitcast=True) - 12582912.0
 
 
 @triton.jit
@@ -165,6 +170,28 @@ def split(x: Tensor, kind: int) -> tuple[Tensor, Tensor]:
     return words, units
 
 
+class Cutter:
+    """Cuts activations, unless whoever made them has cut them already."""
+
+    def __init__(self) -> None:
+        self._last: tuple[Tensor, int, tuple[Tensor, Tensor] | None, Maker] | None = None
+
+    def made(
+        self, x: Tensor, kind: int, planes: tuple[Tensor, Tensor] | None, maker: Maker
+    ) -> None:
+        """Tells that `maker` made x, and its planes unless kind is 0; nobody may change x now."""
+        self._last = x, kind, planes, maker
+
+    def __call__(self, x: Tensor, kind: int) -> tuple[Tensor, Tensor]:
+        """See `split`; whoever made x without planes will be asked for them next time."""
+        if self._last is not None and self._last[0] is x:
+            _, known, planes, maker = self._last
+            if planes is not None and known == kind:
+                return planes
+            maker.kind = maker.kind or kind
+        return split(x, kind)
+
+
 def split_twin(x: Tensor, kind: int) -> tuple[Tensor, Tensor]:
     """`split` in plain torch; the truth it is held against."""
     tokens, cols = x.shape
@@ -186,36 +213,18 @@ def split_twin(x: Tensor, kind: int) -> tuple[Tensor, Tensor]:
 
 
 @triton.jit
-def _codes(group, line, C: tl.constexpr):
-    """Words of lines (L,): the low plane's and, if there is a second, that one's, (L, 16)."""
-    LOW: tl.constexpr = C[1]
-    HIGH: tl.constexpr = C[2]
-    here = group.to(tl.pointer_type(tl.int32)) + tl.arange(0, 16)[None, :]
-    if HIGH == 0:
-        word = tl.load(here + (line * 16)[:, None])
-        high = word
-    else:
-        PER: tl.constexpr = 8 // HIGH
-        block = line // LOW * C[0]
-        first = line % LOW * (8 // LOW)
-        word = tl.load(here + (block + line % LOW * 16)[:, None])
-        high = tl.load(here + (block + (LOW + first // PER) * 16)[:, None])
-        high = high >> ((first % PER) * HIGH)[:, None]
-    return word, high
-
-
-@triton.jit
 def _quad(word, high, quad: tl.constexpr, C: tl.constexpr, ASM: tl.constexpr):
-    """The codes of a line's `quad`-th four columns, as bytes."""
+    """The codes of a group's `quad`-th four columns, as bytes; word: the line they are in."""
     LOW: tl.constexpr = C[1]
     HIGH: tl.constexpr = C[2]
     MASK: tl.constexpr = ((1 << LOW) - 1) * 0x01010101
+    SHIFT: tl.constexpr = quad % (8 // LOW)
     if C[4] == 1:
-        codes = _e2m1(word >> (16 * quad), ASM)
+        codes = _e2m1(word >> (16 * SHIFT), ASM)
     elif LOW == 8:
         codes = word ^ -2139062144  # 0x80808080: from 0..255 around 128 to signed
     else:
-        codes = (word >> (LOW * quad)) & MASK
+        codes = (word >> (LOW * SHIFT)) & MASK
         if HIGH > 0:
             H_MASK: tl.constexpr = ((1 << HIGH) - 1) * 0x01010101
             codes |= ((high >> (HIGH * quad)) & H_MASK) << LOW
@@ -223,66 +232,77 @@ def _quad(word, high, quad: tl.constexpr, C: tl.constexpr, ASM: tl.constexpr):
 
 
 @triton.jit
-def _scaled(value, unit, total, records, line, C: tl.constexpr):
-    """Sums of codes (L, 16) with scales, minima and zeros; unit, total: (L,)."""
+def _sums(matrix, words, stride, at, live, C: tl.constexpr, PLANES: tl.constexpr,
+          ASM: tl.constexpr):  # fmt: skip
+    """Of groups of sixteen columns, (G,), and 16 rows: codes times columns in units of the last
+    plane, (G, 16) float32; integers, rounded once."""
     LOW: tl.constexpr = C[1]
-    first = line % LOW * (8 // LOW)
-    part = first // 4 if C[6] == 2 else first * 0
+    HIGH: tl.constexpr = C[2]
+    QUADS: tl.constexpr = 8 // LOW  # of a line
     row = tl.arange(0, 16)[None, :]
-    scale, low = factors(records, (line // LOW)[:, None], row, part[:, None], C[5])
-    if C[4] == 1:  # codes are twice the value plus 12
-        scale *= 0.5
-    ZERO: tl.constexpr = 12 if C[4] == 1 else (0 if LOW == 8 else C[3])
-    out = value * (scale * unit[:, None])
+    inner = at % 2 * (LOW // 2)
+    here = matrix.to(tl.pointer_type(tl.int32)) + (at // 2 * C[0])[:, None] + row
+    high = at[:, None] + row
+    if HIGH > 0:
+        PER: tl.constexpr = 8 // HIGH
+        first = at % 2 * 4
+        high = tl.load(here + ((LOW + first // PER) * 16)[:, None])
+        high = high >> (first % PER * HIGH)[:, None]
+    pairs = words.to(tl.pointer_type(tl.int64)) + at * 2
+    top = tl.zeros((at.shape[0], 16), tl.int32)
+    middle = top
+    bottom = top
+    for quad in tl.static_range(4):
+        if quad % QUADS == 0:
+            word = tl.load(here + ((inner + quad // QUADS) * 16)[:, None])
+        codes = _quad(word, high, quad, C, ASM)
+        for plane in tl.static_range(PLANES):
+            both = tl.load(pairs + plane * (stride // 2) + quad // 2, mask=live, other=0)
+            x = (both >> (32 * (quad % 2))).to(tl.int32)[:, None]
+            if plane == 0:
+                top = _dp4a(codes, x, top, LOW == 8, ASM)
+            elif plane == 1:
+                middle = _dp4a(codes, x, middle, LOW == 8, ASM)
+            else:
+                bottom = _dp4a(codes, x, bottom, LOW == 8, ASM)
+    return top.to(tl.float32) * 65536.0 + (middle * 256 + bottom).to(tl.float32)
+
+
+@triton.jit
+def _scaled(sums, unit, total, records, at, C: tl.constexpr):
+    """Sums of codes (G, 16) with scales, minima and zeros; unit, total: (G,)."""
+    HALF: tl.constexpr = 0.5 if C[4] == 1 else 1.0  # of E2M1: codes are twice the value plus 12
+    ZERO: tl.constexpr = 6 if C[4] == 1 else (0 if C[1] == 8 else C[3])
+    part = at % 2 if C[6] == 2 else at * 0
+    row = tl.arange(0, 16)[None, :]
+    scale, low = factors(records, (at // 2)[:, None], row, part[:, None], C[5])
+    out = sums * (unit * HALF)[:, None]
     if ZERO > 0:
-        low += ZERO * scale
-    if ZERO > 0 or (C[5] == 1 or C[5] == 4 or C[5] == 5):  # the last three have a minimum
+        out -= (total * ZERO)[:, None]
+    out *= scale
+    if C[5] == 1 or C[5] == 4 or C[5] == 5:  # they have a minimum
         out -= total[:, None] * low
     return out
 
 
 @triton.jit
-def line_dots(
-    first, second, words, units, line, lines, stride, payload_bytes, C: tl.constexpr,
+def group_dots(
+    first, second, words, units, group, groups, stride, payload_bytes, C: tl.constexpr,
     PLANES: tl.constexpr, ASM: tl.constexpr, TWO: tl.constexpr,
 ):  # fmt: skip
-    """Products of each line's columns in two groups of rows of one format, (L, 16) float32 each;
-    see `line_products`. words, units: one token's planes of `stride` words and its units. Without
-    TWO the second is left out.
+    """Products of groups of sixteen columns, (G,), in two matrices' 16 rows of one format,
+    (G, 16) float32 each. words, units: one token's planes of `stride` words and its units.
+    Without TWO the second is left out.
     """
-    LOW: tl.constexpr = C[1]
-    QUADS: tl.constexpr = 8 // LOW
-    live = line < lines
-    at = tl.where(live, line, 0)
-    word, high = _codes(first, at, C)
-    word2, high2 = word, high
-    if TWO:
-        word2, high2 = _codes(second, at, C)
-    value = tl.zeros((line.shape[0], 16), tl.float32)
-    value2 = value
-    for plane in tl.static_range(PLANES):
-        acc = tl.zeros((line.shape[0], 16), tl.int32)
-        acc2 = acc
-        for quad in tl.static_range(QUADS):
-            if quad % 2 == 0:
-                if QUADS == 1:
-                    x = tl.load(words + plane * stride + at, mask=live, other=0)
-                else:  # two words at once
-                    pair = (words + plane * stride).to(tl.pointer_type(tl.int64))
-                    both = tl.load(pair + at * (QUADS // 2) + quad // 2, mask=live, other=0)
-                    x = both.to(tl.int32)
-            else:
-                x = (both >> 32).to(tl.int32)
-            acc = _dp4a(_quad(word, high, quad, C, ASM), x[:, None], acc, LOW == 8, ASM)
-            if TWO:
-                acc2 = _dp4a(_quad(word2, high2, quad, C, ASM), x[:, None], acc2, LOW == 8, ASM)
-        value = value * 256.0 + _float(acc)
-        if TWO:
-            value2 = value2 * 256.0 + _float(acc2)
-    group = at * QUADS // 4  # of sixteen columns; their sum counts once
-    unit = tl.load(units + group * 2, mask=live, other=0.0)
-    total = tl.load(units + group * 2 + 1, mask=live & (at * QUADS % 4 == 0), other=0.0)
+    live = group < groups
+    at = tl.where(live, group, 0)
+    pair = tl.load(units.to(tl.pointer_type(tl.int64)) + at, mask=live, other=0)
+    unit = pair.to(tl.int32).to(tl.float32, bitcast=True)
+    total = (pair >> 32).to(tl.int32).to(tl.float32, bitcast=True)
+    value = _sums(first, words, stride, at, live, C, PLANES, ASM)
     value = _scaled(value, unit, total, first + payload_bytes, at, C)
+    value2 = value
     if TWO:
+        value2 = _sums(second, words, stride, at, live, C, PLANES, ASM)
         value2 = _scaled(value2, unit, total, second + payload_bytes, at, C)
     return value, value2

@@ -121,7 +121,7 @@ class CudaBackend:
 
     def norm(self, weight: Tensor, bias: Tensor | None, eps: float, centred: bool) -> DeviceNorm:
         """See `Backend.norm`."""
-        return DeviceNorm(self.bench.ledger, weight, bias, eps, centred)
+        return DeviceNorm(self.bench.ledger, weight, bias, eps, centred, self.bench.cut)
 
     def router(self, weight: Tensor, bias: Tensor | None, rule: Rule) -> DeviceRouter:
         """See `Backend.router`."""
@@ -146,6 +146,9 @@ class CudaBackend:
     def complete(self) -> None:
         """See `Backend.complete`."""
         self.tiers.complete()
+        for layer in () if self.tiers.slots is None else self.tiers.slots.layers:
+            if layer is not None:
+                layer.cut = self.bench.cut
 
     def step_done(self, tokens: int, seconds: float = 0.0) -> None:
         """Promotes experts, see `Slots.step_done`."""

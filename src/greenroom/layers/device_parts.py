@@ -19,12 +19,14 @@ from greenroom.kernels.dequantise import dequantise
 from greenroom.kernels.matvec import matvec
 from greenroom.kernels.norm import norm
 from greenroom.kernels.packed import FORMATS, GROUP_ROWS
+from greenroom.kernels.planes import Cutter
 from greenroom.kernels.rowmajor import rowmajor
 from greenroom.layers.ledger import SCRATCH_BYTES, Ledger
 from greenroom.layers.moe import swiglu
 from greenroom.layers.weight import Weight
 
 FEW = 16  # tokens up to which reading packed blocks beats expanding them
+CUT = 32  # tokens up to which a norm's result is cut into planes where somebody wants them
 
 _FLOATS = {
     GGMLType.F32: torch.float32,
@@ -58,12 +60,16 @@ class Workbench:
         pool: the native thread pool.
         ledger: books every tensor.
         scratch_bytes: of expanded rows.
+
+    Attributes:
+        cut: cuts activations into planes.
     """
 
     def __init__(self, pool: Any, ledger: Ledger, scratch_bytes: int = SCRATCH_BYTES) -> None:
         self.pool = pool
         self.ledger = ledger
         self.device = ledger.device
+        self.cut = Cutter()
         self._scratch = ledger.empty("workspace", [scratch_bytes // 4], torch.float32)
 
     def scratch(self, cols: int) -> Tensor:
@@ -118,7 +124,7 @@ class DeviceMatrix:
             return self._many(x)
         if self.type in _FLOATS:
             return rowmajor(self.data, x, self.bias)
-        return matvec(self.data, int(self.type), self.rows, self.cols, x, self.bias)
+        return matvec(self.data, int(self.type), self.rows, self.cols, x, self.bias, self.bench.cut)
 
     def _many(self, x: Tensor) -> Tensor:
         out = torch.empty(x.shape[0], self.rows, device=x.device)
@@ -212,8 +218,16 @@ class DeviceNorm:
     """A norm of the residual stream, fused with the addition before it; see `Norm`."""
 
     def __init__(
-        self, ledger: Ledger, weight: Tensor, bias: Tensor | None, eps: float, centred: bool
+        self,
+        ledger: Ledger,
+        weight: Tensor,
+        bias: Tensor | None,
+        eps: float,
+        centred: bool,
+        cut: Cutter | None = None,
     ) -> None:
+        self.kind = 0  # of planes made beside the result, see `Cutter`
+        self._cut = cut
         self._weight = ledger.place("dense", weight)
         self._bias = None
         if bias is not None or centred:  # the kernel takes a bias as the sign to centre
@@ -231,8 +245,14 @@ class DeviceNorm:
         """Adds delta to x in place and returns the sum normalised; (..., width) float32."""
         source, residual = (x.contiguous(), None) if delta is None else (delta.contiguous(), x)
         bias = self._bias if self._centred else None
-        y = norm(source, self._weight, self._eps, bias, residual)
-        return y if self._centred or self._bias is None else y.add_(self._bias)
+        few = self._cut is not None and x.dim() == 2 and x.shape[0] <= CUT
+        kind = self.kind if few else 0
+        y, planes = norm(source, self._weight, self._eps, bias, residual, kind)
+        if self._bias is not None and not self._centred:
+            return y.add_(self._bias)
+        if few and self._cut is not None:
+            self._cut.made(y, kind, planes, self)
+        return y
 
 
 def to_device(tensor: Tensor, device: torch.device) -> Tensor:
