@@ -80,7 +80,7 @@ def _e2m1(word, ASM: tl.constexpr):
         code = (word[:, :, None] >> (4 * byte)) & 15
         e, m = (code & 7) >> 1, code & 1
         twice = tl.where(e > 0, (2 + m) << (tl.maximum(e, 1) - 1), m)
-        out = tl.xor_sum(tl.where(code > 7, 12 - twice, 12 + twice) << (8 * byte), 2)
+        out = tl.sum(tl.where(code > 7, 12 - twice, 12 + twice) << (8 * byte), 2)
     return out
 
 
