@@ -1,6 +1,7 @@
 """Packed matrices and norms on a device (or under Triton's interpreter) against plain torch."""
 
 import os
+from contextlib import nullcontext
 
 import numpy as np
 import pytest
@@ -12,9 +13,12 @@ if not torch.cuda.is_available():
 from greenroom import native
 from greenroom.gguf import GGMLType, random_blocks
 from greenroom.kernels.planes import split
+from greenroom.layers import device_parts
+from greenroom.layers.cuda_backend import CudaBackend
 from greenroom.layers.device_parts import FEW, DeviceMatrices, DeviceMatrix, DeviceNorm, Workbench
 from greenroom.layers.ledger import Ledger
 from greenroom.layers.norm import Norm
+from greenroom.layers.router import Rule
 from greenroom.layers.weight import Weight
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -97,3 +101,18 @@ def test_a_norm_cuts_its_result_for_the_matrix_that_reads_it(monkeypatch) -> Non
     other = matrix(asked(x) * 2)  # not what the norm has made
     assert len(splits) == 3
     torch.testing.assert_close(other, 2 * first)
+
+
+@pytest.mark.parametrize(("gating", "exact"), [("sparse_mixer", True), ("softmax", False)])
+def test_long_products_keep_float32_before_a_router_that_jumps(
+    gating: str, exact: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    entered = []
+    monkeypatch.setattr(
+        device_parts, "tensor_cores", lambda device: entered.append(device) or nullcontext()
+    )
+    bench = workbench()
+    CudaBackend(bench.pool, bench, 1).router(torch.ones(4, 32), None, Rule(gating, 2))
+    DeviceMatrix(bench, [weight(GGMLType.Q8_0, 16, 32)], [None])(torch.ones(FEW + 1, 32).to(DEVICE))
+    assert bench.exact == exact
+    assert bool(entered) != exact

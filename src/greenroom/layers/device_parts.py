@@ -5,7 +5,7 @@ of rows to float32 and leave the product to the vendor's routine. Knows no famil
 """
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -63,10 +63,12 @@ class Workbench:
 
     Attributes:
         cut: cuts activations into planes.
+        exact: whether long products keep all bits of float32, at a fraction of the speed.
     """
 
     def __init__(self, pool: Any, ledger: Ledger, scratch_bytes: int = SCRATCH_BYTES) -> None:
         self.pool = pool
+        self.exact = False
         self.ledger = ledger
         self.device = ledger.device
         self.cut = Cutter()
@@ -129,7 +131,7 @@ class DeviceMatrix:
     def _many(self, x: Tensor) -> Tensor:
         out = torch.empty(x.shape[0], self.rows, device=x.device)
         scratch = self.bench.scratch(self.cols)
-        with tensor_cores(x.device):
+        with nullcontext() if self.bench.exact else tensor_cores(x.device):
             for start in range(0, self.rows, scratch.shape[0]):
                 stop = min(start + scratch.shape[0], self.rows)
                 torch.mm(x, self._expanded(start, stop, scratch).T, out=out[:, start:stop])
