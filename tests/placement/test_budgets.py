@@ -13,7 +13,7 @@ from greenroom.models.config import ModelConfig
 from greenroom.placement.hardware import Gpu, Hardware
 from greenroom.placement.placement import Placement
 from greenroom.placement.planner import Plan, Wish, place
-from greenroom.placement.sizes import Sizes, reserved, reserved_each
+from greenroom.placement.sizes import EXPERT_ROWS, Sizes, reserved, reserved_each
 
 MIB, GIB = 1 << 20, 1 << 30
 GPU = Hardware(Gpu("a GPU", 78 * GIB, 80 * GIB))
@@ -163,3 +163,9 @@ def test_what_the_next_step_needs_is_enough_for_it() -> None:
         assert second.parts["dense"] > first.parts["dense"]
         whole = int(first.reason.split(" MiB all of it")[0].rsplit(" ", 1)[1])
         assert placed(name, whole * MIB).layers_on_gpu == first.layers
+
+
+def test_rows_computed_at_a_time_are_planned_as_they_are_computed() -> None:
+    from greenroom.experts.stream import ROWS
+
+    assert EXPERT_ROWS == ROWS

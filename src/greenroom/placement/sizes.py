@@ -21,7 +21,7 @@ ALLOCATOR = 64 << 20
 # take 1.85 times what lives at once; where there is none, the allocator gives back what is unused.
 GAPS = 1.5
 
-EXPERT_ROWS = 4096  # of one expert that a long step computes at a time
+EXPERT_ROWS = 4608  # of a group of experts that a long step computes at a time
 KEPT_GRAPHS, GRAPH_SEQUENCES = 8, 32  # as `layers.decode_graphs` has them
 GRAPH_RANGES = (512, 4)  # its first range of contexts, and the factor to the next
 
