@@ -11,7 +11,7 @@ import torch
 
 from greenroom.convert.convert import Conversion, convert
 from greenroom.convert.legacy import merge_experts
-from greenroom.errors import ModelFileError, UnsupportedModelError
+from greenroom.errors import GreenroomError, ModelFileError, UnsupportedModelError
 from greenroom.gguf import GGMLType, GGUFFile, TensorSpec, write_gguf
 from greenroom.models import LoadOptions, load_model
 
@@ -165,6 +165,22 @@ DAMAGES: dict[str, tuple[Callable[[Path], None], str]] = {
     ),
     "no config": (lambda folder: (folder / "config.json").unlink(), "config.json: cannot be read"),
     "no json": (lambda folder: _write(folder, "{"), "this is not JSON"),
+    "deep json": (lambda folder: _write(folder, '{"a":' + "[" * 100_000), "this is not JSON"),
+    "no heads": (
+        lambda folder: checkpoints.change_config(folder, num_attention_heads=0),
+        "num_attention_heads = 0 must be 1 or more",
+    ),
+    "tokenizer": (
+        lambda folder: _write(folder, '{"model": 3}', "tokenizer.json"),
+        "tokenizer's files are damaged",
+    ),
+    "missing shard": (lambda folder: _index(folder, '{"a": "b.safetensors"}'), "b.safetensors is"),
+    "half a shard": (
+        lambda folder: _half_downloaded(folder),
+        "model-00001-of-00002.safetensors is missing",
+    ),
+    "shard elsewhere": (lambda folder: _index(folder, '{"a": "../b"}'), "no index"),
+    "shards without names": (lambda folder: _index(folder, '{"a": {}}'), "no index"),
     "no layers": (
         lambda folder: checkpoints.change_config(folder, num_hidden_layers=None),
         "num_hidden_layers = None must be an integer",
@@ -172,8 +188,26 @@ DAMAGES: dict[str, tuple[Callable[[Path], None], str]] = {
 }
 
 
-def _write(folder: Path, text: str) -> None:
-    (folder / "config.json").write_text(text)
+def _write(folder: Path, text: str, name: str = "config.json") -> None:
+    (folder / name).write_text(text)
+
+
+def _index(folder: Path, shards: str) -> None:
+    _write(folder, f'{{"weight_map": {shards}}}', "model.safetensors.index.json")
+
+
+def _half_downloaded(folder: Path) -> None:
+    name = "model-00001-of-00002.safetensors"
+    (folder / "model.safetensors").rename(folder / f"{name}.incomplete")
+    _index(folder, f'{{"a": "{name}"}}')
+
+
+def header(text: str) -> bytes:
+    return len(text).to_bytes(8, "little") + text.encode()
+
+
+def one_tensor(shape: str, offsets: str) -> bytes:
+    return header(f'{{"a": {{"dtype": "F32", "shape": {shape}, "data_offsets": {offsets}}}}}')
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
@@ -181,15 +215,29 @@ def test_what_cannot_be_converted_is_said_in_one_line(tmp_path: Path, damage: st
     folder = checkpoints.save(CASES["mixtral"].make(1), tmp_path / "checkpoint")
     apply, message = DAMAGES[damage]
     apply(folder)
-    with pytest.raises((ModelFileError, UnsupportedModelError), match=message) as caught:
+    with pytest.raises(GreenroomError, match=message) as caught:
         convert(Conversion(folder), tmp_path / "out.gguf")
     assert "\n" not in str(caught.value)
     assert not (tmp_path / "out.gguf").exists()
 
 
-@pytest.mark.parametrize("header", [b"", b"\xff" * 8, (4).to_bytes(8, "little") + b"null"])
-def test_damaged_headers_are_refused(tmp_path: Path, header: bytes) -> None:
+@pytest.mark.parametrize(
+    "start",
+    [
+        b"",
+        b"\xff" * 8,
+        header("null"),
+        header("[" * 100_000),
+        one_tensor("[4294967296, 4294967296]", "[0, 0]"),  # 0 in 64 bits
+        one_tensor("[1e999]", "[0, 4]"),
+        one_tensor("[-1, -1]", "[0, 4]"),
+        one_tensor("[1]", "[-8, -4]"),
+        one_tensor("[1]", "[0]"),
+    ],
+    ids=range(9),
+)
+def test_damaged_headers_are_refused(tmp_path: Path, start: bytes) -> None:
     (tmp_path / "config.json").write_text(json.dumps({"architectures": ["LlamaForCausalLM"]}))
-    (tmp_path / "model.safetensors").write_bytes(header)
-    with pytest.raises(ModelFileError):
+    (tmp_path / "model.safetensors").write_bytes(start)
+    with pytest.raises(ModelFileError, match=r"download it again|mmap"):
         convert(Conversion(tmp_path), tmp_path / "out.gguf")

@@ -142,6 +142,14 @@ def test_a_dry_run_asks_nobody(
     assert "--no-dry-run" in out
 
 
+@pytest.mark.parametrize("name", ["model", "a/b/c", "../x", "a/", "a b/c", ""])
+def test_what_is_no_repository_is_said(
+    folder: Path, name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["publish", str(folder), name]) == 1
+    assert capsys.readouterr().err.count("\n") == 1
+
+
 def test_a_folder_without_a_model_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ModelFileError, match=r"no \.gguf file"):
         plan(tmp_path, "me/model")

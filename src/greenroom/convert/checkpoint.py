@@ -5,6 +5,7 @@ what a tensor is for.
 """
 
 import json
+import math
 import mmap
 import struct
 from collections.abc import Iterator
@@ -34,6 +35,7 @@ _DTYPES: dict[str, np.dtype[Any]] = {
     "F8_E4M3": np.dtype("u1"),
     "F8_E5M2": np.dtype("u1"),
 }
+_DAMAGED = ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError
 _SOURCES = {"F32": GGMLType.F32, "F64": GGMLType.F32, "F16": GGMLType.F16, "BF16": GGMLType.BF16}
 
 
@@ -136,8 +138,10 @@ def _files(folder: Path) -> list[Path]:
     index = folder / "model.safetensors.index.json"
     if index.is_file():
         try:
-            names = set(json.loads(index.read_text())["weight_map"].values())
-        except (ValueError, KeyError, AttributeError):
+            names = set(json.loads(index.read_text("utf-8"))["weight_map"].values())
+            if any(Path(name).name != name for name in names):
+                raise ValueError("a shard in another folder")
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
             raise ModelFileError(f"{index}: this is no index of a checkpoint") from None
         missing = sorted(name for name in names if not (folder / name).is_file())
         if missing:
@@ -165,7 +169,7 @@ def _header(path: Path, mapped: mmap.mmap, number: int) -> dict[str, Entry]:
             for name, item in found.items()
             if name != "__metadata__"
         }
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except _DAMAGED as error:
         raise ModelFileError(f"{path}: damaged header ({error}); download it again") from None
 
 
@@ -175,7 +179,7 @@ def _entry(item: dict[str, Any], number: int, base: int, size: int) -> Entry:
     dtype = str(item["dtype"])
     if dtype not in _DTYPES:
         raise ValueError(f"numbers of type {dtype} are not known")
-    count = int(np.prod(shape, dtype=np.int64))
+    count = math.prod(shape)
     if min(shape, default=1) < 0 or not base <= start <= stop <= size:
         raise ValueError("a tensor lies outside the file")
     if count * _DTYPES[dtype].itemsize != stop - start:

@@ -76,6 +76,8 @@ class Config:
     def head_dim(self) -> int:
         """Elements of one head."""
         heads = self.count("num_attention_heads")
+        if heads < 1:
+            raise ModelFileError(f"{self.path}: num_attention_heads = {heads} must be 1 or more")
         return self.count("head_dim", default=self.count("hidden_size") // heads)
 
 
@@ -85,7 +87,7 @@ def read_json(path: Path) -> dict[str, Any]:
         found = json.loads(path.read_text("utf-8"))
     except OSError as error:
         raise ModelFileError(f"{path}: cannot be read: {error.strerror or error}") from None
-    except ValueError:
+    except (ValueError, RecursionError):
         raise ModelFileError(f"{path}: this is not JSON; download it again") from None
     if not isinstance(found, dict):
         raise ModelFileError(f"{path}: a JSON object is expected")

@@ -62,14 +62,29 @@ def plan(folder: Path, repository: str, api: "HfApi | None" = None) -> list[Uplo
     """The files with their sums; with `api` also which of them are there already.
 
     Raises:
-        PublishError: the hub could not be asked.
+        PublishError: this is no name of a repository, or the hub could not be asked.
     """
+    check_name(repository)
     there = remote_sums(repository, api) if api is not None else {}
     uploads = []
     for path in local_files(folder):
         name, sum = path.relative_to(folder).as_posix(), sha256_of(path)
         uploads.append(Upload(name, path.stat().st_size, sum, there.get(name) == sum))
     return uploads
+
+
+def check_name(repository: str) -> None:
+    """PublishError unless it is owner/name as the hub takes it."""
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils._validators import validate_repo_id
+
+    try:
+        validate_repo_id(repository)
+        valid = repository.count("/") == 1
+    except HFValidationError:
+        valid = False
+    if not valid:
+        raise PublishError(f"{repository!r} is no name of a repository; give owner/name")
 
 
 def remote_sums(repository: str, api: "HfApi") -> dict[str, str]:

@@ -43,8 +43,18 @@ def tokenizer_metadata(folder: Path, config: Config) -> dict[str, Any]:
     """All `tokenizer.*` keys; empty where the folder has no tokenizer.
 
     Raises:
-        TokenizerError: it is of a kind that GGUF files cannot hold, or not known.
+        TokenizerError: it is of a kind that GGUF files cannot hold, not known, or damaged.
     """
+    try:
+        return _metadata(folder, config)
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
+        reason = f"{type(error).__name__}: {error}"
+        raise TokenizerError(
+            f"{folder}: the tokenizer's files are damaged ({reason:.100}); download them again"
+        ) from None
+
+
+def _metadata(folder: Path, config: Config) -> dict[str, Any]:
     description = read_json(folder / "tokenizer.json") if has(folder, "tokenizer.json") else {}
     table = TokenTable(config.count("vocab_size"))
     if has(folder, "tokenizer.model"):
