@@ -1,9 +1,9 @@
 """Time the expert kernels on this machine's GPU over a small grid of tile sizes.
 
-    python tools/gpu_tune.py [--quick]
+    python tools/gpu_tune.py [--quick] [--decode]
 
 Prints microseconds, GB/s of weights and the best choice for: experts in slots (one token),
-dense matrices (small ones stay in the cache), expanding a slab, one expert of a long step, and
+dense matrices, expanding a slab, one expert of a long step, and
 copies from pinned and pageable slabs.
 """
 
@@ -28,6 +28,7 @@ from greenroom.kernels import matvec as dense
 from greenroom.kernels.expert_rows import scaled_rows
 from greenroom.kernels.grouped import Group, Routes
 from greenroom.kernels.lines import Walk
+from greenroom.kernels.planes import order, split
 
 SHAPES: dict[str, Any] = {
     "gpt-oss-20b": ((39, 39, 39), 2880, 2880, True, 4, "gpt-oss"),
@@ -78,7 +79,7 @@ def tune_hits(name: str, quick: bool) -> None:
     memory = slots_of(layout, count)
     table = torch.randperm(count, device="cuda").int()
     best: tuple[float, str] = (1e9, "")
-    grid = [(64, 4), (128, 8)] if quick else [(32, 2), (64, 2), (64, 4), (128, 4), (128, 8)]
+    grid = [(16, 2), (32, 2), (32, 4), (64, 4), (64, 8), (128, 8)]  # groups of sixteen columns
     for tokens in (1,) if quick else (1, 8, 32):
         hidden = torch.randn(tokens, d, device="cuda")
         weights = torch.rand(tokens, k, device="cuda")
@@ -136,17 +137,31 @@ def tune_stream(name: str) -> None:
 
 
 def tune_matvec() -> None:
-    for rows, cols in ((5120, 2880), (2880, 4096), (201088, 2880)):
-        for kind in (39, 8):
-            walk = Walk.of(kind, cols)
-            size = rows // 16 * walk.group_bytes
-            packed = torch.full((size,), 0x11, dtype=torch.uint8, device="cuda")
-            x = torch.randn(1, cols, device="cuda")
-            for dense.LINES, dense.WARPS in ((64, 4), (128, 4), (128, 8)):
-                seconds = timed(partial(dense.matvec, packed, kind, rows, cols, x))
-                choice = f"{rows}x{cols} {GGMLType(kind).name} lines {dense.LINES}"
-                rate = f"{seconds * 1e6:.1f} us {size / seconds / 1e9:.0f} GB/s"
-                print(f"matvec {choice} warps {dense.WARPS}: {rate}", flush=True)
+    """Matrices of one token, one after another, more of them than the cache holds; their planes
+    are made beforehand."""
+    for rows, cols, kind in ((5120, 2880, 8), (2880, 4096, 8), (201088, 2880, 8), (5120, 2880, 39)):
+        walk = Walk.of(kind, cols)
+        size = rows // 16 * walk.group_bytes
+        copies = max(2, (300 << 20) // size)
+        packed = torch.full((copies, size), 0x11, dtype=torch.uint8, device="cuda")
+        x = torch.randn(1, cols, device="cuda")
+        planes = split(x, order(walk.constants))
+
+        def known(
+            x: torch.Tensor, kind: int, planes: tuple[torch.Tensor, torch.Tensor] = planes
+        ) -> tuple[torch.Tensor, torch.Tensor]:
+            return planes
+
+        for groups, warps in ((16, 2), (32, 2), (32, 4), (64, 4), (64, 8), (128, 8)):
+            dense.FEW_GROUPS = dense.GROUPS = groups
+            dense.FEW_WARPS = dense.GROUPS_WARPS = warps
+            turns = cycle(packed)
+            seconds = timed(
+                lambda: dense.matvec(next(turns), kind, rows, cols, x, None, known)  # noqa: B023
+            )
+            choice = f"{rows}x{cols} {GGMLType(kind).name} groups {groups} warps {warps}"
+            rate = f"{seconds * 1e6:.1f} us {size / seconds / 1e9:.0f} GB/s"
+            print(f"matvec {choice}: {rate}", flush=True)
 
 
 def measure_copies() -> None:
@@ -172,7 +187,12 @@ def measure_copies() -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--quick", action="store_true")
+    parser.add_argument("--decode", action="store_true", help="only what a decode step runs")
     args = parser.parse_args()
+    if args.decode:
+        tune_matvec()
+        tune_hits("gpt-oss-20b", quick=True)
+        return
     measure_copies()
     tune_matvec()
     for name in SHAPES:
