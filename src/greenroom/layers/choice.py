@@ -32,7 +32,8 @@ class Choice:
 def likeliest(logits: Tensor) -> Tensor:
     """(n,) int64: the largest of each row (n, vocabulary); undecided if that is no number."""
     largest, tokens = logits.max(-1)
-    return tokens.masked_fill(~largest.isfinite(), UNDECIDED)  # a where() would copy from RAM
+    # Few launches: only of a finite number nothing is left; and a where() would copy from RAM.
+    return tokens.masked_fill_(largest.sub_(largest) != 0, UNDECIDED)
 
 
 def numbers(choices: Sequence[Choice | None]) -> list[list[float]]:
