@@ -87,7 +87,11 @@ Activations Activations::take(Arena& arena, Forms forms, std::int64_t tokens, st
 
 void Activations::put(std::int64_t first, int width, int i, std::int64_t block,
                       const float* x) const {
-    if (quantised) quantise(x, quantised[first * blocks + block * width + i]);
+    if (quantised) {
+        XBlock& to = quantised[first * blocks + block * width + i];
+        quantise(x, to);
+        if (width > 1) simd::planes_to_words(to.high);
+    }
     if (floats) {
         float* to = floats + (first * blocks + block * width) * 32 + i;
         for (int k = 0; k < 32; ++k) to[k * width] = x[k];

@@ -16,7 +16,8 @@ namespace greenroom {
 
 // 32 quantised values of one token and everything a kernel may need of them: two cache lines.
 // x ~ scale * q, q = 256 high + low: two planes of bytes, so that byte dot products serve. One
-// plane alone (8 bits) moved a model's logits visibly (docs/slab-layout.md).
+// plane alone (8 bits) moved a model's logits visibly (docs/slab-layout.md). In tiles of several
+// tokens simd::planes_to_words has put them together again where words serve better (AVX2).
 // The sums serve zero points (exact integers) and minima (already scaled).
 struct alignas(64) XBlock {
     std::int8_t high[32], low[32];  // each from -127 to 127

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <algorithm>
+#include <type_traits>
 
 #include "formats/all.h"
 #include "matmul/kernels.h"
@@ -34,9 +35,25 @@ class NextGroup {
     std::int64_t step_, due_ = 0, line_ = 0;  // step and due in 2^-16 of a line
 };
 
-// acc[t] += 32 columns of one group times token t, for a few tokens.
+// Four columns of 16 rows, as simd::dots wants them for tiles of that many tokens.
+template <int Tokens>
+using Quad = std::conditional_t<Tokens == 1, simd::Codes, simd::Words>;
+
 template <class F, int Tokens>
-[[gnu::always_inline]] inline void add_block(const simd::Codes* codes, const simd::Floats* scale,
+[[gnu::always_inline]] inline void decode_quads(const std::uint8_t* lines, Quad<Tokens>* out) {
+    simd::Codes codes[8];
+    formats::decode<F>(lines, codes);
+    unrolled<8>([&](auto j) {
+        if constexpr (Tokens == 1)
+            out[j] = codes[j];
+        else
+            out[j] = simd::widen(codes[j]);
+    });
+}
+
+// acc[t] += 32 columns of one group times token t, for a few tokens.
+template <class F, int Tokens, class Q>
+[[gnu::always_inline]] inline void add_block(const Q* codes, const simd::Floats* scale,
                                              const simd::Floats* min, const XBlock* x,
                                              simd::Floats* acc) {
     using namespace simd;
@@ -44,8 +61,7 @@ template <class F, int Tokens>
     unrolled<F::parts>([&](auto p) __attribute__((always_inline)) {
         const std::int32_t* neg = F::parts == 1 ? &x->neg_sum : &x->neg_part_sum[p];
         Ints sums[Tokens];
-        dots<F::max_code, F::zero, quads, Tokens>(codes + p * quads, x->high + p * 4 * quads, neg,
-                                                  sums);
+        dots<F::max_code, F::zero, quads, Tokens>(codes + p * quads, x->high, p * quads, neg, sums);
         unrolled<Tokens>([&](auto t) __attribute__((always_inline)) {
             acc[t] = fma(to_floats(sums[t]), scale[p] * splat(x[t].scale), acc[t]);
             if constexpr (F::has_min) {
@@ -72,40 +88,52 @@ void tile_quantised(const std::uint8_t* group, std::int64_t blocks, const Activa
     for (std::int64_t i = 0; i < blocks; i += per_raw) {
         for (int b = 0; b < per_raw; ++b, group += block_bytes, x += Tokens) {
             ahead.block();
-            Codes codes[8];
+            Quad<Tokens> codes[8];
             Floats scale[2], min[2];
-            formats::decode<F>(group, codes);
+            decode_quads<F, Tokens>(group, codes);
             F::factors(records, b, scale, min);
-            unrolled<Tokens / together>([&](auto i) __attribute__((always_inline)) {
-                constexpr int t = i * together;
-                add_block<F, together>(codes, scale, min, x + t, acc + t);
-            });
+            if constexpr (tile_in_registers)
+                unrolled<Tokens / together>([&](auto i) __attribute__((always_inline)) {
+                    constexpr int t = i * together;
+                    add_block<F, together>(codes, scale, min, x + t, acc + t);
+                });
+            else
+                for (int t = 0; t < Tokens; t += together)
+                    add_block<F, together>(codes, scale, min, x + t, acc + t);
         }
         records += F::record_bytes;
     }
     unrolled<Tokens>([&](auto t) { store(out + t * ld, acc[t]); });
 }
 
-// Two sums per token, of even and of odd columns, hide the latency of the additions.
-template <class F, int Tokens>
-void tile_floats(const std::uint8_t* group, std::int64_t blocks, const Activations& a,
-                 std::int64_t first, const std::uint8_t*, float* out, std::int64_t ld) {
+// Some tokens of a tile of `Width`. Two sums per token, of even and of odd columns, hide the
+// latency of the additions.
+template <class F, int Tokens, int Width>
+void some_floats(const std::uint8_t* group, std::int64_t blocks, const float* x, float* out,
+                 std::int64_t ld) {
     using namespace simd;
     constexpr int per_line = F::cols_per_line, step = 2 / per_line;
-    const float* x = a.float_tile(first);
     Floats even[Tokens], odd[Tokens];
     unrolled<Tokens>([&](auto t) { even[t] = odd[t] = zero(); });
-    for (std::int64_t pair = 0; pair < blocks * 16; ++pair, x += 2 * Tokens) {
+    for (std::int64_t pair = 0; pair < blocks * 16; ++pair, x += 2 * Width) {
         Floats w[2];
         prefetch_lines<step * 64>(group + prefetch_ahead);
         unrolled<step>([&](auto i) { F::split(group + 64 * i, w + i); });
         group += step * 64;
         unrolled<Tokens>([&](auto t) __attribute__((always_inline)) {
             even[t] = fma(w[0], splat(x[t]), even[t]);
-            odd[t] = fma(w[1], splat(x[Tokens + t]), odd[t]);
+            odd[t] = fma(w[1], splat(x[Width + t]), odd[t]);
         });
     }
     unrolled<Tokens>([&](auto t) { store(out + t * ld, even[t] + odd[t]); });
+}
+
+template <class F, int Tokens>
+void tile_floats(const std::uint8_t* group, std::int64_t blocks, const Activations& a,
+                 std::int64_t first, const std::uint8_t*, float* out, std::int64_t ld) {
+    constexpr int each = simd::tile_in_registers ? Tokens : std::min(Tokens, 4);
+    for (int t = 0; t < Tokens; t += each)
+        some_floats<F, each, Tokens>(group, blocks, a.float_tile(first) + t, out + t * ld, ld);
 }
 
 }  // namespace greenroom

@@ -1,5 +1,6 @@
-// The vector language on AVX2, two registers per vector; with AVX-VNNI (-mavxvnni) the byte dot
-// product is one instruction, without it codes of few bits are summed in 16-bit lanes first.
+// The vector language on AVX2, two registers per vector; with AVX-VNNI (-mavxvnni) a dot product
+// and its sum are one instruction. One token: byte products of both planes of its codes, without
+// VNNI summed in 16-bit lanes first. Several tokens: products of 16 bits, codes widened once.
 #pragma once
 
 #include <immintrin.h>
@@ -9,7 +10,8 @@
 
 namespace greenroom::simd {
 
-constexpr int wide_tile = 4;  // 16 registers: more tokens would only move accumulators to memory
+constexpr int wide_tile = 16;  // tokens that share the decoding and widening of a block
+constexpr bool tile_in_registers = false;
 
 struct Floats {
     __m256 a, b;
@@ -244,13 +246,75 @@ template <int MaxCode, int Zero, int N>
     }
 }
 
-constexpr int interleave = 1;
-
 template <int MaxCode, int Zero, int N, int Tokens>
-[[gnu::always_inline]] inline void dots(const Codes* codes, const std::int8_t* x,
+[[gnu::always_inline]] inline void dots(const Codes* codes, const std::int8_t* x, int first,
                                         const std::int32_t* neg_sum, Ints* out) {
     static_assert(Tokens == 1);
-    out[0] = dot<MaxCode, Zero, N>(codes, x, neg_sum);
+    out[0] = dot<MaxCode, Zero, N>(codes, x + 4 * first, neg_sum);
+}
+
+// A quad of codes as 16-bit words: columns 0 and 2 of each row, then 1 and 3.
+struct Words {
+    Codes even, odd;
+};
+
+constexpr int interleave = 4;  // 8 registers of sums, 2 of codes
+
+inline Words widen(Codes c) {
+    const Codes low = {_mm256_set1_epi16(255), _mm256_set1_epi16(255)};
+    return {c & low, {_mm256_srli_epi16(c.a, 8), _mm256_srli_epi16(c.b, 8)}};
+}
+
+// 32 columns in two planes of bytes to 16-bit values, each quad as widen() orders it.
+inline void planes_to_words(std::int8_t* planes) {
+    const auto words = [&](int i) {
+        const __m256i high = _mm256_cvtepi8_epi16(load16(planes + i));
+        const __m256i low = _mm256_cvtepi8_epi16(load16(planes + plane_bytes + i));
+        const __m256i x = _mm256_add_epi16(_mm256_slli_epi16(high, 8), low);
+        return _mm256_shufflehi_epi16(_mm256_shufflelo_epi16(x, 0xd8), 0xd8);
+    };
+    const __m256i first = words(0), second = words(16);
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(planes), first);
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(planes + 32), second);
+}
+
+// sum + two products per lane
+inline __m256i add_pairs(__m256i sum, __m256i codes, __m256i x) {
+#if defined(__AVXVNNI__)
+    return _mm256_dpwssd_avx_epi32(sum, codes, x);
+#else
+    return _mm256_add_epi32(sum, _mm256_madd_epi16(codes, x));
+#endif
+}
+
+template <int Tokens>
+[[gnu::always_inline]] inline void add_columns(Codes pair, const std::int8_t* x, Ints* out) {
+#pragma GCC unroll 4
+    for (int t = 0; t < Tokens; ++t) {
+        const __m256i v = splat_word(x + token_bytes * t);
+        out[t] = {add_pairs(out[t].a, pair.a, v), add_pairs(out[t].b, pair.b, v)};
+        __asm__("" : "+x"(out[t].a), "+x"(out[t].b));
+    }
+}
+
+// Codes of up to 8 bits times values of up to 16: 32 products stay below 2^29.
+template <int MaxCode, int Zero, int N, int Tokens>
+[[gnu::always_inline]] inline void dots(const Words* codes, const std::int8_t* x, int first,
+                                        const std::int32_t* neg_sum, Ints* out) {
+#pragma GCC unroll 4
+    for (int t = 0; t < Tokens; ++t) {
+        __m256i start = _mm256_setzero_si256();
+        if constexpr (Zero >= 0)
+            start = _mm256_slli_epi32(splat_word(neg_sum + token_bytes / 4 * t), Zero);
+        out[t] = {start, start};
+    }
+    x += 8 * first;
+#pragma GCC unroll 1  // unrolled, GCC forms all products first and puts them on the stack
+    for (int i = 0; i < N; ++i, x += 8) {
+        const Words quad = codes[i];
+        add_columns<Tokens>(quad.even, x, out);
+        add_columns<Tokens>(quad.odd, x + 4, out);
+    }
 }
 
 // Only for measuring what the dot product's instructions can do: acc + 4 products per lane, and

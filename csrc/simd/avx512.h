@@ -9,6 +9,7 @@
 namespace greenroom::simd {
 
 constexpr int wide_tile = 16;  // tokens whose accumulators fit the register file with 8 code lines
+constexpr bool tile_in_registers = true;
 
 struct Floats {
     __m512 v;
@@ -94,6 +95,10 @@ inline int word(const std::int8_t* p) {
     return w;
 }
 
+using Words = Codes;  // dots() takes bytes for any number of tokens
+inline Words widen(Codes c) { return c; }
+inline void planes_to_words(std::int8_t*) {}
+
 constexpr int interleave = 4;
 
 // sums[t] += 4N columns of one plane, for each token. The tokens' chains of dependent
@@ -111,8 +116,9 @@ template <int N, int Tokens>
 }
 
 template <int MaxCode, int Zero, int N, int Tokens>
-[[gnu::always_inline]] inline void dots(const Codes* codes, const std::int8_t* x,
+[[gnu::always_inline]] inline void dots(const Codes* codes, const std::int8_t* x, int first,
                                         const std::int32_t* neg_sum, Ints* out) {
+    x += 4 * first;
 #pragma GCC unroll 4
     for (int t = 0; t < Tokens; ++t) out[t].v = _mm512_setzero_si512();
     add_plane<N, Tokens>(codes, x, out);

@@ -10,6 +10,7 @@
 namespace greenroom::simd {
 
 constexpr int wide_tile = 4;
+constexpr bool tile_in_registers = false;
 
 struct Floats {
     float v[16];
@@ -183,12 +184,17 @@ Ints dot(const Codes* codes, const std::int8_t* x, const std::int32_t* neg_sum) 
     return acc;
 }
 
+using Words = Codes;  // dots() takes bytes for any number of tokens
+inline Words widen(Codes c) { return c; }
+inline void planes_to_words(std::int8_t*) {}
+
 constexpr int interleave = 1;
 
 template <int MaxCode, int Zero, int N, int Tokens>
-inline void dots(const Codes* codes, const std::int8_t* x, const std::int32_t* neg_sum, Ints* out) {
+inline void dots(const Codes* codes, const std::int8_t* x, int first, const std::int32_t* neg_sum,
+                 Ints* out) {
     static_assert(Tokens == 1);
-    out[0] = dot<MaxCode, Zero, N>(codes, x, neg_sum);
+    out[0] = dot<MaxCode, Zero, N>(codes, x + 4 * first, neg_sum);
 }
 
 // Only for measuring what the dot product's instructions can do: acc + 4 products per lane, and

@@ -5,11 +5,13 @@
 // Each tier's header defines these types and the same functions; a narrower machine keeps a
 // vector in two registers or in an array. Knows nothing of block formats.
 //
-// dots<MaxCode, Zero, N, Tokens>(codes, x, neg_sum, out) is the heart: for each token and each of
-// the 16 rows it forms the sum over 4N columns of (code - 2^Zero) * x, exactly, where codes are at
-// most MaxCode and *neg_sum is minus the sum of those x. Zero < 0 means that no zero point is
-// subtracted. x is 256 times the byte at x plus the byte plane_bytes further on. Tokens lie
-// token_bytes apart (XBlock) and are at most simd::interleave.
+// dots<MaxCode, Zero, N, Tokens>(quads, x, first, neg_sum, out) is the heart: for each token and
+// each of the 16 rows it forms the sum over 4N columns of (code - 2^Zero) * x, exactly, where codes
+// are at most MaxCode and *neg_sum is minus the sum of those x. Zero < 0 means that no zero point
+// is subtracted. x holds 32 values in 64 bytes (XBlock), of which quads first .. first + N - 1 are
+// meant. Tokens lie token_bytes apart and are at most simd::interleave. For one token the quads
+// are Codes and x is two planes: 256 times the byte at x plus the byte plane_bytes further on. For
+// several they are what widen() makes of them, and x what planes_to_words() makes of it.
 #pragma once
 
 #include <utility>

@@ -87,7 +87,7 @@ def test_a_token_does_not_feel_its_neighbours(lib, pool, type: GGMLType) -> None
 @formats
 def test_tiers_agree(type: GGMLType) -> None:
     results = []
-    x = tokens_of(5, 768)
+    x = tokens_of(21, 768)  # tiles of 16, 4 and 1
     for tier in native.usable_tiers():
         lib = native.module(tier)
         pool = lib.Pool(1)
