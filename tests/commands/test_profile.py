@@ -132,6 +132,7 @@ def test_errors_are_one_line(folder: Path, capsys: pytest.CaptureFixture[str]) -
         (run(folder, "none"), "none.gguf: cannot be opened"),
         ([*run(folder, "gpt-oss-20b-tiny"), "--text", str(folder / "short")], "too short"),
         ([*run(folder, "gpt-oss-20b-tiny"), "--text", str(folder / "nope")], "No such file"),
+        ([*run(folder, "none"), "--out", str(folder / "text")], "text: File exists"),
     ):
         capsys.readouterr()
         assert main(arguments) == 1

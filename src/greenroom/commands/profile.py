@@ -49,6 +49,7 @@ def profile(
     from greenroom.commands.progress import count_progress
 
     words = read_text(text)
+    out.mkdir(parents=True, exist_ok=True)  # what cannot be written is said before the work
     settings = {"vram": "0" if imatrix else vram, "threads": threads, "context_length": context}
     with loaded(model, max_sequences=1, prefix_cache=False, **settings) as llm:
         windows = windows_of(llm.tokenizer, words, context, max_tokens)

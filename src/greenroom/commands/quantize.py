@@ -17,11 +17,12 @@ Rules = Annotated[
 Imatrix = Annotated[Path | None, typer.Option(help="Importance matrix of the columns.")]
 Threads = Annotated[int | None, typer.Option(help="Threads of the quantisers.", min=1)]
 Trace = Annotated[
-    Path | None, typer.Option(help="Trace of 'greenroom profile': mixed precision by heat.")
+    Path | None,
+    typer.Option(help="Trace of 'greenroom profile --sensitivity': a type for every expert."),
 ]
 HotType = Annotated[str, typer.Option(help="Mix of the hot experts.")]
 ColdType = Annotated[str, typer.Option(help="Mix of the cold experts.")]
-Size = Annotated[str | None, typer.Option(help="Size of the file; as many as fit are hot.")]
+Size = Annotated[str | None, typer.Option(help="Size of the file; bytes go where they save most.")]
 Share = Annotated[float | None, typer.Option(help="Share of hot experts.", min=0, max=1)]
 
 
@@ -41,9 +42,10 @@ def quantize(
     """Write a model in other block formats, by llama.cpp's rules of which tensor gets which.
 
     Norms, biases and routers stay in float32. Rows that are no whole blocks of a type get the
-    nearest one that fits. With --hot-experts, experts that are often routed to get --hot-type,
-    the others --cold-type; --type (by default the hot one) is for everything else. Only
-    Greenroom reads such files; quantised again without --hot-experts they are plain ones.
+    nearest one that fits. With --hot-experts, experts whose errors matter most (by the trace's
+    sensitivity, else by how often they are routed to) get --hot-type, the others --cold-type,
+    and with --target-size types between; --type (by default the hot one) is for everything else.
+    Only Greenroom reads such files; quantised again without --hot-experts they are plain ones.
     """
     from greenroom.commands.progress import resumable, say_resumed
     from greenroom.convert.quantise import Quantisation, quantise_file

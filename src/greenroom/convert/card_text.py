@@ -5,8 +5,9 @@ USAGE = """\
 
 ### Command line
 
+With Greenroom installed:
+
 ```
-pip install greenroom
 greenroom inspect {file}
 greenroom run {file} "What is a mixture of experts?"
 greenroom chat {file}

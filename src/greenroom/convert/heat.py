@@ -1,4 +1,4 @@
-"""Mixed precision: experts of a layer that are used more get finer types, under a size.
+"""Mixed precision: experts whose errors matter more get finer types, under a size.
 
 A layer's experts of one class are stacked in one tensor, and a small tensor says which class an
 expert is of (docs/mixed-precision.md). Knows traces, names and sizes; makes no blocks.
