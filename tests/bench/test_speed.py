@@ -76,6 +76,7 @@ def test_the_document_compares_with_the_baseline() -> None:
     assert case["decode"]["iqr"] == 0
     assert case["first_token"]["median"] == 2.0
     assert case["between_tokens"]["p99"] == 0.5
+    assert case["curves"] == {"first_token": [2.0] * 101, "between_tokens": [0.5] * 101}
     assert document["baseline"]["speed"]["1 x 64+5"]["decode"] == {
         "value": 0.5, "low": 0.5, "high": 0.5,
     }  # fmt: skip
@@ -108,6 +109,8 @@ def test_bench_measures_a_model(tmp_path, capsys) -> None:
     assert document["baseline"]["speed"]["1 x 16+4"]["decode"]["value"] > 0
     assert json.loads((report / "report.json").read_text()) == document
     assert "## Speed" in (report / "report.md").read_text()
+    for plot in ("speed.png", "latency.png"):
+        assert (report / plot).read_bytes().startswith(b"\x89PNG")
 
 
 @pytest.mark.parametrize(

@@ -27,6 +27,11 @@ def test_percentiles_of_a_hundred_and_one() -> None:
     }  # fmt: skip
 
 
+def test_a_curve_goes_from_the_least_to_the_most() -> None:
+    # 1 2 4 at the shares 0, 1/2, 1; a quarter of the way in between: 1.5 and 3
+    assert st.curve([4, 1, 2], 5) == [1, 1.5, 2, 3, 4]
+
+
 def test_gaps() -> None:
     assert st.gaps([1.0, 1.5, 3.5]) == [0.5, 2.0]
     assert st.gaps([1.0]) == []

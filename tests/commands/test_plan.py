@@ -1,7 +1,12 @@
 """`greenroom plan`: predictions worked by hand, headers alone, and what is refused."""
 
 import json
+import os
+import subprocess
+import sys
 from dataclasses import replace
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from threading import Thread
 
 import httpx
 import pytest
@@ -12,6 +17,7 @@ from greenroom.convert.synth import Synthesis, write_synthetic
 from greenroom.convert.synth_shapes import shape_of
 from greenroom.errors import ModelFileError
 from greenroom.gguf import GGUFFile
+from greenroom.gguf.header import read_header
 from greenroom.placement import predict
 from greenroom.placement.calibrate import MachineProfile, save_profile
 from greenroom.placement.placement import Placement
@@ -46,30 +52,76 @@ def test_a_step_and_its_matrices_take_time_of_their_own() -> None:
 
 
 def test_prefill_computes_the_head_once() -> None:
-    # 100 tokens, no experts: (2 - 1) * 1e9 * 2 * 100 operations at 2e12 = 100 ms, and 0.5 GB of
-    # head at 100 GB/s = 5 ms
+    # No experts, 0.5 GB of body: one token 5 ms, 512 tokens 2 * 512 * 1e9 operations at 2e12 =
+    # 512 ms, 100 tokens on the line between; 0.5 GB of head at 100 GB/s = 5 ms
     work = replace(WORK, experts={}, expert_values=0, head={"X": 5 * 10**8}, head_values=10**9)
     found = predict.prefill(work, Placement("native", "", layers=10), GPU, 100)
-    assert found.rate == pytest.approx(100 / 0.105)
+    assert found.rate == pytest.approx(100 / (0.005 + 99 / 511 * 0.507 + 0.005))
 
 
 def test_decode_with_half_of_the_experts_in_vram() -> None:
-    # dense 1 ms; misses 0.5 GB / 50 = 10 ms, longer than the hits' 0.5 ms; 10 handshakes
+    # dense 1 ms; misses 0.5 GB / 50 = 10 ms, longer than the hits' 0.5 ms; 10 handshakes, the
+    # short kernels of 10 layers, the host
     place = Placement("cuda", "", layers=10, layers_on_gpu=10, slots=50)
     found = predict.decode(WORK, place, GPU, 0)
-    assert found.rate == pytest.approx(1 / (0.001 + 0.010 + 10 * 11e-6))
+    assert found.rate == pytest.approx(1 / (0.001 + 0.010 + 10 * (11e-6 + 55e-6) + 0.35e-3))
 
 
 def test_decode_batches_share_experts() -> None:
+    # 2 tokens with 0.1 each meet 1 - 0.9 * 0.9 of the experts, which have 0.2 / 0.19 tokens each
     assert WORK.touched(2) == pytest.approx(0.19)
+    assert WORK.per_expert(2) == pytest.approx(0.2 / 0.19)
+
+
+def test_a_batch_takes_the_kernels_time_at_few_tokens() -> None:
+    # dense at 4 tokens: 8 * 2e9 operations at 200e9 = 80 ms; experts: 1 - 0.9**4 = 0.3439 of
+    # them, 0.4 / 0.3439 tokens each, between 200 ms at one and 8 * 20e9 / 500e9 = 320 ms at 4
+    machine = replace(GPU, dense_few={"X": 200.0}, experts_few={"X": 500.0})
+    found = predict.decode(WORK, Placement("native", "", layers=10), machine, 0, batch=4)
+    whole = 0.2 + (0.4 / 0.3439 - 1) / 3 * 0.12
+    assert found.rate == pytest.approx(4 / (0.080 + 0.3439 * whole))
+
+
+def test_a_kernel_is_never_faster_with_more_tokens() -> None:
+    # at 4 tokens 8 * 2e9 / 4e12 = 4 ms were less than the 10 ms of one
+    machine = replace(GPU, dense_few={"X": 4000.0})
+    assert machine.dense_seconds({"X": 10**9}, 3, 2 * 10**9) == pytest.approx(0.010)
+
+
+def test_attention_counts_pairs_within_the_window() -> None:
+    # 4 queries see 1 + 2 + 3 + 4 keys, with a window of 2 only 1 + 2 + 2 + 2; 10 operations each
+    work = replace(WORK, windows=(None, 2), scores=10)
+    assert work.attended(0, 4) == 170
+    assert work.attended(3, 4) == 10 * (4 + 2)
+    # 60 operations at 1e-6 GOP/s are 60 ms beside the 30 ms of reading
+    machine = replace(GPU, attention_step=1e-6)
+    found = predict.decode(work, Placement("native", "", layers=10), machine, 4)
+    assert found.rate == pytest.approx(1 / 0.090)
+
+
+def test_the_last_layer_of_a_prompt_serves_its_last_token() -> None:
+    # experts at 32 tokens each, all of them: 64 * 20e9 operations at 1e12 = 1.28 s, half of it;
+    # the other half is read for one token: 10 GB / 50 = 200 ms, half of it
+    work = replace(WORK, dense={}, dense_values=0, late=0.5, share=1.0)
+    found = predict.prefill(work, Placement("native", "", layers=10), GPU, 32)
+    assert found.rate == pytest.approx(32 / (0.64 + 0.1))
 
 
 def test_prefill_streams_experts() -> None:
-    # 512 tokens: (2 + 2) * 1e9 * 2 * 512 operations at 1e14 = 41 ms; 10 GB / 50 = 200 ms
+    # 512 tokens: (2 + 2) * 1e9 * 2 * 512 operations at a quarter of 1e14 = 164 ms; expanding
+    # 10 + 80 GB at 0.6 * 4e12 = 37.5 ms. 10 GB / 25 = 400 ms of copies; the CPU would take 200 ms
+    # at one token each and 1.28 s at 32, on that line 1.95 s at 51.2. While a share x is copied
+    # it has 0.8 * 0.4 * x for the rest, (1 - x) * 1.95: x = 1.95 / (1.95 + 0.32)
     place = Placement("cuda", "", layers=10, layers_on_gpu=10, staging=1, prefill_chunk=512)
-    found = predict.prefill(WORK, place, GPU, 512)
-    assert found.rate == pytest.approx(512 / 0.2)
+    found = predict.prefill(WORK, place, replace(GPU, vram=4000.0, pcie_up={64: 25.0}), 512)
+    on_cpu = 1.28 + 19.2 / 31 * 1.08
+    copied = 0.4 * on_cpu / (on_cpu + 0.8 * 0.4)
+    assert found.rate == pytest.approx(512 / (copied + 10 * 55e-6 + 0.35e-3))
     assert found.bound == "experts over PCIe"
+    found = predict.prefill(WORK, place, replace(GPU, vram=4000.0, pcie_up={64: 500.0}), 512)
+    computed = 4.096e12 / 0.25e14 + 90e9 / (0.6 * 4e12)
+    assert found.rate == pytest.approx(512 / (computed + 10 * 55e-6 + 0.35e-3))
+    assert found.bound == "products on the GPU"
 
 
 def test_plan_of_a_shape(tmp_path, capsys) -> None:
@@ -117,3 +169,63 @@ def test_only_the_header_is_fetched(tmp_path, monkeypatch) -> None:
     refusing = httpx.Client(transport=httpx.MockTransport(lambda _: httpx.Response(401)))
     with pytest.raises(ModelFileError, match="401"):
         fetch_header(refusing, "http://hub/m.gguf", tmp_path / "n.gguf")
+
+
+class Hub(BaseHTTPRequestHandler):
+    """A hub with one repository of one file, which it sends by ranges alone."""
+
+    data: bytes = b""
+    ranges: list[tuple[int, int]]
+
+    def do_GET(self) -> None:
+        if self.path.startswith("/api/models/owner/repo"):
+            files = [{"rfilename": "m-Q4_K_M.gguf", "size": len(self.data)}]
+            self._send(200, json.dumps({"id": "owner/repo", "siblings": files}).encode())
+        elif self.path == "/owner/repo/resolve/main/m-Q4_K_M.gguf" and "range" in self.headers:
+            span = self.headers["range"].removeprefix("bytes=")
+            first, last = map(int, span.split("-"))
+            part = self.data[first : last + 1]
+            self.ranges.append((first, len(part)))
+            total = f"bytes {first}-{first + len(part) - 1}/{len(self.data)}"
+            self._send(206, part, {"content-range": total})
+        else:
+            self._send(404, b"{}")
+
+    def _send(self, status: int, body: bytes, headers: dict[str, str] | None = None) -> None:
+        self.send_response(status)
+        more = {"content-type": "application/json", "content-length": str(len(body))}
+        for name, value in (more | (headers or {})).items():
+            self.send_header(name, value)
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, *args: object) -> None:
+        pass
+
+
+def test_a_model_on_the_hub_is_planned_from_its_header(tmp_path) -> None:
+    source = tmp_path / "whole.gguf"
+    write_synthetic(Synthesis(shape_of("gpt-oss-20b-tiny")), source)
+    start = read_header(source.read_bytes(), "m").data_start
+    kind = type("Hub", (Hub,), {"data": source.read_bytes(), "ranges": []})
+    profile = save_profile(GPU, tmp_path / "machine.json")
+    with ThreadingHTTPServer(("127.0.0.1", 0), kind) as server:
+        Thread(target=server.serve_forever, daemon=True).start()
+        environment = os.environ | {
+            "HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}",
+            "HF_HOME": str(tmp_path / "hub"),
+            "HF_HUB_OFFLINE": "0",
+        }
+        call = ["plan", "hf:owner/repo", "--machine", str(profile), "--json"]
+        done = subprocess.run(
+            [sys.executable, "-m", "greenroom", *call],
+            env=environment, capture_output=True, text=True, check=False, timeout=120,
+        )  # fmt: skip
+        server.shutdown()
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert found["model"]["name"].startswith("gpt-oss 20b tiny")
+    assert found["plan"]["decode"]["rate"] > 0
+    fetched = sum(size for _, size in kind.ranges)
+    assert kind.ranges[0][0] == 0
+    assert start <= fetched < len(kind.data) / 2

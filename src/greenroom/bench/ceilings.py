@@ -23,7 +23,8 @@ from greenroom import native
 from greenroom.bench import kernels
 from greenroom.bench.prediction import host_seconds
 from greenroom.experts.slabs import allocate
-from greenroom.placement.calibrate import MachineProfile
+from greenroom.layers import native_ops
+from greenroom.placement.calibrate import FEW, MachineProfile
 from greenroom.placement.machine import Machine
 
 Tell = Callable[[str], None]
@@ -104,14 +105,38 @@ def processor_rates(threads: int, much: Effort) -> dict[str, Any]:
         "dram": limits.read,
         "int8": limits.int8,
         "float32": limits.float32,
-        **{name: {} for name in ("experts", "dense", "experts_batch", "dense_batch")},
+        **{part + size: {} for part in ("experts", "dense") for size in ("", "_few", "_batch")},
+        **attention_rates(threads, much.repeats),
     }
     for name in much.formats:
         bank = kernels.ExpertBank(name, memory)
         found["experts"][name] = kernels.moe_figure(bank, limits, 1, plan).gigabytes
         found["dense"][name] = kernels.linear_figure(bank, limits, 1, plan).gigabytes
+        each = FEW * min(kernels.EXPERTS, bank.count) // kernels.ROUTES
+        found["experts_few"][name] = kernels.moe_figure(bank, limits, each, plan).gigaops
+        found["dense_few"][name] = kernels.linear_figure(bank, limits, FEW, plan).gigaops
         found["experts_batch"][name] = kernels.moe_figure(bank, limits, _BATCH, plan).gigaops
         found["dense_batch"][name] = kernels.linear_figure(bank, limits, _BATCH, plan).gigaops
+    return found
+
+
+def attention_rates(threads: int, repeats: int) -> dict[str, float]:
+    """GOP/s of the CPU's attention: a prompt of 512 tokens, and one token over 512."""
+    heads, shared, width, size, tokens = 32, 8, 64, 16, 512
+    pool, blocks = native.lib().Pool(threads), tokens // size
+    keys, values = (torch.randn(blocks, shared, size, width).half() for _ in range(2))
+    table = torch.arange(blocks, dtype=torch.int32)[None]
+    found = {}
+    for name, queries in (("attention_prompt", tokens), ("attention_step", 1)):
+        q = torch.randn(queries, heads, width)
+        starts = torch.tensor([0, queries], dtype=torch.int32)
+        lengths = torch.tensor([tokens], dtype=torch.int32)
+        work = partial(
+            native_ops.attention, pool, q, keys, values, table, starts, lengths, width**-0.5
+        )
+        pairs = tokens * (tokens + 1) / 2 if queries > 1 else tokens
+        seconds = statistics.median(kernels.timed(work, 4 * repeats))
+        found[name] = pairs * heads * 4 * width / seconds / 1e9
     return found
 
 

@@ -24,7 +24,12 @@ FORMATS = (
     *("Q4_1", "Q5_0", "Q5_1", "Q2_K", "Q3_K", "IQ4_NL", "IQ4_XS", "NVFP4", "F16", "F32"),
 )
 FLOATING = {"BF16", "F16", "F32"}
-D, F, ROUTES = 2048, 768, 8  # Qwen3-30B-A3B: the smallest experts among the common models
+D, F, ROUTES, EXPERTS = (
+    2048,
+    768,
+    8,
+    128,
+)  # Qwen3-30B-A3B: the smallest experts among the common models
 
 
 @dataclass(frozen=True, slots=True)
@@ -199,7 +204,7 @@ def moe_figure(bank: ExpertBank, limits: Ceiling, tokens: int, plan: Plan) -> Fi
         order = rng.permutation(bank.count).astype(np.int32)
         steps = bank.count // (tokens * ROUTES)
     else:  # as many experts as such a model has
-        experts = min(128, bank.count)
+        experts = min(EXPERTS, bank.count)
         order = np.concatenate([rng.permutation(experts)[:ROUTES] for _ in range(tokens)])
         steps = 1
     ids = order[: steps * tokens * ROUTES].astype(np.int32).reshape(steps, tokens, ROUTES)

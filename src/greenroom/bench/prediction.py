@@ -61,10 +61,8 @@ def _of_case(
 ) -> dict[str, Any]:
     asked = Case(case["prompt"], case["batch"], case["generate"])
     depth = asked.prompt + asked.generate // 2
-    # The prompts of a batch share steps.
-    tokens = asked.prompt * asked.batch
     rates = {
-        "prefill": predict.prefill(work, place, profile, tokens).rate,
+        "prefill": predict.prefill(work, place, profile, asked.prompt, asked.batch).rate,
         "decode": predict.decode(work, place, profile, depth, asked.batch).rate,
     }
     return {

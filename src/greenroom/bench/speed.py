@@ -74,6 +74,10 @@ def summary(case: Case, runs: Sequence[Run]) -> dict[str, Any]:
         "first_token": statistics.summarise([t for run in runs for t in run.first]).json(),
         "decode": statistics.summarise(rates).json() if rates else None,
         "between_tokens": statistics.percentiles(pauses) if pauses else None,
+        "curves": {
+            "first_token": statistics.curve([t for run in runs for t in run.first]),
+            "between_tokens": statistics.curve(pauses) if pauses else None,
+        },
         "joules_per_token": statistics.summarise([j / tokens for j in joules]).json()
         if joules
         else None,

@@ -46,7 +46,10 @@ def memory_rows(document: Mapping[str, Any]) -> Iterator[Row]:
     """Load times and peaks, a row per engine; GiB."""
     for engine, result in document["results"].items():
         loads = result["load_seconds"]
-        counted = sum(size for part, size in result["memory"].items() if part.endswith(".vram"))
+        counted = [
+            sum(size for part, size in result["memory"].items() if part.endswith(tier))
+            for tier in (".ram", ".vram")
+        ]
         yield (
             engine,
             result["backend"],
@@ -55,13 +58,13 @@ def memory_rows(document: Mapping[str, Any]) -> Iterator[Row]:
             f"{loads['warm']:.1f}",
             f"{result['peak_rss'] / 2**30:.2f}",
             f"{result['peak_vram'] / 2**30:.2f}",
-            f"{counted / 2**30:.2f}",
+            *(f"{size / 2**30:.2f}" for size in counted),
             _hits(result["experts"]),
         )
 
 
 MEMORY_HEAD = ("engine", "backend", "threads", "load cold s", "warm s", "peak RAM GiB",
-               "peak VRAM GiB (driver)", "VRAM GiB (our account)", "expert hits")  # fmt: skip
+               "peak VRAM GiB (driver)", "ours: RAM GiB", "VRAM GiB", "expert hits")  # fmt: skip
 
 
 def _hits(experts: Mapping[str, Any] | None) -> str:
@@ -132,7 +135,7 @@ def write_report(document: Mapping[str, Any], folder: Path) -> list[str]:
 
 
 def plot(document: Mapping[str, Any], folder: Path) -> list[str]:
-    """Decode rate by case, with quartiles; nothing where matplotlib is missing."""
+    """speed.png and latency.png; nothing where matplotlib is missing."""
     try:
         import matplotlib
 
@@ -140,19 +143,50 @@ def plot(document: Mapping[str, Any], folder: Path) -> list[str]:
         from matplotlib import pyplot
     except ImportError:
         return []
-    figure, axes = pyplot.subplots(1, 2, figsize=(9, 3.2))
+    for name, draw in (("speed.png", _draw_speed), ("latency.png", _draw_latency)):
+        figure, axes = pyplot.subplots(1, 2, figsize=(9, 3.4))
+        draw(axes, document["results"])
+        figure.tight_layout()
+        figure.savefig(folder / name, dpi=90)
+        pyplot.close(figure)
+    return ["speed.png", "latency.png"]
+
+
+def _draw_speed(axes: Any, results: Mapping[str, Any]) -> None:
+    """Rates by case, with quartiles; cases are no scale, so nothing joins them."""
     for axis, what in zip(axes, ("prefill", "decode"), strict=True):
-        for engine, result in document["results"].items():
+        for i, (engine, result) in enumerate(results.items()):
             of = {name: case[what] for name, case in result["cases"].items() if case[what]}
             middle = [entry["median"] for entry in of.values()]
             down = [entry["median"] - entry["q1"] for entry in of.values()]
             up = [entry["q3"] - entry["median"] for entry in of.values()]
-            axis.errorbar(list(of), middle, yerr=[down, up], marker="o", capsize=3, label=engine)
+            width = 0.8 / len(results)
+            places = [n + (i + 0.5) * width - 0.4 for n in range(len(of))]
+            axis.bar(places, middle, width, yerr=[down, up], capsize=3, label=engine)
+            axis.set_xticks(range(len(of)), list(of))
         axis.set_title(f"{what}, tokens/s")
-        axis.set_ylim(bottom=0)
-        axis.tick_params(axis="x", rotation=20, labelsize=7)
-    axes[0].legend()
-    figure.tight_layout()
-    figure.savefig(folder / "speed.png", dpi=90)
-    pyplot.close(figure)
-    return ["speed.png"]
+        axis.tick_params(axis="x", labelsize=8)
+    if len(results) > 1:
+        axes[0].legend(fontsize=8)
+
+
+def _draw_latency(axes: Any, results: Mapping[str, Any]) -> None:
+    """Share of first tokens, and of pauses, that took no longer; a colour per case and a style
+    per engine.
+    """
+    titles = {"first_token": "time to first token, ms", "between_tokens": "between tokens, ms"}
+    for axis, (what, title) in zip(axes, titles.items(), strict=True):
+        for style, (engine, result) in zip(("-", "--", ":"), results.items(), strict=False):
+            for colour, (name, case) in enumerate(result["cases"].items()):
+                if (values := case["curves"][what]) is None:
+                    continue
+                shares = [i / (len(values) - 1) for i in range(len(values))]
+                label = name if len(results) == 1 else f"{engine}, {name}"
+                times = [1e3 * value for value in values]
+                axis.plot(times, shares, style, color=f"C{colour}", label=label)
+        axis.set_xscale("log")
+        axis.set_ylim(0, 1.02)
+        axis.set_title(title)
+        axis.grid(alpha=0.3, which="both")
+    axes[0].set_ylabel("share that took no longer")
+    axes[1].legend(fontsize=7)

@@ -80,6 +80,11 @@ def percentiles(values: Sequence[float]) -> dict[str, float]:
     return {name: quantile(values, share) for name, share in shares.items()}
 
 
+def curve(values: Sequence[float], points: int = 101) -> list[float]:
+    """The quantiles of `points` shares from 0 to 1, as many apart: a distribution to draw."""
+    return [float(q) for q in np.quantile(_checked(values), np.linspace(0, 1, points))]
+
+
 def gaps(times: Sequence[float]) -> list[float]:
     """Differences between neighbours, in the unit of the time stamps."""
     return [float(later - earlier) for earlier, later in pairwise(times)]

@@ -9,7 +9,7 @@ import contextlib
 import json
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,8 @@ from greenroom.placement.folder import cache_folder
 
 KIND = "greenroom machine"
 VERSION = 1
+# Tokens of a matrix at which kernels are measured besides one; experts share 512 tokens.
+FEW, MANY, MANY_EACH = 4, 512, 32
 _LARGEST_FILE = 1 << 20  # bytes; a profile has a few thousand
 _MOST = 1e7  # no rate of a machine is above this, in any unit used here
 
@@ -42,8 +44,11 @@ class MachineProfile:
         dram: read rate by threads.
         experts: weight bytes read by the expert kernel, one token, by format.
         dense: the same of the dense kernel.
-        experts_batch: GOP/s of the expert kernel at 512 tokens, by format.
-        dense_batch: the same of the dense kernel.
+        experts_batch: GOP/s of the expert kernel at 512 tokens, 32 for each expert, by format.
+        dense_batch: the same of the dense kernel, all tokens for the matrix.
+        experts_few, dense_few: the same at 4 tokens for each expert or matrix.
+        attention_prompt: GOP/s of attention over a prompt of 512 tokens on the CPU.
+        attention_step: GOP/s of attention of one token over 512.
         int8, float32: GOP/s of instructions on registers alone.
         pcie_up, pcie_down: pinned copies to the GPU and back, by MiB of a copy.
         pcie_both: up and down at once, together; 0 without a GPU.
@@ -67,6 +72,10 @@ class MachineProfile:
     dense: Mapping[str, float] = field(default_factory=dict)
     experts_batch: Mapping[str, float] = field(default_factory=dict)
     dense_batch: Mapping[str, float] = field(default_factory=dict)
+    experts_few: Mapping[str, float] = field(default_factory=dict)
+    dense_few: Mapping[str, float] = field(default_factory=dict)
+    attention_prompt: float = 0.0
+    attention_step: float = 0.0
     int8: float = 0.0
     float32: float = 0.0
     pcie_up: Mapping[int, float] = field(default_factory=dict)
@@ -104,9 +113,48 @@ class MachineProfile:
         """GOP/s of the expert kernel at many tokens, likewise."""
         return _of(self.experts_batch, format, self.int8)
 
-    def dense_batch_rate(self, format: str) -> float:
-        """GOP/s of the dense kernel at many tokens, likewise."""
-        return _of(self.dense_batch, format, self.int8)
+    def expert_seconds(self, sizes: Mapping[str, int], rows: float, values: int) -> float:
+        """Seconds of the expert kernel over all of `sizes`, bytes by format and `values` weights
+        in all, with `rows` tokens for each expert.
+        """
+        kernel = (self.expert_rate, self.experts_few, self.experts_batch, MANY_EACH)
+        return self._kernel_seconds(kernel, sizes, rows, values)
+
+    def dense_seconds(self, sizes: Mapping[str, int], rows: float, values: int) -> float:
+        """The same of the dense kernel."""
+        kernel = (self.dense_rate, self.dense_few, self.dense_batch, MANY)
+        return self._kernel_seconds(kernel, sizes, rows, values)
+
+    def _kernel_seconds(
+        self, kernel: "_Kernel", sizes: Mapping[str, int], rows: float, values: int
+    ) -> float:
+        reading, few, many, most = kernel
+        total, seconds = sum(sizes.values()) or 1, 0.0
+        for name, size in sizes.items():
+            weights = values * size / total
+            points = [(1.0, size / 1e9 / max(reading(name), 1e-3))]
+            for count, rates in ((FEW, few), (most, many)):
+                if rates:
+                    rate = max(_of(rates, name, self.int8), 1e-3)
+                    points.append((float(count), 2 * count * weights / 1e9 / rate))
+            seconds += _along(points, rows)
+        return seconds
+
+
+_Kernel = tuple[Callable[[str], float], Mapping[str, float], Mapping[str, float], int]
+
+
+def _along(points: Sequence[tuple[float, float]], x: float) -> float:
+    """The value at x of the line through (x, y) points, none smaller than the one before; what
+    is outside goes on like the nearest piece, but not below the first value."""
+    rising = [points[0]]
+    for point in points[1:]:
+        rising.append((point[0], max(point[1], rising[-1][1])))
+    if x <= 1 or len(rising) == 1:
+        return rising[0][1]
+    i = next((i for i in range(1, len(rising)) if x <= rising[i][0]), len(rising) - 1)
+    (x0, y0), (x1, y1) = rising[i - 1], rising[i]
+    return y0 + (x - x0) * (y1 - y0) / (x1 - x0)
 
 
 def _of(rates: Mapping[str, float], format: str, otherwise: float) -> float:

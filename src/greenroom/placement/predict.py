@@ -5,6 +5,7 @@ the measured time that a step and each of its matrices take whatever their size.
 tensors and the planner's decision; measures nothing.
 """
 
+import math
 import re
 from collections import Counter
 from collections.abc import Mapping
@@ -17,9 +18,17 @@ from greenroom.placement.placement import Placement
 
 _SPLIT = re.compile(r"\.\d+\.weight$")  # one expert of several, each a tensor of its own
 _EXPERTS = re.compile(r"_exps\.weight$|\.ffn_(gate|up|down)\.\d+\.weight$")
-# Per layer with experts in RAM: bells and 11 KB each way, within a recorded step, took 10.7 us on
-# an H100 over PCIe 5.
+# On an H100 over PCIe 5, see docs/performance.md. A layer with experts in RAM: bells and 11 KB each
+# way, within a recorded step. A layer of a decode step: kernels too short to fill the bandwidth.
+# A step: its launch, waking up, the next call. Products of long steps: share of the peak rate;
+# attention of long steps: operations per second; expanding experts: share of VRAM's bandwidth.
 HANDSHAKE_SECONDS = 11e-6
+GPU_LAYER_SECONDS = 55e-6
+GPU_STEP_SECONDS = 0.35e-3
+GPU_PRODUCTS = 0.25
+GPU_ATTENTION = 10e12
+GPU_EXPANDING = 0.6
+LENT = 0.8  # of the time of a layer's copies, that the CPU computes in; as the engine has it
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -35,6 +44,9 @@ class Work:
         cache: bytes of keys and values per token of context, as float16, windows left out.
         head, head_values: of `dense` and `dense_values`, what only a prompt's last token reads.
         matrices: products of a step, the experts of a layer counted as one gate, up and down.
+        windows: of every layer's attention, None for all tokens.
+        scores: operations of a layer's attention for one query and one key.
+        late: share of the experts, those of the last layer, that a prompt's last token reads alone.
     """
 
     experts: Mapping[str, int]
@@ -48,48 +60,85 @@ class Work:
     head: Mapping[str, int] = field(default_factory=dict)
     head_values: int = 0
     matrices: int = 0
+    windows: tuple[int | None, ...] = ()
+    scores: int = 0
+    late: float = 0.0
 
     @staticmethod
     def of(tensors: Mapping[str, TensorInfo], config: ModelConfig) -> "Work":
         """Reads it off a file's tensors."""
-        experts: Counter[str] = Counter()
-        dense: Counter[str] = Counter()
-        values = [0, 0]
-        layers, matrices = set(), set()
+        sizes = _Sizes.of(tensors)
         tied = "output.weight" not in tensors
         head = tensors["token_embd.weight" if tied else "output.weight"]
-        for name, tensor in tensors.items():
-            if name.startswith("token_embd") and not tied:
-                continue
-            routed = bool(_EXPERTS.search(name))
-            (experts if routed else dense)[tensor.type.name] += tensor.nbytes
-            count = 1
-            for size in tensor.ne:
-                count *= size
-            values[routed] += count
-            if len(tensor.ne) > 1:
-                matrices.add(_SPLIT.sub("", name))
-            if routed:
-                layers.add(name.split(".")[1])
         moe, shape = config.moe, config.attention
-        per_layer = 2 * shape.kv_heads * (shape.key_length + shape.value_length)
+        width = shape.key_length + shape.value_length
         return Work(
-            experts=experts,
-            dense=dense,
-            expert_values=values[1],
-            dense_values=values[0],
+            experts=sizes.experts,
+            dense=sizes.dense,
+            expert_values=sizes.expert_values,
+            dense_values=sizes.dense_values,
             share=moe.used / moe.experts if moe else 0.0,
             count=moe.experts if moe else 0,
-            layers=len(layers),
-            cache=per_layer * sum(window is None for window in config.windows),
+            layers=len(sizes.layers),
+            cache=2 * shape.kv_heads * width * sum(w is None for w in config.windows),
             head={head.type.name: head.nbytes},
             head_values=head.ne[0] * head.ne[1],
-            matrices=len(matrices),
+            matrices=len(sizes.matrices),
+            windows=tuple(config.windows),
+            scores=2 * shape.heads * width,
+            late=1 / len(sizes.layers) if sizes.layers else 0.0,
         )
 
-    def touched(self, batch: int) -> float:
-        """Share of the experts' bytes that a step of `batch` tokens reads, routed uniformly."""
-        return 1 - (1 - self.share) ** batch
+    def touched(self, rows: float) -> float:
+        """Share of the experts' bytes that a step of `rows` tokens reads, routed uniformly."""
+        return 1.0 - float((1 - self.share) ** rows)
+
+    def per_expert(self, rows: float) -> float:
+        """Tokens of an expert that a step of `rows` tokens uses at all."""
+        there = self.touched(rows)
+        return rows * self.share / there if there else 0.0
+
+    def attended(self, first: int, last: int) -> float:
+        """Operations of attention for the tokens at positions `first` to `last` of a sequence."""
+        return self.scores * sum(_pairs(last, w) - _pairs(first, w) for w in self.windows)
+
+
+def _pairs(tokens: int, window: int | None) -> float:
+    """Keys that the first `tokens` queries see in all."""
+    wide = tokens if window is None else min(tokens, window)
+    return wide * (wide + 1) / 2 + (tokens - wide) * wide
+
+
+@dataclass(slots=True)
+class _Sizes:
+    """Bytes by format and weights of a file's tensors, routed experts apart."""
+
+    experts: Counter[str] = field(default_factory=Counter)
+    dense: Counter[str] = field(default_factory=Counter)
+    expert_values: int = 0
+    dense_values: int = 0
+    layers: set[str] = field(default_factory=set)
+    matrices: set[str] = field(default_factory=set)
+
+    @staticmethod
+    def of(tensors: Mapping[str, TensorInfo]) -> "_Sizes":
+        found = _Sizes()
+        for name, tensor in tensors.items():
+            if not name.startswith("token_embd") or "output.weight" not in tensors:
+                found.add(name, tensor)
+        return found
+
+    def add(self, name: str, tensor: TensorInfo) -> None:
+        count = math.prod(tensor.ne)
+        if _EXPERTS.search(name):
+            self.experts[tensor.type.name] += tensor.nbytes
+            self.expert_values += count
+            self.layers.add(name.split(".")[1])
+        else:
+            self.dense[tensor.type.name] += tensor.nbytes
+            self.dense_values += count
+        if len(tensor.ne) > 1:
+            self.matrices.add(_SPLIT.sub("", name))
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,24 +175,31 @@ def decode(
     """
     measured = hits is not None
     gpu = _share_on_gpu(placement)
-    cache = work.cache * context * batch
-    dense = sum(work.dense.values())
+    rows = 1 if measured else batch
+    attended = batch * work.attended(context - 1, context) if context else 0.0
     parts = {
-        "dense layers from RAM": (1 - gpu) * _seconds(work.dense, machine.dense_rate),
-        "keys and values from RAM": (1 - gpu) * cache / _bytes(machine.dram_best),
+        "dense layers from RAM": (1 - gpu)
+        * machine.dense_seconds(work.dense, rows, work.dense_values),
+        "attention on the CPU": (1 - gpu) * _over(attended, machine.attention_step),
     }
     if gpu:
-        parts["dense layers from VRAM"] = gpu * (dense + cache) / _bytes(machine.vram)
+        cache = work.cache * context * batch
+        there = sum(work.dense.values()) + cache
+        parts["dense layers from VRAM"] = gpu * there / _bytes(machine.vram)
     if hits is None:
         hits = resident(placement, work) if gpu else 0.0
-    there = work.touched(batch)
-    from_ram = (1 - hits) * there * _seconds(work.experts, machine.expert_rate)
-    from_vram = hits * there * sum(work.experts.values()) / _bytes(machine.vram) if hits else 0.0
+    used = work.touched(batch)
+    each = 1 if measured else work.per_expert(batch)
+    whole = machine.expert_seconds(work.experts, each, work.expert_values)
+    from_ram = (1 - hits) * used * whole
+    from_vram = hits * used * sum(work.experts.values()) / _bytes(machine.vram) if hits else 0.0
     # Both work at once; the longer decides.
     longer = "experts from RAM" if from_ram >= from_vram else "experts from VRAM"
     parts[longer] = max(from_ram, from_vram)
-    if gpu and hits < 1 and not measured:
-        parts["handshakes"] = gpu * work.layers * HANDSHAKE_SECONDS
+    if gpu and not measured:
+        parts["handshakes"] = gpu * work.layers * HANDSHAKE_SECONDS * (hits < 1)
+        parts["short kernels"] = placement.layers_on_gpu * GPU_LAYER_SECONDS
+        parts["host"] = GPU_STEP_SECONDS
     if not measured:
         parts["host and threads"] = (1 - gpu) * _host(work, machine)
     return _predicted(parts, batch)
@@ -154,40 +210,89 @@ def _host(work: Work, machine: MachineProfile) -> float:
 
 
 def prefill(
-    work: Work, placement: Placement, machine: MachineProfile, tokens: int
-) -> Prediction:  # fmt: skip
-    """A prompt of `tokens` tokens, in steps of what the placement allows."""
-    chunk = min(tokens, placement.prefill_chunk or 512)
+    work: Work, placement: Placement, machine: MachineProfile, tokens: int, sequences: int = 1
+) -> Prediction:
+    """`sequences` prompts of `tokens` tokens each, in steps of what the placement allows."""
+    every = tokens * sequences
+    chunk = min(every, placement.prefill_chunk or 512)
+    steps = math.ceil(every / chunk)
+    rows = every / steps
     gpu = _share_on_gpu(placement)
-    dense_ops = 2 * (work.dense_values - work.head_values) * chunk
-    expert_ops = 2 * work.expert_values * work.share * chunk
+    body = {name: size - work.head.get(name, 0) for name, size in work.dense.items()}
+    values = work.dense_values - work.head_values
+    attended = sequences * work.attended(0, tokens)
     parts = {
-        "dense products on the CPU": (1 - gpu)
-        * max(
-            dense_ops * _per(work.dense, machine.dense_batch_rate),
-            _seconds(work.dense, machine.dense_rate) - _seconds(work.head, machine.dense_rate),
-        ),
+        "dense products on the CPU": (1 - gpu) * steps * machine.dense_seconds(body, rows, values),
         # of the last token only
-        "head on the CPU": (1 - gpu) * chunk / tokens * _seconds(work.head, machine.dense_rate),
-        "host and threads": (1 - gpu) * _host(work, machine),
+        "head on the CPU": (1 - gpu)
+        * machine.dense_seconds(work.head, sequences, work.head_values),
+        "attention on the CPU": (1 - gpu) * _over(attended, machine.attention_prompt),
+        "host and threads": (1 - gpu) * steps * _host(work, machine),
     }
-    on_cpu = max(
-        expert_ops * _per(work.experts, machine.expert_batch_rate),
-        work.touched(chunk) * _seconds(work.experts, machine.expert_rate),
-    )
+    on_cpu = _experts_on_cpu(work, machine, rows, steps)
     if gpu:
-        parts["products on the GPU"] = gpu * (dense_ops + expert_ops) / _bytes(machine.gpu_bf16)
+        parts |= _on_gpu(work, placement, machine, (rows, steps), attended)
     missing = 1 - resident(placement, work) if gpu else 1.0
     if gpu and placement.staging and machine.pcie:
-        copied = missing * sum(work.experts.values()) / _bytes(machine.pcie)
-        # The copy runs under the computation.
-        products = parts.pop("products on the GPU")
-        parts["experts over PCIe" if copied > products else "products on the GPU"] = max(
-            copied, products
-        )
+        copied = steps * missing * sum(work.experts.values()) / _bytes(machine.pcie)
+        copied *= (1 - work.late) * _left_to_copy(copied, missing * on_cpu)
+        # The copies run under the computation.
+        computed = sum(parts[name] for name in _GPU_PARTS)
+        if copied > computed:
+            parts = {name: s for name, s in parts.items() if name not in _GPU_PARTS}
+            parts["experts over PCIe"] = copied
     elif missing:
         parts["experts on the CPU"] = missing * on_cpu
-    return _predicted(parts, chunk)
+    return _predicted(parts, every)
+
+
+_GPU_PARTS = ("products on the GPU", "attention on the GPU", "expanding experts")
+
+
+def _experts_on_cpu(work: Work, machine: MachineProfile, rows: float, steps: int) -> float:
+    """Seconds of a prompt's experts if the CPU computes them all."""
+    long = work.touched(rows) * machine.expert_seconds(
+        work.experts, work.per_expert(rows), work.expert_values
+    )
+    short = work.share * machine.expert_seconds(work.experts, 1, work.expert_values)
+    return steps * (1 - work.late) * long + work.late * short
+
+
+def _left_to_copy(copied: float, on_cpu: float) -> float:
+    """Share of the experts that come over the bus while the CPU computes the others."""
+    if not on_cpu:
+        return 1.0
+    return on_cpu / (on_cpu + LENT * copied)
+
+
+def _on_gpu(
+    work: Work,
+    placement: Placement,
+    machine: MachineProfile,
+    size: tuple[float, int],
+    attended: float,
+) -> dict[str, float]:
+    """What the GPU computes of a prompt; `size` is tokens of a step, and steps."""
+    gpu = _share_on_gpu(placement)
+    rows, steps = size
+    resident_or_staged = 1.0 if placement.staging else resident(placement, work)
+    values = resident_or_staged * work.expert_values * (1 - work.late)
+    dense = work.dense_values - work.head_values
+    operations = 2 * rows * steps * (dense + values * work.share)
+    # A slab is read, and as float16 written and read.
+    moved = resident_or_staged * (sum(work.experts.values()) + 4 * work.expert_values)
+    return {
+        "products on the GPU": gpu * operations / (GPU_PRODUCTS * _bytes(machine.gpu_bf16)),
+        "attention on the GPU": gpu * attended / GPU_ATTENTION,
+        "expanding experts": gpu
+        * (1 - work.late)
+        * steps
+        * moved
+        * work.touched(rows)
+        / (GPU_EXPANDING * _bytes(machine.vram)),
+        "short kernels": steps * placement.layers_on_gpu * GPU_LAYER_SECONDS,
+        "host": steps * GPU_STEP_SECONDS,
+    }
 
 
 def _predicted(parts: Mapping[str, float], tokens: int) -> Prediction:
@@ -202,14 +307,6 @@ def _bytes(rate: float) -> float:
     return max(rate, 1e-3) * 1e9
 
 
-def _seconds(sizes: Mapping[str, int], rate: object) -> float:
-    """Seconds to read all, each format at its kernel's rate."""
-    assert callable(rate)
-    return sum(size / _bytes(rate(name)) for name, size in sizes.items())
-
-
-def _per(sizes: Mapping[str, int], rate: object) -> float:
-    """Seconds per operation, formats weighed by their bytes."""
-    assert callable(rate)
-    total = sum(sizes.values()) or 1
-    return sum(size / total / _bytes(rate(name)) for name, size in sizes.items())
+def _over(operations: float, rate: float) -> float:
+    """Seconds; 0 where the rate was not measured."""
+    return operations / 1e9 / rate if rate else 0.0
