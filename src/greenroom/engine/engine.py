@@ -24,6 +24,7 @@ from greenroom.engine.jobs import Embedding, Generation, Job, Scoring, Sink
 from greenroom.engine.kv_cache import BlockCache, GroupSize
 from greenroom.engine.output import Constraint, TextStream, TokenOutput
 from greenroom.engine.params import SamplingParams
+from greenroom.engine.postbox import Postbox
 from greenroom.engine.prefix_store import PrefixStore
 from greenroom.engine.runner import ModelLike, Runner
 from greenroom.engine.sampler import Sampler
@@ -86,6 +87,7 @@ class Engine:
         self._counts: Counter[str] = Counter()
         self._inbox: list[Callable[[], None]] = []  # what other threads want done
         self._wake = threading.Condition()
+        self._box: Postbox | None = None  # of the loop that asked last
         self._closed: EngineClosedError | None = None
         self._thread = threading.Thread(target=self._work, name="greenroom-engine", daemon=True)
         self._thread.start()
@@ -116,8 +118,7 @@ class Engine:
 
     async def _stream(self, start: Callable[[Sink], Job]) -> AsyncIterator[TokenOutput]:
         queue: asyncio.Queue[Any] = asyncio.Queue()
-        loop = asyncio.get_running_loop()
-        job = start(lambda item: _post(loop, queue, item))
+        job = start(partial(self._postbox().post, queue))
         try:
             while True:
                 item = await queue.get()
@@ -134,8 +135,7 @@ class Engine:
         (mean if it does not); not normalised.
         """
         queue: asyncio.Queue[Any] = asyncio.Queue()
-        loop = asyncio.get_running_loop()
-        job = self.start_embedding(tokens, lambda item: _post(loop, queue, item))
+        job = self.start_embedding(tokens, partial(self._postbox().post, queue))
         try:
             item = await queue.get()
         finally:
@@ -144,6 +144,12 @@ class Engine:
             raise item
         result: NDArray[np.float32] = item
         return result
+
+    def _postbox(self) -> Postbox:
+        loop = asyncio.get_running_loop()
+        if self._box is None or self._box.loop is not loop:
+            self._box = Postbox(loop)
+        return self._box
 
     def stats(self) -> dict[str, Any]:
         """Requests waiting and running, cache use in blocks, counters since the start, and
@@ -388,7 +394,3 @@ class Engine:
         self._deliver()  # what came before the error
         with contextlib.suppress(Exception):  # the caller may be gone
             job.sink(error)
-
-
-def _post(loop: asyncio.AbstractEventLoop, queue: asyncio.Queue[Any], item: object) -> None:
-    loop.call_soon_threadsafe(queue.put_nowait, item)

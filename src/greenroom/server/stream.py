@@ -18,11 +18,12 @@ T = TypeVar("T")
 Close = Callable[[], Awaitable[None]]
 DONE = b"data: [DONE]\n\n"
 PING = b": ping\n\n"
+_compact = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
 
 
 def encode(value: Any) -> bytes:
     """Compact JSON as UTF-8."""
-    return json.dumps(value, ensure_ascii=False, separators=(",", ":")).encode()
+    return _compact(value).encode()
 
 
 def event(value: Any, name: str | None = None) -> bytes:
@@ -94,32 +95,33 @@ class Stream(Response):
         del self.headers["content-length"]
         self.headers["X-Accel-Buffering"] = "no"  # nginx would hold events back
         self.chunks, self.close, self.on_error, self.ping = chunks, close, on_error, ping
-        self._next: asyncio.Future[bytes | None] | None = None
-
-    async def _following(self) -> AsyncIterator[bytes]:
-        """The chunks, with pings in long silences and errors as a last chunk."""
-        while True:
-            self._next = self._next or asyncio.ensure_future(_advance(self.chunks))
-            done, _ = await asyncio.wait({self._next}, timeout=self.ping)
-            if not done:
-                yield PING
-                continue
-            task, self._next = self._next, None
-            try:
-                chunk = task.result()
-            except Exception as error:
-                yield self.on_error(error)
-                return
-            if chunk is None:
-                return
-            yield chunk
+        self._silent = True
 
     async def _send_all(self, send: Send) -> None:
         head = {"status": self.status_code, "headers": self.raw_headers}
         await send({"type": "http.response.start", **head})
-        async for chunk in self._following():
-            await send({"type": "http.response.body", "body": chunk, "more_body": True})
+        pinging = asyncio.ensure_future(self._fill_silence(send))
+        try:
+            async for chunk in self._with_error():
+                self._silent = False
+                await send({"type": "http.response.body", "body": chunk, "more_body": True})
+        finally:
+            await _cancel(pinging)
         await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+    async def _with_error(self) -> AsyncIterator[bytes]:
+        try:
+            async for chunk in self.chunks:
+                yield chunk
+        except Exception as error:
+            yield self.on_error(error)
+
+    async def _fill_silence(self, send: Send) -> None:
+        while self.ping is not None:
+            self._silent = True
+            await asyncio.sleep(self.ping)
+            if self._silent:
+                await send({"type": "http.response.body", "body": PING, "more_body": True})
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         sending = asyncio.ensure_future(self._send_all(send))
@@ -130,11 +132,6 @@ class Stream(Response):
                 with contextlib.suppress(OSError):  # the client left while we were sending
                     sending.result()
         finally:
-            for task in (sending, gone, self._next):
-                if task is not None:
-                    await _cancel(task)
+            await _cancel(sending)
+            await _cancel(gone)
             await self.close()
-
-
-async def _advance(chunks: AsyncIterator[bytes]) -> bytes | None:
-    return await anext(chunks, None)
