@@ -140,7 +140,7 @@ def test_models_load_on_first_use_and_leave_when_idle(make_client, make_engine, 
         return made[source.name]
 
     sources = [ModelSource(name, tmp_path / f"{name}.gguf") for name in ("a", "b", "bad")]
-    settings = ServerSettings(max_loaded=1, keep_alive=0.5)
+    settings = ServerSettings(max_loaded=1, keep_alive=3600)
     client = make_client(lambda: Registry(sources, load, settings), settings)
     registry = client.app.state.server.registry
     assert not registry.loaded
@@ -149,6 +149,8 @@ def test_models_load_on_first_use_and_leave_when_idle(make_client, make_engine, 
     client.ok(CHAT, {**BODY, "model": "b"})  # takes the place of a
     assert list(registry.loaded) == ["b"]
     assert made["a"].closed
+    assert 3500 < registry._timers["b"].when() - client.loop.time() <= 3600
+    client.loop.call_soon(registry._expire, registry.loaded["b"])  # as the timer will
     client.run(until(lambda: not registry.loaded))
     assert made["b"].closed
     assert client.post(CHAT, BODY).status_code == 400  # which of them?
@@ -156,8 +158,7 @@ def test_models_load_on_first_use_and_leave_when_idle(make_client, make_engine, 
     assert response.status_code == 500
     assert "bad.gguf" in response.json()["error"]["message"]
     client.ok("/api/generate", {"model": "a", "keep_alive": -1})
-    client.run(asyncio.sleep(0.6))
-    assert list(registry.loaded) == ["a"]
+    assert (list(registry.loaded), list(registry._timers)) == (["a"], [])
     body = client.ok("/api/generate", {"model": "a", "keep_alive": 0})
     assert body["done_reason"] == "unload"
     client.run(until(lambda: not registry.loaded))
