@@ -81,7 +81,12 @@ def test_the_document_compares_with_the_baseline() -> None:
         "value": 0.5, "low": 0.5, "high": 0.5,
     }  # fmt: skip
     assert document["baseline"]["saved"] == {"peak_rss": 0.5}
+    document["against"] = {
+        "greenroom": {"prompt": 30.0, "generation": 6.0},
+        "llama.cpp": {"prompt": 20.0, "generation": 4.0},
+    }
     text = speed_report.markdown(document)
+    assert "llama.cpp: prompt 20.0, generation 4.0 tokens/s; ours are 1.50 and 1.50 times" in text
     assert "| 2.0 (0.0) |" in text
     assert "75.0%" in text
     assert "decode at 0.50 times" in text

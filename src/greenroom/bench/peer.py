@@ -47,7 +47,7 @@ def prompt_ids(workload: Workload, round_index: int) -> list[int]:
 def _open_ours(path: Path, threads: int, context: int) -> Answer:
     from greenroom import LLM, SamplingParams
 
-    llm = LLM(path, threads=threads, context_length=context)
+    llm = LLM(path, threads=threads, context_length=context, vram="0")  # as llama.cpp here
 
     def answer(tokens: list[int], count: int) -> tuple[float, float]:
         import time

@@ -46,10 +46,8 @@ def memory_rows(document: Mapping[str, Any]) -> Iterator[Row]:
     """Load times and peaks, a row per engine; GiB."""
     for engine, result in document["results"].items():
         loads = result["load_seconds"]
-        counted = [
-            sum(size for part, size in result["memory"].items() if part.endswith(tier))
-            for tier in (".ram", ".vram")
-        ]
+        there = [size for part, size in result["memory"].items() if part.endswith(".vram")]
+        counted = sum(result["memory"].values()) - sum(there), sum(there)
         yield (
             engine,
             result["backend"],
@@ -90,6 +88,22 @@ def baseline_lines(document: Mapping[str, Any]) -> Iterator[str]:
         yield f"{tier.replace('_', ' ')}: {share:.1%} saved"
 
 
+def peer_lines(document: Mapping[str, Any]) -> Iterator[str]:
+    """Rates of another engine on the same file, on the CPU, in turn with ours."""
+    found = document.get("against", {})
+    for engine, rates in found.items():
+        line = (
+            f"{engine}: prompt {rates['prompt']:.1f}, generation {rates['generation']:.1f} tokens/s"
+        )
+        if engine != "greenroom" and rates["prompt"] and rates["generation"]:
+            ours = found["greenroom"]
+            line += (
+                f"; ours are {ours['prompt'] / rates['prompt']:.2f} and "
+                f"{ours['generation'] / rates['generation']:.2f} times that"
+            )
+        yield line
+
+
 def ceiling_lines(document: Mapping[str, Any]) -> Iterator[str]:
     """What the machine can do, measured before."""
     found = document.get("ceilings")
@@ -118,6 +132,9 @@ def markdown(document: Mapping[str, Any]) -> str:
     compared = list(baseline_lines(document))
     if compared:
         lines += ["## Against the baseline", "", *(f"- {line}" for line in compared), ""]
+    peers = list(peer_lines(document))
+    if peers:
+        lines += ["## Against another engine", "", *(f"- {line}" for line in peers), ""]
     return "\n".join(lines)
 
 
@@ -166,8 +183,9 @@ def _draw_speed(axes: Any, results: Mapping[str, Any]) -> None:
             axis.set_xticks(range(len(of)), list(of))
         axis.set_title(f"{what}, tokens/s")
         axis.tick_params(axis="x", labelsize=8)
+        axis.margins(y=0.3 if len(results) > 1 else 0.1)
     if len(results) > 1:
-        axes[0].legend(fontsize=8)
+        axes[0].legend(fontsize=8, loc="upper left", ncols=2)
 
 
 def _draw_latency(axes: Any, results: Mapping[str, Any]) -> None:
@@ -185,8 +203,11 @@ def _draw_latency(axes: Any, results: Mapping[str, Any]) -> None:
                 times = [1e3 * value for value in values]
                 axis.plot(times, shares, style, color=f"C{colour}", label=label)
         axis.set_xscale("log")
+        for ticks in (axis.xaxis.set_major_formatter, axis.xaxis.set_minor_formatter):
+            ticks(lambda value, _: f"{value:g}")
+        axis.tick_params(axis="x", which="both", labelsize=7)
         axis.set_ylim(0, 1.02)
         axis.set_title(title)
         axis.grid(alpha=0.3, which="both")
     axes[0].set_ylabel("share that took no longer")
-    axes[1].legend(fontsize=7)
+    axes[1].legend(fontsize=7, loc="lower right")

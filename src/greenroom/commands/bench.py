@@ -180,8 +180,8 @@ def _show(document: dict[str, Any], report: Path | None) -> None:
         console.print(table)
     for line in shown.baseline_lines(document):
         console.print(line)
-    for engine, rates in document.get("against", {}).items():
-        console.print(f"{engine}: {rates['prompt']:.1f} prompt, {rates['generation']:.1f} tokens/s")
+    for line in shown.peer_lines(document):
+        console.print(line)
     if report is not None:
         files = shown.write_report(document, report)
         if not any(name.endswith(".png") for name in files):
