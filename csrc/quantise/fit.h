@@ -62,8 +62,19 @@ inline float extreme(const Run& run) {
     return best;
 }
 
-// Sixteen scales whose inverses are `inv` become the best for the codes they give. The best keeps
-// the most of the energy: the error is sum(w x^2) - (sum w x c)^2 / sum(w c^2).
+// Scales of least squares from sum(w x c) and sum(w c^2), and the energy they keep. The best keeps
+// the most: the error is sum(w x^2) - (sum w x c)^2 / sum(w c^2).
+inline void best_scales(Floats xc, Floats cc, float* scale, float* kept) {
+    float xcs[lanes], ccs[lanes];
+    simd::store(xcs, xc);
+    simd::store(ccs, cc);
+    for (int i = 0; i < lanes; ++i) {
+        scale[i] = ccs[i] > 0.0f ? xcs[i] / ccs[i] : 0.0f;
+        kept[i] = scale[i] * xcs[i];
+    }
+}
+
+// Sixteen scales whose inverses are `inv` become the best for the codes they give.
 inline void solve_symmetric(const Run& run, int middle, int top, const float* inv, float* scale,
                             float* kept) {
     const Floats by = simd::load(inv);
@@ -75,13 +86,7 @@ inline void solve_symmetric(const Run& run, int middle, int top, const float* in
         xc = xc + x * weighed;
         cc = cc + code * weighed;
     }
-    float xcs[lanes], ccs[lanes];
-    simd::store(xcs, xc);
-    simd::store(ccs, cc);
-    for (int i = 0; i < lanes; ++i) {
-        scale[i] = ccs[i] > 0.0f ? xcs[i] / ccs[i] : 0.0f;
-        kept[i] = scale[i] * xcs[i];
-    }
+    best_scales(xc, cc, scale, kept);
 }
 
 // Scale s of x ~ s * code, code in [-middle, top].
@@ -204,30 +209,54 @@ inline Affine fit_affine(const Run& run, int top, bool low_at_most_0) {
     return best;
 }
 
-inline int nearest_level(const signed char* levels, float value) {
-    int code = 0;
-    while (code < 15 && value > 0.5f * static_cast<float>(levels[code] + levels[code + 1])) ++code;
-    return code;
+// Which of 16 ascending levels in [-128, 127] is nearest, by cells half a unit wide: where two
+// levels meet is a cell's edge.
+struct Levels {
+    std::uint8_t code[512] = {};
+    float value[512] = {};
+
+    explicit constexpr Levels(const signed char* levels) {
+        for (int i = 0, at = 0; i < 512; ++i) {
+            while (at < 15 && i - 256 >= levels[at] + levels[at + 1]) ++at;
+            code[i] = static_cast<std::uint8_t>(at), value[i] = levels[at];
+        }
+    }
+
+    static int cell(float value) { return nearest(2.0f * value - 0.5f, -256, 255) + 256; }
+};
+
+// Sixteen scales whose inverses are `inv` become the best for the levels they give.
+inline void solve_levels(const Run& run, const Levels& levels, const float* inv, float* scale,
+                         float* kept) {
+    Floats xv = simd::zero(), vv = simd::zero();
+    for (int i = 0; i < run.count; ++i) {
+        int cells[lanes];
+        float values[lanes];
+        for (int l = 0; l < lanes; ++l) cells[l] = Levels::cell(run.x[i] * inv[l]);
+        for (int l = 0; l < lanes; ++l) values[l] = levels.value[cells[l]];
+        const Floats value = simd::load(values), weighed = simd::splat(run.w[i]) * value;
+        xv = xv + simd::splat(run.x[i]) * weighed;
+        vv = vv + value * weighed;
+    }
+    best_scales(xv, vv, scale, kept);
 }
 
-// Scale of x ~ scale * levels[code], 16 ascending levels of uneven distance.
-inline float fit_levels(const Run& run, const signed char* levels) {
+// Scale of x ~ scale * level.
+inline float fit_levels(const Run& run, const Levels& levels) {
     const float peak = extreme(run);
-    if (peak == 0.0f) return 0.0f;
-    float best = 0.0f, kept = -1.0f;
-    for (int side = 0; side < 2; ++side)
-        for (int step = -9; step <= 9; ++step) {
-            const auto edge = static_cast<float>(levels[side ? 15 : 0]);
-            const float inv = edge * (1.0f + 0.015f * static_cast<float>(step)) / peak;
-            float xv = 0.0f, vv = 0.0f;
-            for (int i = 0; i < run.count; ++i) {
-                const auto value =
-                    static_cast<float>(levels[nearest_level(levels, run.x[i] * inv)]);
-                xv += run.w[i] * run.x[i] * value;
-                vv += run.w[i] * value * value;
-            }
-            if (vv > 0.0f && xv * xv > kept * vv) best = xv / vv, kept = xv * xv / vv;
+    if (std::fabs(peak) <= 1e-30f) return 0.0f;
+    float best = 0.0f, most = -1.0f;
+    for (const float edge : {levels.value[0], levels.value[511]}) {
+        float inv[lanes], scale[lanes], kept[lanes];
+        for (int i = 0; i < lanes; ++i)
+            inv[i] = edge * (1.0f + 0.02f * (static_cast<float>(i) - 7.0f)) / peak;
+        for (int again = 0; again < 2; ++again) {
+            solve_levels(run, levels, inv, scale, kept);
+            for (int i = 0; i < lanes; ++i) inv[i] = inverse(scale[i]);
         }
+        for (int i = 0; i < lanes; ++i)
+            if (kept[i] > most) best = scale[i], most = kept[i];
+    }
     return best;
 }
 

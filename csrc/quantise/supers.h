@@ -80,18 +80,19 @@ struct Q6_K {
 inline constexpr signed char iq4_levels[16] = {-127, -104, -83, -65, -49, -35, -22, -10,
                                                1,    13,   25,  38,  53,  69,  89,  113};
 
+inline constexpr Levels iq4_table{iq4_levels};
+
 inline void put_levels(const float* x, float step, std::uint8_t* out) {
     const float inv = inverse(step);
     std::uint8_t codes[32];
-    for (int i = 0; i < 32; ++i)
-        codes[i] = static_cast<std::uint8_t>(nearest_level(iq4_levels, x[i] * inv));
+    for (int i = 0; i < 32; ++i) codes[i] = iq4_table.code[Levels::cell(x[i] * inv)];
     put_nibbles(codes, 16, out);
 }
 
 struct IQ4_NL {
     static constexpr int type = 20, cols = 32, bytes = 18;
     static void encode(const float* x, const float* w, std::uint8_t* out) {
-        put_levels(x, put_half(out, fit_levels({x, w, 32}, iq4_levels)), out + 2);
+        put_levels(x, put_half(out, fit_levels({x, w, 32}, iq4_table)), out + 2);
     }
 };
 
@@ -101,7 +102,7 @@ struct IQ4_XS {
         const float inv = inverse(step);
         float sum = 0;
         for (int i = 0; i < 32; ++i) {
-            const float off = step * iq4_levels[nearest_level(iq4_levels, x[i] * inv)] - x[i];
+            const float off = step * iq4_table.value[Levels::cell(x[i] * inv)] - x[i];
             sum += w[i] * off * off;
         }
         return sum;
@@ -109,7 +110,7 @@ struct IQ4_XS {
     static void encode(const float* x, const float* w, std::uint8_t* out) {
         float scale[8], peak = 0;
         for (int b = 0; b < 8; ++b) {
-            scale[b] = fit_levels({x + 32 * b, w + 32 * b, 32}, iq4_levels);
+            scale[b] = fit_levels({x + 32 * b, w + 32 * b, 32}, iq4_table);
             if (std::fabs(scale[b]) > std::fabs(peak)) peak = scale[b];
         }
         const float d = put_half(out, -peak / 32);
