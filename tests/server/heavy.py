@@ -28,6 +28,7 @@ def listed(item: bytes, field: bytes = b"prompt") -> Any:
 HEAVY: dict[str, tuple[str, Any]] = {
     "a chat": said("word " * 700),
     "text of words": said("word " * (TEXT // 5)),
+    "text that just fits": said("word " * 52_000),
     "text of marks": said("<|<|" * (TEXT // 4)),
     "text of spaces": said(" " * TEXT),
     "text that is not ASCII": said("永和九年" * (TEXT // 12)),

@@ -13,7 +13,7 @@ from greenroom.errors import ContextLengthError, TokenizerError
 from greenroom.tokenizer.pretokenizers import pre_tokenizer
 
 _LONG = 512  # characters
-_PART = 1 << 16  # characters; what comes of them is freed with the interpreter lock held
+_PART = 1 << 14  # characters; what comes of them is freed with the interpreter lock held
 _CUT = 64  # more tokens than a cut through a text can make of it
 
 
