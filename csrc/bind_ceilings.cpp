@@ -52,7 +52,7 @@ double read_seconds(Pool& pool, Bytes memory) {
 }
 
 // Independent sums, enough to hide the latency and few enough for the registers.
-constexpr int chains = simd::tile_in_registers ? 12 : 6;
+constexpr int chains = simd::float_tile == 16 ? 12 : 6;
 
 int int8_loop(std::int64_t rounds) {
     using namespace simd;

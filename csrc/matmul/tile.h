@@ -92,14 +92,8 @@ void tile_quantised(const std::uint8_t* group, std::int64_t blocks, const Activa
             Floats scale[2], min[2];
             decode_quads<F, Tokens>(group, codes);
             F::factors(records, b, scale, min);
-            if constexpr (tile_in_registers)
-                unrolled<Tokens / together>([&](auto i) __attribute__((always_inline)) {
-                    constexpr int t = i * together;
-                    add_block<F, together>(codes, scale, min, x + t, acc + t);
-                });
-            else
-                for (int t = 0; t < Tokens; t += together)
-                    add_block<F, together>(codes, scale, min, x + t, acc + t);
+            for (int t = 0; t < Tokens; t += together)
+                add_block<F, together>(codes, scale, min, x + t, acc + t);
         }
         records += F::record_bytes;
     }
@@ -131,7 +125,7 @@ void some_floats(const std::uint8_t* group, std::int64_t blocks, const float* x,
 template <class F, int Tokens>
 void tile_floats(const std::uint8_t* group, std::int64_t blocks, const Activations& a,
                  std::int64_t first, const std::uint8_t*, float* out, std::int64_t ld) {
-    constexpr int each = simd::tile_in_registers ? Tokens : std::min(Tokens, 4);
+    constexpr int each = std::min(Tokens, simd::float_tile);
     for (int t = 0; t < Tokens; t += each)
         some_floats<F, each, Tokens>(group, blocks, a.float_tile(first) + t, out + t * ld, ld);
 }

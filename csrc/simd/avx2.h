@@ -11,7 +11,7 @@
 namespace greenroom::simd {
 
 constexpr int wide_tile = 16;  // tokens that share the decoding and widening of a block
-constexpr bool tile_in_registers = false;
+constexpr int float_tile = 4;  // of float weights: their sums stay in registers
 
 struct Floats {
     __m256 a, b;

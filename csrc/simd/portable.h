@@ -10,7 +10,7 @@
 namespace greenroom::simd {
 
 constexpr int wide_tile = 4;
-constexpr bool tile_in_registers = false;
+constexpr int float_tile = 4;
 
 struct Floats {
     float v[16];
