@@ -193,12 +193,14 @@ def _draw_hits(document: dict[str, Any], figure: Any, axes: Any) -> None:
         axes.plot(curve["slots_per_layer"], curve["rate"], ".-", label=name)
     axes.plot([0, document["experts"]], [0, 1], ":", color="grey", label="chance")
     axes.set(xlabel="slots per layer", ylabel="hit rate", ylim=(0, 1.02))
+    axes.locator_params(axis="x", integer=True)
     axes.legend()
 
 
 def _draw_reuse(document: dict[str, Any], figure: Any, axes: Any) -> None:
     axes.bar(range(document["experts"]), document["reuse_distance"][:-1])
     axes.set(xlabel="other experts used since the last use", ylabel="uses")
+    axes.locator_params(axis="x", integer=True)
 
 
 def _draw_pairs(document: dict[str, Any], figure: Any, axes: Any) -> None:
