@@ -137,7 +137,11 @@ def ceiling(tier: str, plan: Plan, memory: Bytes) -> Ceiling:
 
 
 class ExpertBank:
-    """One layer of random experts of one format in `memory`, filled once and used by all tiers."""
+    """Random experts of one format in `memory`: copies of one expert, or of its gate matrix.
+
+    Every row has scales a model could have; bytes of one layout read as another are partly
+    denormal numbers, which Intel processors multiply ten times slower.
+    """
 
     def __init__(self, name: str, memory: Bytes) -> None:
         self.name, self.type = name, GGMLType[name]
@@ -145,27 +149,33 @@ class ExpertBank:
         pool = lib.Pool(1)
         self.layout = SlabLayout.plan((self.type,) * 3, D, F, biases=False)
         self.count = memory.nbytes // self.layout.nbytes
-        self.slabs = memory[: self.count * self.layout.nbytes].reshape(self.count, -1)
+        self.memory = memory
+        self.expert: Bytes = np.zeros(self.layout.nbytes, np.uint8)
         rng = np.random.default_rng(0)
         for i, (rows, cols) in enumerate(((F, D), (F, D), (D, F))):
             raw = random_blocks(self.type, rows, cols, rng)
-            part = self.layout.matrix(self.slabs[0], i)
+            part = self.layout.matrix(self.expert, i)
             lib.pack(pool, int(self.type), rows, cols, raw.reshape(-1), part)
-        self.slabs[1:] = self.slabs[0]
+
+    def fill(self, part: Bytes) -> Bytes:
+        """The memory as whole copies of `part`: (copies, bytes of part)."""
+        copies = self.memory.nbytes // part.nbytes
+        filled = self.memory[: copies * part.nbytes].reshape(copies, -1)
+        filled[:] = part
+        return filled
 
     def layer(self, lib: Any) -> Any:
-        """The native layer of one tier over the same slabs."""
+        """The memory as experts of a native layer of one tier."""
         layer = lib.MoeLayer(self.count, D, F, "silu")
-        for e, slab in enumerate(self.slabs):
+        for e, slab in enumerate(self.fill(self.expert)):
             parts = [(int(self.type), self.layout.matrix(slab, i), None, 1.0) for i in range(3)]
             layer.set_expert(e, *parts)
         return layer
 
     def matrix(self) -> tuple[int, Bytes]:
-        """All the memory as one tall matrix (rows, D): rows and packed bytes."""
-        group = native.lib().packed_bytes(int(self.type), 16, D)
-        groups = self.slabs.nbytes // group
-        return 16 * groups, self.slabs.reshape(-1)[: groups * group]
+        """The memory as one tall matrix (rows, D): rows and packed bytes."""
+        filled = self.fill(self.layout.matrix(self.expert, 0))
+        return F * len(filled), filled.reshape(-1)
 
 
 def figure(bank: ExpertBank, limits: Ceiling, what: tuple[str, int], work: tuple[float, float],
