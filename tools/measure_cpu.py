@@ -4,7 +4,7 @@
 
 `SHAPE:LAYERS` cuts a shape to fewer layers. For each: writes the file if it is not there, times
 loading it from the page cache, then both engines in turn (`greenroom.bench.peer`). One line a
-shape; the last line is one JSON document. Needs `xllamacpp`.
+shape; the last line is one JSON document. Needs `xllamacpp`, unless `--alone` leaves it out.
 """
 
 import argparse
@@ -49,8 +49,8 @@ def measure(shape: str, args: argparse.Namespace) -> dict[str, object]:
     loads = [load_seconds(path, args.threads, "copy") for _ in range(args.loads)]
     mapped = load_seconds(path, args.threads, "mmap")
     workload = peer.Workload(args.prompt, args.generate, args.rounds)
-    rates = peer.compare(path, args.threads, workload)
-    ours, theirs = rates["greenroom"], rates["llama.cpp"]
+    engines = ["greenroom"] if args.alone else list(peer.OPENERS)
+    rates = peer.compare(path, args.threads, workload, engines)
     result = {
         "shape": shape,
         "bytes": path.stat().st_size,
@@ -60,13 +60,13 @@ def measure(shape: str, args: argparse.Namespace) -> dict[str, object]:
         "workload": dataclasses.asdict(workload),
         "rates": {engine: dataclasses.asdict(r) for engine, r in rates.items()},
     }
-    print(
-        f"{shape}: load {min(loads):.2f} s (mmap {mapped:.2f} s), tokens/s here / llama.cpp: "
-        f"prompt {ours.prompt:.1f} / {theirs.prompt:.1f} = {ours.prompt / theirs.prompt:.2f}x, "
-        f"generation {ours.generation:.1f} / {theirs.generation:.1f} = "
-        f"{ours.generation / theirs.generation:.2f}x",
-        flush=True,
-    )
+    said = [f"{shape}: load {min(loads):.2f} s (mmap {mapped:.2f} s), tokens/s"]
+    said += [f"{e}: prompt {r.prompt:.1f}, generation {r.generation:.1f}" for e, r in rates.items()]
+    if not args.alone:
+        ours, theirs = rates["greenroom"], rates["llama.cpp"]
+        ratios = ours.prompt / theirs.prompt, ours.generation / theirs.generation
+        said.append("prompt {:.2f}x, generation {:.2f}x".format(*ratios))
+    print("; ".join(said), flush=True)
     return result
 
 
@@ -79,6 +79,7 @@ def main() -> None:
     parser.add_argument("--generate", type=int, default=64)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--loads", type=int, default=2)
+    parser.add_argument("--alone", action="store_true", help="without llama.cpp")
     args = parser.parse_args()
     args.threads = args.threads or int(native.lib().default_threads()["threads"])
     args.work.mkdir(parents=True, exist_ok=True)

@@ -7,7 +7,7 @@ time stamps here and from llama.cpp's own `timings` there.
 
 import multiprocessing
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -113,14 +113,19 @@ def _expect(pipe: Connection) -> Any:
     return value
 
 
-def compare(path: Path, threads: int, workload: Workload | None = None) -> dict[str, Rates]:
-    """Medians of both engines on one file; raises GreenroomError if either cannot run it."""
+def compare(
+    path: Path,
+    threads: int,
+    workload: Workload | None = None,
+    engines: Sequence[str] = tuple(OPENERS),
+) -> dict[str, Rates]:
+    """Medians of the engines on one file; raises GreenroomError if one cannot run it."""
     workload = workload or Workload()
     context = workload.prompt + workload.generate + 64
     spawn = multiprocessing.get_context("spawn")
     pipes: dict[str, Connection] = {}
     workers = []
-    for engine in OPENERS:
+    for engine in engines:
         ours, theirs = spawn.Pipe()
         worker = spawn.Process(
             target=_serve, args=(theirs, engine, path, threads, context), daemon=True
@@ -130,7 +135,7 @@ def compare(path: Path, threads: int, workload: Workload | None = None) -> dict[
         _expect(ours)
         pipes[engine] = ours
         workers.append(worker)
-    seen: dict[str, list[tuple[float, float]]] = {engine: [] for engine in OPENERS}
+    seen: dict[str, list[tuple[float, float]]] = {engine: [] for engine in engines}
     for index in range(-1, workload.rounds):  # round -1 warms up
         for engine, pipe in pipes.items():
             pipe.send((prompt_ids(workload, index + 1), workload.generate))
