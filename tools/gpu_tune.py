@@ -153,8 +153,8 @@ def tune_matvec() -> None:
             return planes
 
         for groups, warps in ((16, 2), (32, 2), (32, 4), (64, 4), (64, 8), (128, 8)):
-            dense.FEW_GROUPS = dense.GROUPS = groups
-            dense.FEW_WARPS = dense.GROUPS_WARPS = warps
+            dense.GROUPS = groups
+            dense.GROUPS_WARPS = warps
             turns = cycle(packed)
             seconds = timed(
                 lambda: dense.matvec(next(turns), kind, rows, cols, x, None, known)  # noqa: B023

@@ -14,7 +14,7 @@ EXPERTS = list(range(32))
 def lent(
     sizes: list[int], rates: Rates, waiting: list[int] = EXPERTS, part: float = 0.8
 ) -> list[int]:
-    return Share(rates, part).lend(waiting, 32, sizes, LAYOUT)
+    return Share(rates, part, meeting=0).lend(waiting, 32, sizes, LAYOUT)
 
 
 def test_nothing_is_lent_to_a_slow_cpu_and_most_to_a_fast_one() -> None:
@@ -49,6 +49,15 @@ def test_a_larger_part_of_the_time_lends_more() -> None:
     counts = [len(lent([64] * 32, Rates(50e9, 70e9, 3e12), part=p)) for p in (0, 0.4, 0.8, 1.6)]
     assert counts == sorted(counts)
     assert counts[0] == 0 < counts[1] < counts[-1]
+
+
+def test_meeting_must_pay() -> None:
+    """At 5 TOP/s 0.64 ms an expert; 0.8 of 32 copies are 6.8 ms."""
+    rates = Rates(50e9, 70e9, 5e12)
+    found = [
+        len(Share(rates, 0.8, m).lend(EXPERTS, 32, [64] * 32, LAYOUT)) for m in (0, 3e-3, 7e-3)
+    ]
+    assert found == [8, 4, 0]
 
 
 def test_every_tier_has_rates() -> None:

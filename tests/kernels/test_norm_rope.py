@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from kernel_help import together
 
 from greenroom.kernels.norm import norm, norm_twin
 from greenroom.kernels.planes import NATURAL, PERMUTED, split
@@ -41,8 +42,11 @@ def test_norm_cuts_its_result_as_split_does(kind, width, centred, device):
     torch.testing.assert_close(got, wanted, atol=1e-4, rtol=1e-4)
     assert planes is not None
     words, units = split(got, kind)
-    assert torch.equal(planes[0], words)
-    assert torch.equal(planes[1], units)
+    # a compiled norm may fuse the product it cuts: the last of 23 bits may differ
+    torch.testing.assert_close(planes[1], units, rtol=1e-6, atol=1e-6)
+    assert (together(planes[0]) - together(words)).abs().max() <= 2
+    if device.type == "cpu":
+        assert torch.equal(planes[0], words)
 
 
 @pytest.mark.parametrize("neox", [False, True])

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from kernel_help import together
 
 from greenroom.kernels.lines import Walk
 from greenroom.kernels.planes import NATURAL, PERMUTED, PLANES, order, split, split_twin
@@ -23,9 +24,7 @@ def test_split_equals_its_twin(kind, shape, device):
     apart = (units.cpu()[..., 1] - wanted_units[..., 1]).abs()
     assert (apart <= 2 * 15 * 2.0**-24 * magnitudes).all()
     # the unit may differ in its last bit, which is one of the last plane's, and so may rounding
-    together = [sum(w.view(torch.int8).view(shape[0], PLANES, -1)[:, i].long() << (16 - 8 * i)
-                    for i in range(PLANES)) for w in (words.cpu(), wanted)]  # fmt: skip
-    assert (together[0] - together[1]).abs().max() <= 2
+    assert (together(words) - together(wanted)).abs().max() <= 2
 
 
 def test_planes_put_together_are_the_activations(device):

@@ -15,9 +15,10 @@ from greenroom.experts.slabs import SlabLayout
 BUS = 50e9
 THREAD_BYTES = 4.5e9
 THREAD_OPERATIONS = {
-    "portable": 0.002e12, "avx2": 0.02e12, "avxvnni": 0.03e12, "avx512": 0.06e12, "amx": 0.15e12,
+    "portable": 0.002e12, "avx2": 0.02e12, "avxvnni": 0.03e12, "avx512": 0.04e12, "amx": 0.06e12,
 }  # fmt: skip
 LENT = 0.8  # share of the time of a layer's copies that the CPU has: attention goes first
+MEETING = 3.5e-3  # seconds of a layer for rows to the CPU, waiting and rows back (the same day)
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,10 +49,12 @@ class Share:
     Attributes:
         rates: of the machine.
         lent: share of the time of a layer's copies that the CPU may take.
+        meeting: seconds that pass in a layer as soon as the CPU takes any.
     """
 
     rates: Rates
     lent: float = LENT
+    meeting: float = MEETING
 
     def lend(
         self, waiting: Sequence[int], absent: int, sizes: Sequence[int], layout: SlabLayout
@@ -66,7 +69,7 @@ class Share:
             layout: of the slabs.
         """
         rates, found = self.rates, list[int]()
-        busy, copying = 0.0, absent * layout.nbytes / rates.bus
+        busy, copying = self.meeting, absent * layout.nbytes / rates.bus
         for expert in sorted(waiting, key=lambda e: sizes[e]):
             operations = 6 * sizes[expert] * layout.d * layout.f
             busy += max(layout.nbytes / rates.reading, operations / rates.operations)

@@ -21,7 +21,7 @@ SINGLE = 2  # tokens up to which each walks the lines by itself: wider loads, fe
 MANY = 1024  # groups of rows from which there are programs enough to fill a GPU several times
 FEW_LINES, FEW_WARPS = 256, 8  # of that walk below MANY: much to wait for at a time
 LINES, WARPS = 64, 2  # and above
-FEW_GROUPS, GROUPS, GROUPS_WARPS = 64, 32, 4  # the same in planes: groups of sixteen columns
+GROUPS, GROUPS_WARPS = 128, 8  # in planes: groups of sixteen columns, of any matrix
 
 
 @triton.jit
@@ -151,11 +151,10 @@ def matvec(
         walk, groups = Walk.of(kind, cols), -(-rows // 16)
         in_planes = order(walk.constants)
         if in_planes:
-            size, warps = (GROUPS, GROUPS_WARPS) if groups > MANY else (FEW_GROUPS, FEW_WARPS)
             _dots[(tokens, groups)](
                 packed, *cut(x, in_planes), x if bias is None else bias, out, rows, cols,
                 walk.group_bytes, walk.payload_bytes, C=walk.constants, PLANES=PLANES,
-                ASM=not INTERPRETED, BIAS=bias is not None, GROUPS=size, num_warps=warps,
+                ASM=not INTERPRETED, BIAS=bias is not None, GROUPS=GROUPS, num_warps=GROUPS_WARPS,
             )  # fmt: skip
             return out
         lines, warps = (LINES, WARPS) if groups > MANY else (FEW_LINES, FEW_WARPS)
