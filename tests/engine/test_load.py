@@ -3,6 +3,7 @@
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 from greenroom.convert.synth import Synthesis, write_synthetic
 from greenroom.convert.synth_shapes import shape_of
@@ -73,3 +74,15 @@ def test_a_model_beyond_the_free_ram_stays_in_its_file(tmp_path, monkeypatch, ca
     engine.close()
     assert experts == 0
     assert "stay in the mapped file" in caplog.text
+
+
+def test_vram_that_runs_out_while_loading_is_one_line(tmp_path, monkeypatch) -> None:
+    path = tmp_path / "m.gguf"
+    write_synthetic(Synthesis(shape_of("gpt-oss-20b-tiny")), path)
+
+    def none(*_: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr("greenroom.models.load_model", none)
+    with pytest.raises(BudgetError, match="m.gguf: VRAM ran out while loading"):
+        load_engine(path)

@@ -72,25 +72,29 @@ def measure(
     found = []
     for budget in budgets:
         tell(f"VRAM {budget}")
-        nbytes = parse_size(budget, "vram")
-        try:
-            llm, memory = open_engine(budget)
-        except BudgetError as error:
-            found.append(Point(budget, nbytes, refused=str(error)))
-            continue
-        with llm:
-            timed = [run_case(llm, case, seed) for seed in range(runs + 1)][1:]
-            experts = llm.engine.stats().get("experts") or {}
-            found.append(
-                Point(
-                    budget, nbytes, memory=memory(),
-                    resident=_resident(llm.engine),
-                    hits=_share(experts.get("hits", 0), experts.get("misses", 0)),
-                    prefill=statistics.summarise([run.prefill for run in timed]).json(),
-                    decode=statistics.summarise([run.decode or 0.0 for run in timed]).json(),
-                )
-            )  # fmt: skip
+        found.append(_point(budget, case, runs, open_engine))
     return found
+
+
+def _point(budget: str, case: Case, runs: int, open_engine: OpenEngine) -> Point:
+    """One budget; the engine is gone when this returns."""
+    nbytes = parse_size(budget, "vram")
+    try:
+        llm, memory = open_engine(budget)
+    except BudgetError as error:
+        return Point(budget, nbytes, refused=str(error))
+    with llm:
+        timed = [run_case(llm, case, seed) for seed in range(runs + 1)][1:]
+        experts = llm.engine.stats().get("experts") or {}
+        return Point(
+            budget,
+            nbytes,
+            memory=memory(),
+            resident=_resident(llm.engine),
+            hits=_share(experts.get("hits", 0), experts.get("misses", 0)),
+            prefill=statistics.summarise([run.prefill for run in timed]).json(),
+            decode=statistics.summarise([run.decode or 0.0 for run in timed]).json(),
+        )
 
 
 def _resident(engine: Any) -> float:

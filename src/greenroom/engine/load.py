@@ -4,7 +4,8 @@ of the engine that knows files; imported when something is loaded, not before.
 
 import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, cast
 
@@ -85,8 +86,9 @@ def load_engine(
             mmap=config.mmap,
             progress=progress,
         )
-        model = load_model(file, options)
-    engine = assemble(model, tokenizer, config, chat, placement.cache_room)
+        with _running_out_said(file.path.name):
+            model = load_model(file, options)
+            engine = assemble(model, tokenizer, config, chat, placement.cache_room)
     engine.placement = placement
     return engine
 
@@ -104,6 +106,18 @@ def _rates(file: GGUFFile, threads: int | None) -> "Rates | None":
         return None
     experts = Work.of(file.tensors, read_config(file)).experts
     return measured_rates(profile, experts, threads or profile.threads)
+
+
+@contextmanager
+def _running_out_said(name: str) -> Iterator[None]:
+    """Says it in one line when VRAM runs out, which is planned never to happen."""
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise BudgetError(
+            f"{name}: VRAM ran out while loading; another program took some meanwhile: end it, "
+            "or lower --vram"
+        ) from None
 
 
 def _decided(config: EngineConfig, placement: "Placement") -> EngineConfig:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from greenroom.kernels.planes import PLANES, columns_of, room, store_planes
 
+LEAST = 128  # columns of a program: with 32, Triton 3.6 added up permuted ones wrongly on an H100
 PER_WARP = 256  # columns: little to do one after another, since a row has one program
 
 
@@ -68,7 +69,7 @@ def norm(
     rows = x.numel() // width
     out = torch.empty_like(x, dtype=torch.float32)
     planes = room(rows, width, x.device) if kind else None
-    block = max(16, triton.next_power_of_2(width))
+    block = max(LEAST, triton.next_power_of_2(width))
     _norm[(rows,)](
         x, x if residual is None else residual, weight, weight if bias is None else bias, out,
         *(planes or (out, out)), width, eps, RESIDUAL=residual is not None,
