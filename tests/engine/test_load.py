@@ -84,5 +84,5 @@ def test_vram_that_runs_out_while_loading_is_one_line(tmp_path, monkeypatch) -> 
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     monkeypatch.setattr("greenroom.models.load_model", none)
-    with pytest.raises(BudgetError, match="m.gguf: VRAM ran out while loading"):
+    with pytest.raises(BudgetError, match=r"m\.gguf: VRAM ran out while loading"):
         load_engine(path)
