@@ -42,7 +42,7 @@ def opened(budget):
 
 
 def test_rates_are_compared_with_the_first_budget() -> None:
-    points = sweep.measure(["max", "4GiB", "1GiB", "1MiB"], Case(4, 1, 5), 3, opened)
+    points = list(sweep.measure(["max", "4GiB", "1GiB", "1MiB"], Case(4, 1, 5), 3, opened))
     whole, fits, over, refused = points
     assert whole.decode["median"] == 4.0
     assert (whole.resident, whole.hits, whole.nbytes) == (0.75, 0.75, None)

@@ -3,7 +3,7 @@ other is compared with it in the same run. Knows engines only as `open_engine` g
 """
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -59,8 +59,8 @@ class Point:
 def measure(
     budgets: Sequence[str], case: Case, runs: int, open_engine: OpenEngine,
     tell: Callable[[str], None] = lambda _: None,
-) -> list[Point]:  # fmt: skip
-    """One point per budget.
+) -> Iterator[Point]:  # fmt: skip
+    """One point per budget, as each is done.
 
     Args:
         budgets: as `--vram` takes them.
@@ -69,11 +69,9 @@ def measure(
         open_engine: opens the model.
         tell: is told what happens.
     """
-    found = []
     for budget in budgets:
         tell(f"VRAM {budget}")
-        found.append(_point(budget, case, runs, open_engine))
-    return found
+        yield _point(budget, case, runs, open_engine)
 
 
 def _point(budget: str, case: Case, runs: int, open_engine: OpenEngine) -> Point:

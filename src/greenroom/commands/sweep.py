@@ -50,21 +50,23 @@ def sweep(
     case = Case(prompt, 1, generate)
     settings = {"context_length": context, "threads": threads, "max_sequences": 1}
     budgets = [budget.strip() for budget in vram.split(",")]
-    with errors.status("measuring") as status:
-        opener = _opener(model, settings | {"prefix_cache": False})
-        points = bench.measure(budgets, case, runs, opener, status.update)
     document = {
         "kind": bench.KIND, "version": bench.VERSION, "model": model.name,
         "date": datetime.now(UTC).isoformat(timespec="seconds"), "command": command_line(),
         "gpus": [gpu.name for gpu in gpu_facts()[0]], "runs": runs, "case": case.name,
         "context": context,
     }  # fmt: skip
+    points = []
+    with errors.status("measuring") as status:
+        opener = _opener(model, settings | {"prefix_cache": False})
+        for point in bench.measure(budgets, case, runs, opener, status.update):
+            points.append(point)
+            if report is not None:  # a sweep that is stopped keeps what it has
+                bench.write_report(document, points, report)
     table = Table(*bench.HEAD, box=None, padding=(0, 2, 0, 0))
     for row in bench.rows(points):
         table.add_row(*row)
     Console(highlight=False).print(table)
-    if report is not None:
-        bench.write_report(document, points, report)
     print(json.dumps({**document, "points": [asdict(point) for point in points]}), flush=True)
 
 
