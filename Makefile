@@ -45,15 +45,15 @@ $(INSTALLED): $(SOURCES) | $(BIN)/python
 	@touch $@
 
 $(TESTED): $(INSTALLED)
-	$(BIN)/pip install -q '.[test]'
+	$(BIN)/python tools/extras.py test | $(BIN)/pip install -q -r /dev/stdin
 	@touch $@
 
 $(LINTED): $(TESTED)
-	$(BIN)/pip install -q '.[lint]'
+	$(BIN)/python tools/extras.py lint | $(BIN)/pip install -q -r /dev/stdin
 	@touch $@
 
 clients: $(INSTALLED)
-	$(BIN)/pip install -q '.[server]'
+	$(BIN)/python tools/extras.py server | $(BIN)/pip install -q -r /dev/stdin
 	$(BIN)/python tests/needs/clients/run.py
 
 # For development: the extensions beside the Python sources (PYTHONPATH=src).
