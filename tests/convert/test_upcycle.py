@@ -73,7 +73,10 @@ def test_exact_upcycling_keeps_the_bytes_and_the_logits(dense: Path, exact: Path
     ids = [[504, 2028, 1234, 17, 40_000, 3]]
     one = next(log_probabilities(dense, ids, backend="reference"))
     other = next(log_probabilities(exact, ids, backend="reference"))
-    assert np.abs(one - other).max() < 1e-3
+    # sums of 8 experts instead of one: float32, whose last bits depend on the processor's routines
+    assert np.abs(one - other).max() < 1e-4 * np.abs(one).max()
+    divergence = (np.exp(one) * (one - other)).sum(-1)
+    assert divergence.max() < 1e-6
 
 
 @pytest.mark.parametrize(
