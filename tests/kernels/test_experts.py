@@ -12,6 +12,7 @@ from greenroom.kernels.experts import hits
 from greenroom.kernels.packed import FORMATS
 
 FLOATS = (0, 1, 30)
+SUPER = (10, 11, 12, 13, 14, 23)  # of 256 columns; under the interpreter others are tested smaller
 
 
 def bank(kinds, d, f, experts, biased, seed=0):
@@ -52,7 +53,7 @@ def routes(tokens, k, experts, seed=0):
     "kind", [pytest.param(k, id=GGMLType(k).name) for k in (*FORMATS, *FLOATS)]
 )
 def test_hits_equal_the_plain_experts(kind, device):
-    d, f = (256, 256) if kind not in FLOATS else (72, 40)
+    d, f = (72, 40) if kind in FLOATS else (256, 256) if kind in SUPER else (192, 64)
     layout, slabs, floats, biases = bank([kind] * 3, d, f, 3, True)
     plain = ReferenceExperts(*floats, tuple(biases), "gpt-oss")
     hidden = torch.randn(2, d) / 16
@@ -69,7 +70,7 @@ def test_hits_equal_the_plain_experts(kind, device):
 
 
 def test_misses_and_padding_add_nothing(device):
-    layout, slabs, floats, _ = bank([12, 12, 14], 256, 512, 4, False)
+    layout, slabs, floats, _ = bank([12, 12, 14], 256, 256, 4, False)
     plain = ReferenceExperts(*floats)
     hidden, (ids, weights) = torch.randn(5, 256), routes(5, 2, 4)
     ids[3] = -1
