@@ -45,15 +45,18 @@ $(INSTALLED): $(SOURCES) | $(BIN)/python
 	@touch $@
 
 $(TESTED): $(INSTALLED)
-	$(BIN)/python tools/extras.py test | $(BIN)/pip install -q -r /dev/stdin
+	$(BIN)/python tools/extras.py test > $(VENV)/test.txt
+	$(BIN)/pip install -q -r $(VENV)/test.txt
 	@touch $@
 
 $(LINTED): $(TESTED)
-	$(BIN)/python tools/extras.py lint | $(BIN)/pip install -q -r /dev/stdin
+	$(BIN)/python tools/extras.py lint > $(VENV)/lint.txt
+	$(BIN)/pip install -q -r $(VENV)/lint.txt
 	@touch $@
 
 clients: $(INSTALLED)
-	$(BIN)/python tools/extras.py server | $(BIN)/pip install -q -r /dev/stdin
+	$(BIN)/python tools/extras.py server > $(VENV)/server.txt
+	$(BIN)/pip install -q -r $(VENV)/server.txt
 	$(BIN)/python tests/needs/clients/run.py
 
 # For development: the extensions beside the Python sources (PYTHONPATH=src).

@@ -1,6 +1,6 @@
 """Print what extras of pyproject.toml need, one requirement a line.
 
-    python tools/extras.py test lint | pip install -r /dev/stdin
+    python tools/extras.py test lint > needed.txt && pip install -r needed.txt
 
 `pip install '.[test]'` would compile the native extensions once more.
 """

@@ -74,9 +74,9 @@ HEAVY: dict[str, tuple[str, Any]] = {
 }
 
 
-async def post(app: Any, path: str, raw: bytes) -> int:
-    """The status of the answer."""
-    scope = {
+def scope_of(path: str) -> dict[str, Any]:
+    """An ASGI request from this machine."""
+    return {
         "type": "http",
         "method": "POST",
         "path": path,
@@ -87,6 +87,10 @@ async def post(app: Any, path: str, raw: bytes) -> int:
         "server": ("localhost", 80),
         "root_path": "",
     }
+
+
+async def post(app: Any, path: str, raw: bytes) -> int:
+    """The status of the answer."""
     status: list[int] = []
     parts = [raw[at : at + 65536] for at in range(0, len(raw), 65536)]
 
@@ -100,7 +104,7 @@ async def post(app: Any, path: str, raw: bytes) -> int:
     async def send(message: Any) -> None:
         status.append(message.get("status", 0))
 
-    await app(scope, receive, send)
+    await app(scope_of(path), receive, send)
     return status[0]
 
 

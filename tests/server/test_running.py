@@ -11,6 +11,8 @@ from greenroom.errors import ModelFileError
 from greenroom.server import ServerSettings
 from greenroom.server.registry import ModelSource, Registry
 
+from .heavy import scope_of
+
 CHAT = "/v1/chat/completions"
 BODY = {"messages": [{"role": "user", "content": "x"}]}
 
@@ -18,17 +20,6 @@ BODY = {"messages": [{"role": "user", "content": "x"}]}
 async def ask(app: Any, body: Any, path: str = CHAT, leave_after: float | None = None) -> list[Any]:
     """One request straight through ASGI; the client leaves after so many seconds."""
     raw = body if isinstance(body, bytes) else json.dumps(body).encode()
-    scope = {
-        "type": "http",
-        "method": "POST",
-        "path": path,
-        "raw_path": path.encode(),
-        "query_string": b"",
-        "scheme": "http",
-        "headers": [(b"host", b"localhost")],
-        "server": ("localhost", 80),
-        "root_path": "",
-    }
     sent: list[Any] = []
     inbox = [{"type": "http.request", "body": raw, "more_body": False}]
 
@@ -41,7 +32,7 @@ async def ask(app: Any, body: Any, path: str = CHAT, leave_after: float | None =
     async def send(message: Any) -> None:
         sent.append(message)
 
-    await app(scope, receive, send)
+    await app(scope_of(path), receive, send)
     return sent
 
 

@@ -18,7 +18,7 @@ THREAD_OPERATIONS = {
     "portable": 0.002e12, "avx2": 0.02e12, "avxvnni": 0.03e12, "avx512": 0.04e12, "amx": 0.06e12,
 }  # fmt: skip
 LENT = 0.8  # share of the time of a layer's copies that the CPU has: attention goes first
-MEETING = 3.5e-3  # seconds of a layer for rows to the CPU, waiting and rows back (the same day)
+MEETING = 3.5e-3  # seconds of a layer for rows to the CPU, waiting and rows back, there
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,7 +60,7 @@ class Share:
         self, waiting: Sequence[int], absent: int, sizes: Sequence[int], layout: SlabLayout
     ) -> list[int]:
         """The experts for the CPU: those with the fewest tokens, as many as are ready when the
-        other absent ones are copied.
+        other absent ones are copied, meeting the CPU included.
 
         Args:
             waiting: experts that neither have a place on the device nor are on their way.
