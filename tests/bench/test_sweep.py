@@ -6,7 +6,9 @@ from types import SimpleNamespace as Ns
 from greenroom.bench import sweep
 from greenroom.bench.workloads import Case
 from greenroom.commands import main
+from greenroom.engine import LLM, SamplingParams
 from greenroom.errors import BudgetError
+from greenroom.experts.shelf import Shelf
 
 GIB = 1 << 30
 
@@ -75,3 +77,37 @@ def test_the_command_writes_a_report(tmp_path, capsys) -> None:
 def test_a_budget_that_is_none_is_one_line(tmp_path, capsys) -> None:
     assert main(["sweep", str(tmp_path / "none.gguf"), "--vram", "much"]) == 1
     assert "size like 6GiB" in capsys.readouterr().err
+
+
+def test_equal_placements_are_measured_once() -> None:
+    asked = []
+
+    def counted(budget):
+        asked.append(budget)
+        return opened(budget)
+
+    places = {"max": "all", "16GiB": "all", "4GiB": "all", "2GiB": "some"}
+    points = list(sweep.measure(places, Case(4, 1, 5), 2, counted, placed=places.get))
+    assert asked == ["max", "4GiB", "2GiB"]  # 4 GiB cannot have what took 8
+    assert [point.same for point in points] == [None, "max", None, None]
+    assert points[1].decode == points[0].decode
+    assert points[1].nbytes == 16 * GIB
+    assert sweep.rows(points)[1][0] == "16 (as max)"
+
+
+def test_a_shelf_keeps_the_experts_of_one_file(tmp_path) -> None:
+    path, other = tmp_path / "m.gguf", tmp_path / "other.gguf"
+    for file in (path, other):
+        assert main(["synth", "gpt-oss-20b-tiny", str(file)]) == 0
+    shelf, prompt = Shelf(), [list(range(20))]
+    params = SamplingParams(max_tokens=8, temperature=0, ignore_eos=True)
+    with LLM(path, shelf=shelf, threads=1) as llm:
+        first, bank = llm.generate(prompt, params), llm.engine.model.blk[0].ffn.experts
+    assert shelf.nbytes == sum(blk.ffn.experts.nbytes for blk in llm.engine.model.blk) > 0
+    with LLM(path, shelf=shelf, threads=2) as llm:
+        again = llm.engine.model.blk[0].ffn.experts
+        assert again is bank
+        assert again.threads == 2
+        assert llm.generate(prompt, params)[0].token_ids == first[0].token_ids
+    with LLM(other, shelf=shelf, threads=1) as llm:
+        assert llm.engine.model.blk[0].ffn.experts is not bank

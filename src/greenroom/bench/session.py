@@ -170,13 +170,11 @@ def _millijoules(lib: Any) -> int | None:
 
 
 class Remote:
-    """A `Session` in a process of its own.
+    """A `Session` in a process of its own, which starts at once: programs take seconds to import
+    and others may be loading meanwhile. `load` comes before everything else.
 
     Args:
         job: what to load there.
-
-    Raises:
-        GreenroomError: it cannot be loaded; with that process's message.
     """
 
     def __init__(self, job: Job) -> None:
@@ -185,7 +183,15 @@ class Remote:
         self._process = spawn.Process(target=_serve, args=(theirs, job), daemon=True)
         self._process.start()
         theirs.close()
-        self._expect()
+
+    def load(self) -> None:
+        """Loads the model.
+
+        Raises:
+            GreenroomError: it cannot be loaded; with that process's message.
+        """
+        self._expect()  # until it has imported what it needs
+        self._ask(("load",))
 
     def run(self, case: Case, seed: int) -> Run:
         """See `Session.run`."""
@@ -222,6 +228,11 @@ class Remote:
 def _serve(pipe: Connection, job: Job) -> None:
     session = None
     try:
+        import greenroom.engine  # noqa: F401 - takes seconds, and is no part of loading
+
+        pipe.send(("there", None))
+        if pipe.recv() is None:
+            return
         session = Session(job)
         pipe.send(("ready", None))
         while (task := pipe.recv()) is not None:

@@ -3,8 +3,9 @@ other is compared with it in the same run. Knows engines only as `open_engine` g
 """
 
 import json
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,8 @@ from greenroom.placement.budget import parse_size
 
 KIND, VERSION = "sweep", 1
 GIB = 2**30
+
+_WARM_TOKENS = 8  # enough for a step to be compiled, recorded and replayed
 
 HEAD = ("budget GiB", "peak GiB", "driver GiB", "experts in VRAM", "hits", "prefill tokens/s",
         "decode tokens/s", "of the largest budget's", "VRAM saved")  # fmt: skip
@@ -44,6 +47,8 @@ class Point:
         resident: share of the experts with a slot.
         hits: share of the routes that found one, None without slots.
         prefill, decode: tokens per second over the runs.
+        same: the budget these figures are of, whose placement is the same; None for this one.
+        seconds: opening, warming up and running took.
     """
 
     budget: str
@@ -54,35 +59,56 @@ class Point:
     hits: float | None = None
     prefill: Mapping[str, float] | None = None
     decode: Mapping[str, float] | None = None
+    same: str | None = None
+    seconds: float = 0.0
 
 
 def measure(
     budgets: Sequence[str], case: Case, runs: int, open_engine: OpenEngine,
     tell: Callable[[str], None] = lambda _: None,
+    placed: Callable[[str], Any] = lambda budget: budget,
 ) -> Iterator[Point]:  # fmt: skip
     """One point per budget, as each is done.
 
     Args:
         budgets: as `--vram` takes them.
-        case: what is asked; once more to warm up.
+        case: what is asked; once more, with few tokens, to warm up.
         runs: timed ones.
         open_engine: opens the model.
         tell: is told what happens.
+        placed: what would be placed where; equal placements are measured once.
     """
+    done: list[tuple[Any, Point]] = []
     for budget in budgets:
         tell(f"VRAM {budget}")
-        yield _point(budget, case, runs, open_engine)
+        nbytes, place = parse_size(budget, "vram"), placed(budget)
+        point = next((p for other, p in done if other == place and _fits(p, nbytes)), None)
+        if point is None:
+            begin = time.perf_counter()
+            point = _point(budget, nbytes, case, runs, open_engine)
+            point = replace(point, seconds=time.perf_counter() - begin)
+            done.append((place, point))
+        else:
+            point = replace(point, budget=budget, nbytes=nbytes, same=point.budget, seconds=0.0)
+        yield point
 
 
-def _point(budget: str, case: Case, runs: int, open_engine: OpenEngine) -> Point:
+def _fits(point: Point, nbytes: int | None) -> bool:
+    """Whether what was measured would have been possible with so many bytes, too."""
+    return point.refused is None and (nbytes is None or point.memory.peak <= nbytes)
+
+
+def _point(
+    budget: str, nbytes: int | None, case: Case, runs: int, open_engine: OpenEngine
+) -> Point:
     """One budget; the engine is gone when this returns."""
-    nbytes = parse_size(budget, "vram")
     try:
         llm, memory = open_engine(budget)
     except BudgetError as error:
         return Point(budget, nbytes, refused=str(error))
     with llm:
-        timed = [run_case(llm, case, seed) for seed in range(runs + 1)][1:]
+        run_case(llm, replace(case, generate=min(case.generate, _WARM_TOKENS)), 0)
+        timed = [run_case(llm, case, seed) for seed in range(1, runs + 1)]
         experts = llm.engine.stats().get("experts") or {}
         return Point(
             budget,
@@ -119,6 +145,7 @@ def rows(points: Sequence[Point]) -> list[tuple[str, ...]]:
     lines = []
     for point in points:
         budget = point.budget if point.nbytes is None else f"{point.nbytes / GIB:g}"
+        budget += f" (as {point.same})" * bool(point.same)
         if point.decode is None or point.prefill is None or base is None or base.decode is None:
             lines.append((budget, *"-----", point.refused or "-", "-", "-"))
             continue
@@ -146,7 +173,9 @@ def markdown(document: Mapping[str, Any], points: Sequence[Point]) -> str:
         lines += [f"Machine: {', '.join(document['gpus'])}.", ""]
     lines += [
         f"{document['runs']} runs of {document['case']}; medians, interquartile range in brackets. "
-        "The budget bounds the peak of what is allocated; the driver's own memory is beside it.",
+        "The budget bounds the peak of what is allocated; the driver's own memory is beside it. "
+        "Where a budget leads to the placement of one before, it has its figures, and says so. "
+        "Packed experts stay in RAM from one budget to the next.",
         "",
     ]  # fmt: skip
     table = [HEAD, ("---",) * len(HEAD), *rows(points)]

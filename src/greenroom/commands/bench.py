@@ -109,11 +109,11 @@ def _measured(
         status = stack.enter_context(errors.status("measuring the machine"))
         if ceilings:
             limits = _ceilings(jobs[0], here)
-        sessions = {}
-        for job in jobs:
-            status.update(f"loading {job.path.name} ({job.name})")
-            sessions[job.name] = remote = Remote(job)
+        sessions = {job.name: Remote(job) for job in jobs}
+        for name, remote in sessions.items():
             stack.callback(remote.close)
+            status.update(f"loading {jobs[0].path.name} ({name})")
+            remote.load()
         found = measure(sessions, schedule, status.update)
         whole = {**document(facts, here, schedule, sessions, found), "ceilings": limits}
     if limits:

@@ -1,14 +1,20 @@
 """`greenroom matrix`: the table over several published shapes, every cell measured here."""
 
 import json
+from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 from typer import Option
 
 from greenroom.commands import options
 
+if TYPE_CHECKING:
+    from greenroom.bench.matrix import Plan
+    from greenroom.convert.synth_shapes import Shape
+
+Tell = Callable[[str], None]
 Work = Annotated[Path, Option(help="Folder for the model files.")]
 Shapes = Annotated[str | None, Option(help="Shapes of 'synth' to measure.  [default: six]")]
 Tiny = Annotated[bool, Option("--tiny", help="The same architectures in a few megabytes.")]
@@ -18,6 +24,9 @@ Prompt = Annotated[int, Option(help="Tokens of the prompt.", min=1)]
 Generate = Annotated[int, Option(help="Tokens generated.", min=2)]
 Keep = Annotated[bool, Option("--keep", help="Keep the model files.")]
 Quality = Annotated[bool, Option("--quality/--no-quality", help="Also compare with float32.")]
+Small = Annotated[
+    bool, Option("--quality-tiny", help="That of the tiny shape: float32 of a large one is slow.")
+]
 Report = Annotated[Path | None, Option(help="Folder for matrix.md and matrix.json.")]
 
 
@@ -33,6 +42,7 @@ def matrix(
     generate: Generate = 32,
     keep: Keep = False,
     quality: Quality = True,
+    quality_tiny: Small = False,
     report: Report = None,
 ) -> None:
     """Write, measure and delete one model after another; print one table.
@@ -50,21 +60,19 @@ def matrix(
     wanted = [shape_of(name + "-tiny" * tiny, layers) for name in names]
     work.mkdir(parents=True, exist_ok=True)
     here = machine([work])
+    judge = ("tiny" if quality_tiny else "whole") if quality else "none"
     plan = table.Plan(
-        vram=vram, threads=threads, prompt=prompt, generate=generate, runs=runs, quality=quality
+        vram=vram, threads=threads, prompt=prompt, generate=generate, runs=runs, quality=judge
     )
     models = []
     with errors.status("measuring") as status:
         for shape in wanted:
             models.append(_one(shape, work, plan, bool(here.gpus), keep, status.update))
     document = {
-        "kind": table.KIND,
-        "version": table.VERSION,
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "command": command_line(),
-        "machine": public(here),
-        "models": models,
-    }
+        "kind": table.KIND, "version": table.VERSION,
+        "date": datetime.now(UTC).isoformat(timespec="seconds"), "command": command_line(),
+        "machine": public(here), "models": models,
+    }  # fmt: skip
     _show(document, report)
 
 
@@ -79,9 +87,30 @@ def _show(document: dict[str, Any], report: Path | None) -> None:
     print(json.dumps(document), flush=True)
 
 
+def _judged(shape: "Shape", path: Path, result: Any, plan: "Plan", tell: Tell) -> Any:
+    """Quality of the measured file, or of its tiny shape with as many experts in VRAM."""
+    from greenroom.bench import matrix as table
+    from greenroom.convert.synth import Synthesis, write_synthetic
+    from greenroom.convert.synth_shapes import shape_of
+
+    if plan.quality == "none":
+        return None
+    if plan.quality == "whole":
+        return table.quality(path, plan.vram, plan.threads, tell)
+    small = shape_of(shape.name.removesuffix("-tiny") + "-tiny")
+    tiny = path.with_name(f"{small.name}.gguf")
+    try:
+        write_synthetic(Synthesis(small), tiny)
+        share = table.resident(path, result)
+        vram = None if plan.vram is None else table.budget_like(share, tiny)
+        return table.quality(tiny, vram, plan.threads, tell) | {"of": "tiny"}
+    finally:
+        tiny.unlink(missing_ok=True)
+
+
 def _one(
-    shape: Any, work: Path, plan: Any, gpu: bool, keep: bool, tell: Any
-) -> dict[str, Any]:  # fmt: skip
+    shape: "Shape", work: Path, plan: "Plan", gpu: bool, keep: bool, tell: Tell
+) -> dict[str, Any]:
     """Everything of one shape; its file is gone afterwards unless it is to be kept."""
     from greenroom.bench import matrix as table
     from greenroom.commands.inspect import describe
@@ -96,7 +125,7 @@ def _one(
         with GGUFFile(path) as file:
             facts = describe(file)
         result = table.measured(path, plan, gpu, tell)
-        judged = table.quality(path, plan, work, tell) if plan.quality else None
+        judged = _judged(shape, path, result, plan, tell)
     finally:
         if not keep:
             path.unlink(missing_ok=True)

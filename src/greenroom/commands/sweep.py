@@ -1,7 +1,7 @@
 """`greenroom sweep`: speed against VRAM, one budget after another."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
@@ -38,9 +38,6 @@ def sweep(
     The first budget is what the others are compared with. The last line of standard output is
     JSON.
     """
-    from rich.console import Console
-    from rich.table import Table
-
     from greenroom.bench import sweep as bench
     from greenroom.bench.speed import command_line
     from greenroom.bench.workloads import Case
@@ -48,7 +45,8 @@ def sweep(
     from greenroom.placement.gpus import gpu_facts
 
     case = Case(prompt, 1, generate)
-    settings = {"context_length": context, "threads": threads, "max_sequences": 1}
+    one: dict[str, Any] = {"max_sequences": 1, "prefix_cache": False}
+    settings = one | {"context_length": context, "threads": threads}
     budgets = [budget.strip() for budget in vram.split(",")]
     document = {
         "kind": bench.KIND, "version": bench.VERSION, "model": model.name,
@@ -58,16 +56,39 @@ def sweep(
     }  # fmt: skip
     points = []
     with errors.status("measuring") as status:
-        opener = _opener(model, settings | {"prefix_cache": False})
-        for point in bench.measure(budgets, case, runs, opener, status.update):
+        how = _opener(model, settings), status.update, _placed(model, settings)
+        for point in bench.measure(budgets, case, runs, *how):
             points.append(point)
             if report is not None:  # a sweep that is stopped keeps what it has
                 bench.write_report(document, points, report)
-    table = Table(*bench.HEAD, box=None, padding=(0, 2, 0, 0))
-    for row in bench.rows(points):
+    _show(bench.HEAD, bench.rows(points))
+    print(json.dumps({**document, "points": [asdict(point) for point in points]}), flush=True)
+
+
+def _show(head: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(*head, box=None, padding=(0, 2, 0, 0))
+    for row in rows:
         table.add_row(*row)
     Console(highlight=False).print(table)
-    print(json.dumps({**document, "points": [asdict(point) for point in points]}), flush=True)
+
+
+def _placed(model: Path, settings: dict[str, Any]) -> Any:
+    """What goes where under a budget; the budget itself where it is refused."""
+    from dataclasses import replace
+
+    from greenroom.engine.llm import plan
+    from greenroom.errors import BudgetError
+
+    def placed(budget: str) -> Any:
+        try:
+            return replace(plan(model, vram=budget, **settings), reason="", vram=None)
+        except BudgetError:
+            return budget
+
+    return placed
 
 
 def _opener(model: Path, settings: dict[str, Any]) -> Any:
@@ -78,7 +99,9 @@ def _opener(model: Path, settings: dict[str, Any]) -> Any:
 
     from greenroom.bench.sweep import Memory
     from greenroom.engine import LLM
+    from greenroom.experts.shelf import Shelf
 
+    shelf = Shelf()
     cuda: Any = torch.cuda
     there = cuda.is_available()
 
@@ -93,6 +116,6 @@ def _opener(model: Path, settings: dict[str, Any]) -> Any:
         if there:
             cuda.empty_cache()
             cuda.reset_peak_memory_stats()
-        return LLM(model, vram=budget if there else None, **settings), taken
+        return LLM(model, shelf=shelf, vram=budget if there else None, **settings), taken
 
     return opened

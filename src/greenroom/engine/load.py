@@ -29,6 +29,8 @@ from greenroom.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
     from greenroom.experts.share import Rates
+    from greenroom.experts.shelf import Shelf
+    from greenroom.models import LoadOptions
     from greenroom.models.config import ModelConfig
     from greenroom.placement.hardware import Hardware
     from greenroom.placement.placement import Placement
@@ -44,6 +46,7 @@ def load_engine(
     path: str | os.PathLike[str],
     config: EngineConfig | None = None,
     progress: Progress | None = None,
+    shelf: "Shelf | None" = None,
 ) -> Engine:
     """Loads a model file and starts an engine on it.
 
@@ -51,12 +54,14 @@ def load_engine(
         path: a GGUF file, or the first of a split set.
         config: settings; None for the defaults.
         progress: called with bytes done and bytes in all while weights are loaded.
+        shelf: keeps the packed experts for the next engine on this file; the one before must be
+            closed.
 
     Raises:
         ModelFileError, UnsupportedModelError, TokenizerError: the file cannot be used.
         BudgetError: the cache does not fit into RAM.
     """
-    from greenroom.models import LoadOptions, load_model
+    from greenroom.models import load_model
     from greenroom.models.loader import read_config
     from greenroom.tokenizer import ChatFormat
 
@@ -66,31 +71,47 @@ def load_engine(
         log.info("%s", placement.reason)
         if placement.backend == "cuda":  # "max" leaves a margin of its own
             limit(placement.vram if config.vram is not None else None)
-        config = _within_ram(config, placement, file)
+        if shelf is not None:
+            shelf.open(file.path)
+        config = _within_ram(config, placement, file, 0 if shelf is None else shelf.nbytes)
         config = _session(_decided(config, placement), read_config(file), file)
         config = with_threads(config)
         tokenizer = Tokenizer.from_gguf(file)
         chat = ChatFormat.from_gguf(file, tokenizer)
-        options = LoadOptions(
-            backend=config.backend,
-            threads=config.threads,
-            context_length=config.context_length,
-            vram=placement.lasting,
-            layers_on_gpu=placement.layers_on_gpu,
-            head_on_gpu=placement.head_on_gpu,
-            scratch_bytes=placement.scratch,
-            slot_bytes=placement.slot_bytes,
-            staging_bytes=placement.staging,
-            rates=_rates(file, config.threads) if placement.staging else None,
-            trace=config.trace,
-            mmap=config.mmap,
-            progress=progress,
-        )
+        options = _options(file, config, placement, shelf, progress)
         with _running_out_said(file.path.name):
             model = load_model(file, options)
             engine = assemble(model, tokenizer, config, chat, placement.cache_room)
     engine.placement = placement
     return engine
+
+
+def _options(
+    file: GGUFFile,
+    config: EngineConfig,
+    placement: "Placement",
+    shelf: "Shelf | None",
+    progress: Progress | None,
+) -> "LoadOptions":
+    """What was decided, as the loader takes it."""
+    from greenroom.models import LoadOptions
+
+    return LoadOptions(
+        backend=config.backend,
+        threads=config.threads,
+        context_length=config.context_length,
+        vram=placement.lasting,
+        layers_on_gpu=placement.layers_on_gpu,
+        head_on_gpu=placement.head_on_gpu,
+        scratch_bytes=placement.scratch,
+        slot_bytes=placement.slot_bytes,
+        staging_bytes=placement.staging,
+        rates=_rates(file, config.threads) if placement.staging else None,
+        trace=config.trace,
+        mmap=config.mmap,
+        shelf=shelf,
+        progress=progress,
+    )
 
 
 def _rates(file: GGUFFile, threads: int | None) -> "Rates | None":
@@ -131,8 +152,11 @@ def _decided(config: EngineConfig, placement: "Placement") -> EngineConfig:
     )
 
 
-def _within_ram(config: EngineConfig, placement: "Placement", file: GGUFFile) -> EngineConfig:
+def _within_ram(
+    config: EngineConfig, placement: "Placement", file: GGUFFile, there: int
+) -> EngineConfig:
     """Refuses a model beyond the RAM the user named; leaves one beyond the free RAM in its file.
+    Of its experts `there` bytes are in RAM already.
 
     Raises:
         BudgetError: `config.ram` is too small; the message says what is needed.
@@ -143,10 +167,10 @@ def _within_ram(config: EngineConfig, placement: "Placement", file: GGUFFile) ->
     if placement.backend == "reference":
         return config
     sizes = Sizes.of(file.tensors, read_config(file))
-    there = placement.layers - placement.layers_on_gpu
-    need = sizes.experts + sizes.embedding + sum(sizes.layers[:there])
+    first = placement.layers - placement.layers_on_gpu
+    need = sizes.experts + sizes.embedding + sum(sizes.layers[:first])
     need += 0 if placement.head_on_gpu else sizes.head
-    named, free = parse_size(config.ram or "max", "ram"), available_memory()
+    named, free = parse_size(config.ram or "max", "ram"), available_memory() + there
     if named is not None and need > named:
         raise BudgetError(
             f"ram is {named >> 20} MiB, but experts, embedding and what else stays off the GPU "

@@ -74,6 +74,7 @@ class CpuExperts:
         self.experts = len(matrices[0].raw)
         self.activation = activation
         self.block: Bytes | None = None  # (experts, slab) where all slabs lie in one piece
+        self.pinned = False  # whether the GPU may copy from it at the bus's full rate
         self.layouts = _plan(matrices, self._biases)
         layout = self.layouts[0]
         self.layer = native.lib().MoeLayer(self.experts, layout.d, layout.f, activation)

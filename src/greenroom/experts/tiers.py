@@ -146,5 +146,9 @@ def pages_of(nbytes: int, slab: int, expanded: int, experts: int) -> tuple[int, 
 def pin(experts: CpuExperts) -> None:
     """Registers a layer's slabs for copies at the bus's full rate; a failure costs speed only."""
     assert experts.block is not None
-    if error := register(experts.block, experts):
+    if experts.pinned:
+        return
+    error = register(experts.block, experts)
+    experts.pinned = not error
+    if error:
         log.warning("experts could not be pinned (CUDA error %d): copies will be slow", error)

@@ -95,7 +95,8 @@ class Partial:
     def write(self, piece: memoryview) -> None:
         """Appends bytes of the part that is next."""
         self._file.write(piece)
-        self._checksum = zlib.crc32(piece, self._checksum)
+        if self._journal is not None:
+            self._checksum = zlib.crc32(piece, self._checksum)
 
     def end_part(self) -> None:
         """Pads the part, and notes that it is there."""

@@ -15,8 +15,8 @@ import triton
 from torch import Tensor
 
 from greenroom.experts.beside import Courier, ExpertsBeside
-from greenroom.experts.cpu import CpuExperts
 from greenroom.experts.rendezvous import courier_for
+from greenroom.experts.shelf import Shelf
 from greenroom.experts.tiers import Tiers
 from greenroom.kernels.attention import PREFILL_ROWS, ROWS, attend, tiles
 from greenroom.kernels.rope import enter
@@ -37,6 +37,7 @@ from greenroom.layers.device_parts import (
     to_device,
 )
 from greenroom.layers.device_router import DeviceRouter
+from greenroom.layers.native_backend import cpu_experts
 from greenroom.layers.rope import Rope
 from greenroom.layers.router import Rule
 from greenroom.layers.weight import Weight
@@ -78,6 +79,7 @@ class CudaBackend:
         bench: books memory and lends scratch.
         heads_per_kv: query heads that share a key-value head.
         mmap: leave embedding rows and experts in the mapped file until they are used.
+        shelf: experts of an earlier model on the same file.
     """
 
     tier = ".vram"
@@ -90,8 +92,10 @@ class CudaBackend:
         mmap: bool = False,
         courier: Courier | None = None,
         tiers: Tiers | None = None,
+        shelf: Shelf | None = None,
     ) -> None:
         self.pool = pool
+        self.shelf = shelf
         self.bench = bench
         self.device = bench.device
         self.mmap = mmap
@@ -140,8 +144,7 @@ class CudaBackend:
 
     def experts(self, weights: ExpertWeights) -> ExpertsBeside:
         """See `Backend.experts`."""
-        matrices = (weights.gate, weights.up, weights.down)
-        cpu = CpuExperts(self.pool, matrices, weights.biases, weights.activation, lazy=self.mmap)
+        cpu = cpu_experts(self.pool, weights, self.mmap, self.shelf)
         beside = ExpertsBeside(cpu, self._courier)
         self._beside.append(beside)
         if cpu.uniform:  # slots and staging hold slabs of one size: mixed layers stay in RAM

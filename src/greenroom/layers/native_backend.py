@@ -11,6 +11,7 @@ from torch import Tensor
 
 from greenroom import native
 from greenroom.experts.cpu import CpuExperts
+from greenroom.experts.shelf import Shelf
 from greenroom.experts.slabs import Packed, pack
 from greenroom.layers import native_ops
 from greenroom.layers.backend import AttentionSpec, ExpertWeights, InRam, Step
@@ -137,17 +138,27 @@ class NativeRouter:
         return native_ops.router(self._pool, hidden, self._weight, self._rule, self._bias)
 
 
+def cpu_experts(pool: Any, weights: ExpertWeights, lazy: bool, shelf: Shelf | None) -> CpuExperts:
+    """A layer's experts: packed now, left in the file (`lazy`), or those on the shelf."""
+    matrices = (weights.gate, weights.up, weights.down)
+    if shelf is None or lazy:
+        return CpuExperts(pool, matrices, weights.biases, weights.activation, lazy=lazy)
+    return shelf.take(pool, matrices, weights.biases, weights.activation)
+
+
 class NativeBackend(InRam):
     """Packed weights and native operations on one thread pool.
 
     Args:
         pool: the thread pool.
         mmap: leave embedding rows and experts in the mapped file until they are used.
+        shelf: experts of an earlier model on the same file.
     """
 
-    def __init__(self, pool: Any, mmap: bool = False) -> None:
+    def __init__(self, pool: Any, mmap: bool = False, shelf: Shelf | None = None) -> None:
         self.pool = pool
         self.mmap = mmap
+        self.shelf = shelf
 
     def embedding(self, weight: Weight) -> Embedding:
         """Rows are decoded when they are looked up."""
@@ -175,13 +186,7 @@ class NativeBackend(InRam):
 
     def experts(self, weights: ExpertWeights) -> CpuExperts:
         """See `Backend.experts`."""
-        return CpuExperts(
-            self.pool,
-            (weights.gate, weights.up, weights.down),
-            weights.biases,
-            weights.activation,
-            lazy=self.mmap,
-        )
+        return cpu_experts(self.pool, weights, self.mmap, self.shelf)
 
     def step(self, batch: Batch, rope: Rope | None) -> Step:
         """Cosines and sines are computed once for all layers."""

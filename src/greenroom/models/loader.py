@@ -11,6 +11,7 @@ from typing import Any
 
 from greenroom.errors import ModelFileError, UnsupportedModelError
 from greenroom.experts.share import Rates, Share
+from greenroom.experts.shelf import Shelf
 from greenroom.gguf import GGUFFile
 from greenroom.layers.backend import Backend, ReferenceBackend
 from greenroom.layers.ledger import SCRATCH_BYTES, Ledger
@@ -44,6 +45,7 @@ class LoadOptions:
         context_length: tokens of a session, None for the model's own.
         mmap: leave in the mapped file what can stay there.
         llama_cpp_math: follow llama.cpp where it differs from the publisher.
+        shelf: experts of an earlier model on the same file, which need not be packed again.
         progress: called with (bytes done, bytes in all).
     """
 
@@ -62,6 +64,7 @@ class LoadOptions:
     context_length: int | None = None
     mmap: bool = False
     llama_cpp_math: bool = False
+    shelf: Shelf | None = None
     progress: Callable[[int, int], None] | None = None
 
 
@@ -123,7 +126,7 @@ def make_backends(options: LoadOptions, config: ModelConfig) -> list[Backend]:
         return [first] * count
     from greenroom.layers.native_backend import NativeBackend
 
-    cpu = NativeBackend(first.pool, options.mmap)
+    cpu = NativeBackend(first.pool, options.mmap, options.shelf)
     backends: list[Backend] = [cpu] * (config.layers - layers) + [first] * layers
     return [*backends, first if options.head_on_gpu else cpu]
 
@@ -140,7 +143,7 @@ def make_backend(options: LoadOptions, config: ModelConfig) -> Any:
         pool = new_pool(options.threads) if options.pool is None else options.pool
         if options.backend == "cuda":
             return make_cuda_backend(pool, options, config)
-        return NativeBackend(pool, options.mmap)
+        return NativeBackend(pool, options.mmap, options.shelf)
     raise UnsupportedModelError(
         f"backend {options.backend!r} is not implemented; implemented: cuda, native, reference"
     )
@@ -162,7 +165,8 @@ def make_cuda_backend(pool: Any, options: LoadOptions, config: ModelConfig) -> B
     used = 0 if config.moe is None else config.moe.used
     share = None if options.rates is None else Share(options.rates)
     tiers = Tiers(bench.ledger, options.slot_bytes, options.staging_bytes, heat, used, share)
-    return CudaBackend(pool, bench, shape.heads // shape.kv_heads, options.mmap, tiers=tiers)
+    per = shape.heads // shape.kv_heads
+    return CudaBackend(pool, bench, per, options.mmap, tiers=tiers, shelf=options.shelf)
 
 
 def read_heat(path: str | PathLike[str], config: ModelConfig) -> Any:
