@@ -1,74 +1,97 @@
-"""Run doctor, plan, bench and matrix on this machine and pack their reports into one archive.
+"""Run doctor, plan, bench, sweep and matrix on this machine and pack their reports.
 
-    python tools/gpu_reports.py OUT --work DIR [--seconds 560] [--tiny]
+    python tools/gpu_reports.py OUT --work DIR [--seconds 560] [--tiny] [--only sweep matrix]
+        [--shapes gpt-oss-20b ...]
 
 Every step is a process with a limit of its own, so that one failure does not lose the others; what
-is left of `--seconds` bounds them all. OUT receives reports.tar.gz and steps.json. The models are
-written with random weights into the work folder and deleted. `--tiny`: the same in little, for
-a machine without a GPU.
+is left of `--seconds` bounds them all. OUT receives reports.tar.gz and steps.json after every step.
+Models are written with random weights into the work folder, one at a time: of each shape its
+sweep, if it has one, and its row of the matrix, then it is deleted. What an earlier call with the
+same work folder reported is kept. `--tiny`: the same in little, for a machine without a GPU.
 """
 
 import argparse
 import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
 import tarfile
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 SOURCES = Path(__file__).resolve().parents[1] / "src"
+sys.path.insert(0, str(SOURCES))
 SHAPES = (
-    *("gpt-oss-20b", "phi-3.5-moe", "deepseek-moe-16b"),
-    *("mixtral-8x7b", "grin-moe", "qwen3-30b-a3b"),
+    *("gpt-oss-20b", "qwen3-30b-a3b", "deepseek-moe-16b", "phi-3.5-moe"),
+    *("mixtral-8x7b", "grin-moe"),
 )
+SWEPT = SHAPES[:4]
 
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """A call of greenroom: its name, the most seconds it may take, and its arguments."""
+    """A call of greenroom: its name, the most seconds it may take, and its arguments; `ends` is
+    the file that nothing needs afterwards.
+    """
 
     name: str
     seconds: int
     arguments: tuple[str, ...]
+    ends: str | None = None
 
 
-def steps(args: argparse.Namespace) -> list[Step]:
+def steps(args: argparse.Namespace) -> Iterator[Step]:
     """In the order of their worth; paths are relative to the work folder."""
-    small = "-tiny" if args.tiny else ""
-    model = args.model + small
-    runs = ("--runs", "2" if args.tiny else "5")
-    cases = ("--lengths", "64,128", "--generate", "16") if args.tiny else ()
-    plan = ("plan", model, "--sweep")
-    found = [
+    plan = ("plan", args.model + "-tiny" * args.tiny, "--sweep")
+    machine = [
         Step("doctor", 120, ("doctor", "--report", "reports/doctor", *("--quick",) * args.tiny)),
-        Step("synth", 90, ("synth", model, f"{model}.gguf")),
         Step("plan", 30, (*plan, "--plot", "reports/plan.png")),
         Step("plan-json", 30, (*plan, "--json")),
     ]
-    for position, budget in enumerate(args.vram):
-        report = ("--report", f"reports/bench-{budget}", "--vram", budget)
-        cold = ("--no-cold",) if position else ()
-        found.append(
-            Step(f"bench-{budget}", 150,
-                 ("bench", f"{model}.gguf", "--baseline", *report, *cold, *cases, *runs))
-        )  # fmt: skip
+    yield from wanted(machine, args.only)
     for shape in args.shapes:
-        found.append(matrix(shape, args, runs))
-    tiny = ("matrix", "--work", "tiny", "--tiny", "--runs", "3", "--report", "reports/matrix-tiny")
-    return [*found, Step("matrix-tiny", 120, (*tiny, "--shapes", ",".join(args.shapes)))]
+        yield from of_shape(shape, args)
 
 
-def matrix(shape: str, args: argparse.Namespace, runs: Sequence[str]) -> Step:
-    """One shape's row; quality is that of the tiny shapes, as float32 takes too long here."""
-    cut = ("--tiny", "--layers", "2") if args.tiny else ("--layers", str(args.layers))
-    call = ("matrix", "--work", "matrix", "--shapes", shape, *cut, *runs, "--no-quality")
-    report = ("--vram", args.matrix_vram, "--report", f"reports/matrix/{shape}")
-    return Step(f"matrix-{shape}", 75, (*call, *report))
+def wanted(found: Iterable[Step], only: Sequence[str] | None) -> list[Step]:
+    """Those that `--only` names, or whose names begin so."""
+    return [step for step in found if only is None or step.name.startswith(tuple(only))]
+
+
+def of_shape(name: str, args: argparse.Namespace) -> list[Step]:
+    """Everything that is measured with one file, which is made first and then deleted."""
+    from greenroom.convert.synth_shapes import shape_of
+
+    shape = shape_of(name + "-tiny" * args.tiny, args.layers)
+    file, layers = f"{shape.name}-{shape.layers}.gguf", ("--layers", str(shape.layers))
+    runs = ("--runs", "2" if args.tiny else "5")
+    found = []
+    if name == args.model:
+        found += [bench(budget, position, file, args) for position, budget in enumerate(args.vram)]
+    if name in SWEPT:
+        call = ("sweep", file, "--generate", "32", "--report", f"reports/sweep-{name}")
+        found.append(Step(f"sweep-{name}", 200, (*call, *runs)))
+    call = ("matrix", "--work", ".", "--shapes", name, "--quality-tiny")
+    call += ("--vram", args.matrix_vram) * args.gpu
+    call += ("--report", f"reports/matrix/{name}", *runs, *layers, *("--tiny",) * args.tiny)
+    found.append(Step(f"matrix-{name}", 120, call))
+    found = wanted(found, args.only)
+    if not found:
+        return []
+    synth = Step(f"synth-{name}", 90, ("synth", shape.name, file, *layers))
+    return [synth, *found[:-1], replace(found[-1], ends=file)]
+
+
+def bench(budget: str, position: int, file: str, args: argparse.Namespace) -> Step:
+    """The budgeted placement and all on the GPU in turn."""
+    call = ("bench", file, "--baseline", "--report", f"reports/bench-{budget}")
+    call += ("--vram", budget) if args.gpu else ("--mmap",)
+    cold = ("--no-cold",) if position else ()
+    small = ("--lengths", "64,128", "--generate", "16", "--runs", "2") if args.tiny else ()
+    return Step(f"bench-{budget}", 150, (*call, *cold, *small))
 
 
 def run(step: Step, work: Path, seconds: float) -> dict[str, object]:
@@ -112,67 +135,76 @@ def end(process: "subprocess.Popen[bytes]") -> None:
         process.wait()
 
 
-def join(folder: Path) -> None:
-    """One table of the shapes that were measured, in place of a folder for each."""
+def join(parts: Sequence[Path], folder: Path) -> None:
+    """One table of the shapes in several matrix.json; of a shape measured twice the later one."""
     from greenroom.bench import matrix as table
 
-    parts = [json.loads(path.read_text()) for path in sorted(folder.glob("*/matrix.json"))]
-    if not parts:
-        return
-    order = {name: position for position, name in enumerate(SHAPES)}
-    models = [model for part in parts for model in part["models"]]
-    models.sort(key=lambda model: order.get(model["shape"].removesuffix("-tiny"), len(order)))
-    whole = parts[0] | {"models": models, "command": " ; ".join(p["command"] for p in parts)}
+    found = [json.loads(path.read_text()) for path in parts]
+    models = {model["shape"].removesuffix("-tiny"): model for p in found for model in p["models"]}
+    order = [name for name in SHAPES if name in models]
+    calls = dict.fromkeys(part["command"] for part in found)
+    whole = found[-1] | {"models": [models[name] for name in order], "command": " ; ".join(calls)}
+    folder.mkdir(parents=True, exist_ok=True)
     (folder / "matrix.json").write_text(json.dumps(whole, indent=1) + "\n")
     (folder / "matrix.md").write_text(table.markdown(whole))
-    for part in folder.glob("*/"):
-        shutil.rmtree(part)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("out", type=Path)
-    parser.add_argument("--work", type=Path, required=True, help="room for 20 GB")
-    parser.add_argument("--seconds", type=float, default=560, help="for everything")
-    parser.add_argument("--model", default="gpt-oss-20b")
-    parser.add_argument("--vram", nargs="+", default=["2GiB", "7GiB"])
-    parser.add_argument("--shapes", nargs="+", default=list(SHAPES))
-    parser.add_argument("--layers", type=int, default=6, help="of the matrix's shapes")
-    parser.add_argument("--matrix-vram", default="1536MiB", help="the matrix's budget")
-    parser.add_argument("--only", nargs="+", help="names of steps, or how they begin")
-    parser.add_argument("--tiny", action="store_true")
-    args = parser.parse_args()
+def main(arguments: Sequence[str] | None = None) -> None:
+    args = parsed(arguments)
+    if args.join:
+        join([folder / "matrix.json" for folder in args.join], args.out)
+        return
     work, ends = args.work.resolve(), time.monotonic() + args.seconds
     work.mkdir(parents=True, exist_ok=True)
     args.out.mkdir(parents=True, exist_ok=True)
     done = []
     for step in steps(args):
         left = ends - time.monotonic()
-        wanted = args.only is None or step.name.startswith(tuple(args.only))
-        if wanted and left > 5:
+        if left > 5:
             done.append(run(step, work, left))
             pack(done, work, args.out)
-    for path in work.glob("*.gguf"):
-        path.unlink()
+        if step.ends is not None:
+            (work / step.ends).unlink(missing_ok=True)
+
+
+def parsed(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    from greenroom.placement.gpus import gpu_facts
+
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--work", type=Path, default=Path("work"), help="room for 27 GB")
+    parser.add_argument("--seconds", type=float, default=560, help="for everything")
+    parser.add_argument("--model", default="gpt-oss-20b", help="shape of plan and bench")
+    parser.add_argument("--vram", nargs="*", default=["2GiB"], help="budgets of bench")
+    parser.add_argument("--shapes", nargs="+", default=list(SHAPES), choices=SHAPES)
+    parser.add_argument("--layers", type=int, help="instead of the published ones")
+    parser.add_argument("--matrix-vram", default="2GiB", help="the matrix's budget")
+    parser.add_argument("--only", nargs="+", help="names of steps, or how they begin")
+    parser.add_argument("--tiny", action="store_true")
+    parser.add_argument(
+        "--join", nargs="+", type=Path, help="only join the matrix.json of these folders into OUT"
+    )
+    args = parser.parse_args(arguments)
+    args.gpu = bool(gpu_facts()[0])
+    return args
 
 
 def pack(done: list[dict[str, object]], work: Path, out: Path) -> None:
     """What there is until now, so that a run cut short still leaves its reports."""
-    plan = work / "reports" / "logs" / "plan-json.txt"
+    reports = work / "reports"
+    plan = reports / "logs" / "plan-json.txt"
     if plan.exists():
-        plan.replace(work / "reports" / "plan.json")
-    if (work / "reports" / "matrix").exists():
-        copy = work / "joined"
-        shutil.rmtree(copy, ignore_errors=True)
-        shutil.copytree(work / "reports" / "matrix", copy)
-        join(copy)
+        plan.replace(reports / "plan.json")
+    rows = sorted((reports / "matrix").glob("*/matrix.json"), key=lambda path: path.stat().st_mtime)
+    if rows:
+        join(rows, work / "joined")
     (out / "steps.json").write_text(json.dumps(done, indent=1) + "\n")
     with tarfile.open(out / "reports.tar.gz", "w:gz") as archive:
-        for path in sorted((work / "reports").iterdir()):
-            whole = work / "joined" if path.name == "matrix" else path
-            archive.add(whole, f"reports/{path.name}")
+        for path in sorted(reports.iterdir()):
+            whole = path.name != "matrix"
+            if whole or rows:
+                archive.add(path if whole else work / "joined", f"reports/{path.name}")
 
 
 if __name__ == "__main__":
-    sys.path.insert(0, str(SOURCES))
     main()

@@ -14,7 +14,7 @@ import argparse
 import json
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import wraps
@@ -155,7 +155,7 @@ def sweep(path: Path, vram: str, args: argparse.Namespace) -> list[dict[str, Any
     return lines
 
 
-def main() -> None:
+def parsed(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("model", type=Path)
     parser.add_argument("--vram", nargs="+", default=["4GiB", "6GiB"])
@@ -164,7 +164,11 @@ def main() -> None:
     parser.add_argument("--context", type=int, default=8400)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--slots", action="store_true")
-    args = parser.parse_args()
+    return parser.parse_args(arguments)
+
+
+def main() -> None:
+    args = parsed()
     if not args.slots:
         planned = load.planned
         load.planned = lambda *given: replace(planned(*given), slots=0, slot_bytes=0)

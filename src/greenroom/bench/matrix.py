@@ -66,8 +66,9 @@ def measured(path: Path, how: Plan, gpu: bool, tell: Callable[[str], None]) -> d
     schedule = speed.Schedule((Case(how.prompt, 1, how.generate),), how.runs)
     with ExitStack() as stack:
         sessions = {job.name: Remote(job) for job in jobs}
-        for name, remote in sessions.items():
+        for remote in sessions.values():
             stack.callback(remote.close)
+        for name, remote in sessions.items():
             tell(f"loading {path.name} ({name})")
             remote.load()
         found = speed.measure(sessions, schedule, tell)

@@ -110,8 +110,9 @@ def _measured(
         if ceilings:
             limits = _ceilings(jobs[0], here)
         sessions = {job.name: Remote(job) for job in jobs}
-        for name, remote in sessions.items():
+        for remote in sessions.values():
             stack.callback(remote.close)
+        for name, remote in sessions.items():
             status.update(f"loading {jobs[0].path.name} ({name})")
             remote.load()
         found = measure(sessions, schedule, status.update)

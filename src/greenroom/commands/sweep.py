@@ -79,12 +79,15 @@ def _placed(model: Path, settings: dict[str, Any]) -> Any:
     """What goes where under a budget; the budget itself where it is refused."""
     from dataclasses import replace
 
+    import torch
+
     from greenroom.engine.llm import plan
     from greenroom.errors import BudgetError
 
     def placed(budget: str) -> Any:
+        vram = budget if torch.cuda.is_available() else None
         try:
-            return replace(plan(model, vram=budget, **settings), reason="", vram=None)
+            return replace(plan(model, vram=vram, **settings), reason="", vram=None)
         except BudgetError:
             return budget
 
