@@ -17,7 +17,8 @@ from greenroom.placement.budget import parse_size
 KIND, VERSION = "sweep", 1
 GIB = 2**30
 
-_WARM_TOKENS = 8  # enough for a step to be compiled, recorded and replayed
+# A step is compiled, recorded and replayed, and then clocks and residents settle.
+_WARM_TOKENS, _WARM_SECONDS = 8, 1.0
 
 HEAD = ("budget GiB", "peak GiB", "driver GiB", "experts in VRAM", "hits", "prefill tokens/s",
         "decode tokens/s", "of the largest budget's", "VRAM saved")  # fmt: skip
@@ -72,7 +73,7 @@ def measure(
 
     Args:
         budgets: as `--vram` takes them.
-        case: what is asked; once more, with few tokens, to warm up.
+        case: what is asked; before that, with few tokens, to warm up.
         runs: timed ones.
         open_engine: opens the model.
         tell: is told what happens.
@@ -107,7 +108,7 @@ def _point(
     except BudgetError as error:
         return Point(budget, nbytes, refused=str(error))
     with llm:
-        run_case(llm, replace(case, generate=min(case.generate, _WARM_TOKENS)), 0)
+        _warm(llm, case)
         timed = [run_case(llm, case, seed) for seed in range(1, runs + 1)]
         experts = llm.engine.stats().get("experts") or {}
         return Point(
@@ -119,6 +120,15 @@ def _point(
             prefill=statistics.summarise([run.prefill for run in timed]).json(),
             decode=statistics.summarise([run.decode or 0.0 for run in timed]).json(),
         )
+
+
+def _warm(llm: Any, case: Case) -> None:
+    """A short run, which may have to compile, and more of them for a second."""
+    short = replace(case, generate=min(case.generate, _WARM_TOKENS))
+    run_case(llm, short, 0)
+    begin = time.perf_counter()
+    while time.perf_counter() - begin < _WARM_SECONDS:
+        run_case(llm, short, 0)
 
 
 def _resident(engine: Any) -> float:

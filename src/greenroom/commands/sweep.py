@@ -106,19 +106,22 @@ def _opener(model: Path, settings: dict[str, Any]) -> Any:
 
     shelf = Shelf()
     cuda: Any = torch.cuda
-    there = cuda.is_available()
+    there, left = cuda.is_available(), 0  # what libraries keep from one engine to the next
 
     def taken() -> "Memory":
         if not there:
             return Memory()
         free, total = cuda.mem_get_info()
-        return Memory(cuda.max_memory_reserved(), total - free - cuda.memory_reserved())
+        peak, driver = cuda.max_memory_reserved(), total - free - cuda.memory_reserved()
+        return Memory(0 if peak == left else peak, driver)
 
     def opened(budget: str) -> tuple[Any, Callable[[], "Memory"]]:
+        nonlocal left
         gc.collect()
         if there:
             cuda.empty_cache()
             cuda.reset_peak_memory_stats()
+            left = cuda.memory_reserved()
         return LLM(model, shelf=shelf, vram=budget if there else None, **settings), taken
 
     return opened
