@@ -38,7 +38,8 @@ Rendezvous::~Rendezvous() {
     worker_.join();
 }
 
-void Rendezvous::begin(std::uint32_t number, std::int64_t tokens) {
+void Rendezvous::begin(std::uint32_t number, std::int64_t tokens, std::size_t first,
+                       std::size_t last) {
     std::lock_guard lock(mutex_);
     if (running_) throw std::logic_error("rendezvous: the step before is still under way");
     if (number == 0 || (number & flag) || number == number_)
@@ -46,6 +47,8 @@ void Rendezvous::begin(std::uint32_t number, std::int64_t tokens) {
                                     " cannot be the next step's number");
     number_ = number;
     tokens_ = tokens;
+    first_ = first;
+    last_ = last;
     cancelled_ = false;
     error_.clear();
     running_ = true;
@@ -83,7 +86,7 @@ void Rendezvous::work() {
 }
 
 void Rendezvous::step() {
-    for (std::size_t layer = 0; layer < boxes_.size(); ++layer) {
+    for (std::size_t layer = first_; layer < last_; ++layer) {
         const auto start = Clock::now();
         const bool needed = rung(layer);
         stats_[layer].wait_ns += ns_since(start);

@@ -1,6 +1,7 @@
-// Serves the MoE layers of one decode step to a device that writes hidden states and routes to
-// shared memory and rings: one thread answers layer after layer, so nobody else has to wait in
-// between. Knows nothing of the device; whatever lies in the shared memory may be wrong.
+// Serves the MoE layers of one decode step, or one layer of a long step, to a device that writes
+// hidden states and routes to shared memory and rings: one thread answers layer after layer, so
+// nobody else has to wait in between. Knows nothing of the device; whatever lies in the shared
+// memory may be wrong.
 //
 // A bell is a word with a cache line to itself. The device writes the step's number to `ring`,
 // with `flag` if no route is for this processor. The number in `done` says that the result is
@@ -45,9 +46,9 @@ class Rendezvous {
     Rendezvous(const Rendezvous&) = delete;
     Rendezvous& operator=(const Rendezvous&) = delete;
 
-    // Starts step `number` (in [1, 2^31), unlike the step before). Throws std::logic_error
-    // while a step is under way.
-    void begin(std::uint32_t number, std::int64_t tokens);
+    // Starts step `number` (in [1, 2^31), unlike the step before) of the layers [first, last).
+    // Throws std::logic_error while a step is under way.
+    void begin(std::uint32_t number, std::int64_t tokens, std::size_t first, std::size_t last);
     // Whether the step ended within `seconds`. Throws std::runtime_error, once, if it failed.
     bool wait(double seconds);
     // Fails the step under way, if any, when it next waits for a ring.
@@ -71,8 +72,9 @@ class Rendezvous {
     bool running_ = false, stop_ = false;  // under mutex_, as error_
     std::string error_;
     std::atomic<bool> cancelled_{false};
-    std::uint32_t number_ = 0;  // fixed while running_, as tokens_
+    std::uint32_t number_ = 0;  // fixed while running_, as the next two
     std::int64_t tokens_ = 0;
+    std::size_t first_ = 0, last_ = 0;
     std::vector<std::int32_t> ids_;  // checked copy: the device could change its own
     std::thread worker_;             // last: it uses everything above
 };

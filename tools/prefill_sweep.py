@@ -66,7 +66,7 @@ class Watch:
         return noted
 
     def lends(self, call: Callable[..., Any]) -> Any:
-        """`LayerStream._write`, which is called where experts are lent."""
+        """`LayerStream._send`, which is called where experts are lent."""
 
         @wraps(call)
         def noted(stream: Any, step: Any, hidden: Any, lent: list[int]) -> Any:
@@ -90,13 +90,13 @@ class Watch:
 def watching() -> Iterator[Watch]:
     """Within it, long steps are timed by events."""
     watch = Watch()
-    kept = Ring.fetch, GroupMlp.__call__, LayerStream._serve, LayerStream._write
+    kept = Ring.fetch, GroupMlp.__call__, LayerStream._serve, LayerStream._send
     changed: tuple[Any, ...] = (
         watch.around("copies", kept[0], copies=True), watch.around("products", kept[1]),
         watch.around("layers", kept[2]), watch.lends(kept[3]),
     )  # fmt: skip
     places = ((Ring, "fetch"), (GroupMlp, "__call__"), (LayerStream, "_serve"),
-              (LayerStream, "_write"))  # fmt: skip
+              (LayerStream, "_send"))  # fmt: skip
     for (owner, name), call in zip(places, changed, strict=True):
         setattr(owner, name, call)
     try:

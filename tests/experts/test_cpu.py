@@ -134,17 +134,6 @@ def test_scales_multiply_the_products(pool) -> None:
     assert torch.equal(CpuExperts(pool, (gate, up, down), scales=scales)(*routes()), 4 * plain)
 
 
-def test_submit_and_wait(pool) -> None:
-    experts = CpuExperts(pool, matrices())
-    batch = routes()
-    experts.submit(*batch)
-    with pytest.raises(NativeError, match="before wait"):
-        experts.submit(*batch)
-    assert torch.equal(experts.wait(), experts(*batch))
-    with pytest.raises(NativeError, match="without submit"):
-        experts.wait()
-
-
 def test_errors(pool) -> None:
     gate, up, down = matrices()
     with pytest.raises(NativeError, match="do not belong together"):

@@ -8,13 +8,14 @@ from greenroom.experts.slabs import SlabLayout
 from greenroom.gguf import GGMLType
 
 LAYOUT = SlabLayout.plan((GGMLType.MXFP4,) * 3, 2880, 2880, biases=True)
+WEIGHTS = 3 * 2880 * 2880
 EXPERTS = list(range(32))
 
 
 def lent(
     sizes: list[int], rates: Rates, waiting: list[int] = EXPERTS, part: float = 0.8
 ) -> list[int]:
-    return Share(rates, part, meeting=0).lend(waiting, 32, sizes, LAYOUT)
+    return Share(rates, part, 0, 0).lend(waiting, 32, sizes, LAYOUT.nbytes, WEIGHTS)
 
 
 def test_nothing_is_lent_to_a_slow_cpu_and_most_to_a_fast_one() -> None:
@@ -54,10 +55,15 @@ def test_a_larger_part_of_the_time_lends_more() -> None:
 def test_meeting_must_pay() -> None:
     """At 5 TOP/s 0.64 ms an expert; 0.8 of 32 copies are 6.8 ms."""
     rates = Rates(50e9, 70e9, 5e12)
-    found = [
-        len(Share(rates, 0.8, m).lend(EXPERTS, 32, [64] * 32, LAYOUT)) for m in (0, 3e-3, 7e-3)
-    ]
-    assert found == [8, 4, 0]
+    layer = EXPERTS, 32, [64] * 32, LAYOUT.nbytes, WEIGHTS
+    found = [len(Share(rates, 0.8, m, 0).lend(*layer)) for m in (0, 3e-3, 7e-3)]
+    of_routes = [len(Share(rates, 0.8, 0, m / 2048).lend(*layer)) for m in (0, 3e-3, 7e-3)]
+    assert found == of_routes == [8, 4, 0]
+
+
+@pytest.mark.parametrize(("lent", "ahead"), [(0, 32), (1, 30), (8, 16), (12, 8), (28, 4), (32, 0)])
+def test_ahead_leaves_the_cpu_a_choice(lent: int, ahead: int) -> None:
+    assert Share.ahead(32, lent) == ahead
 
 
 def test_every_tier_has_rates() -> None:

@@ -18,6 +18,7 @@ from greenroom.gguf import GGMLType
 from greenroom.kernels import grouped
 from greenroom.kernels.attention import PREFILL_ROWS, ROWS, attend
 from greenroom.kernels.dequantise import dequantise, dequantise_group
+from greenroom.kernels.errand import meet, send, tell
 from greenroom.kernels.expert_rows import activated_rows, add_rows, scaled_rows
 from greenroom.kernels.experts import hits
 from greenroom.kernels.gather import KINDS, gather
@@ -103,6 +104,9 @@ for table, part in ((None, None), (ints, x)):
     ring(x, ints.view(2, 4), torch.zeros(2, 4), box, ints, table, table)
     collect(box, 2, ints, part, part)
 grouped.carry(ints, ints)
+send(x, ints, ints, x)
+tell(ints, 3)
+meet(ints, 3)
 routes = grouped.Routes(ints.view(2, 4), torch.zeros(2, 4), *[ints] * 3, ints.view(4, 2))
 group = grouped.Group(0, 0, (2,))
 for kinds in [(39, 39, 39), (12, 12, 14), (30, 30, 30)][: 1 if quick else 3]:

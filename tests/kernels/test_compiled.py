@@ -25,5 +25,6 @@ def test_every_kernel_compiles() -> None:
         "_dequantise", "_publish", "_gate_up", "_down", "_reduce", "_scaled", "_activated", "_add",
         "_product", "_carry", "_gather",
         "_walk", "_dots", "_logits", "_choose", "_split", "_ring", "_collect",
+        "_send", "_tell", "_meet",
     }  # fmt: skip
     assert lines.count("_dequantise") == len({form.scales for form in FORMATS.values()}) + 1

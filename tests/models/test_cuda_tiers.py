@@ -76,15 +76,15 @@ def test_the_cpu_takes_its_share_of_a_long_step(load: Loader, reading: float) ->
     """From nothing to nearly everything; the result stays the reference's."""
     wanted, model = with_tiers(load, "gpt-oss", 0.0, staged=2)
     share = model.backend.tiers.share
-    usual = share.rates, share.meeting
-    share.rates, share.meeting = Rates(50e9, reading, 1e18), 0.0
+    usual = share.rates, share.meeting, share.route
+    share.rates, share.meeting, share.route = Rates(50e9, reading, 1e18), 0.0, 0.0
     tokens = prompt(9, 34, VOCABULARY)
     ring = model.blk[0].ffn.experts.stream.ring
     before = ring.copied_bytes  # models are shared by tests
     try:
         assert relative_error(one_pass(model, tokens).cpu(), one_pass(wanted, tokens)) < CLOSE
     finally:
-        share.rates, share.meeting = usual
+        share.rates, share.meeting, share.route = usual
     copied = ring.copied_bytes - before
     everything = sum(blk.ffn.experts.nbytes for blk in model.blk)
     assert not ring.staged

@@ -107,6 +107,34 @@ def test_cancel_ends_a_step(desk: Desk) -> None:
         desk.native.wait(20)
 
 
+def test_layers_that_share_a_box_are_served_one_a_step(lib, pool) -> None:
+    desk = Desk(lib, pool)
+    boxes = tuple(part[:1] for part in (desk.hidden, desk.ids, desk.weights, desk.result))
+    layers = [layer.native for layer in desk.layers]
+    shared = lib.Rendezvous(pool, layers, boxes, desk.ring[:1], desk.done[:1], 20.0)
+    for number, layer in enumerate((2, 0, 1, 1), 1):
+        desk.write(0, number)
+        shared.begin(number, TOKENS, layer)
+        desk.ring[0, 0] = number
+        desk.answered(0, number)
+        assert shared.wait(20)
+        arguments = (desk.hidden[0], desk.ids[0], desk.weights[0])
+        np.testing.assert_array_equal(desk.result[0], desk.layers[layer].run(*arguments))
+    assert [s["calls"] for s in shared.stats()] == [1, 2, 1]
+    for layer in (LAYERS, None):
+        with pytest.raises(ValueError, match="layer must be below 3, and told"):
+            shared.begin(9, TOKENS, layer)
+
+
+def test_one_layer_of_several_boxes_is_served_alone(desk: Desk) -> None:
+    desk.write(1, 5)
+    desk.native.begin(4, TOKENS, 1)
+    desk.ring[1, 0] = 4
+    assert desk.native.wait(20)
+    np.testing.assert_array_equal(desk.result[1], desk.expected(1, TOKENS))
+    assert (desk.done[:, 0] == [0, 4, 0]).all()
+
+
 def test_arguments_are_checked(desk: Desk) -> None:
     for number, tokens in ((0, 1), (2**31, 1), (1, 0), (1, TOKENS + 1)):
         with pytest.raises(ValueError, match=r"number|tokens"):

@@ -80,6 +80,9 @@ class Stream(Protocol):
     def __call__(self, hidden: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
         """As `ExpertsBeside.__call__`."""
 
+    def abandon(self) -> None:
+        """Forgets what a step that failed had begun."""
+
 
 class Courier(Protocol):
     """Takes one layer's routed tokens to the CPU and brings the sum back.
@@ -252,7 +255,8 @@ class ExpertsBeside:
     def abandon(self) -> None:
         """Forgets a `start` whose step failed before `finish`."""
         self._done = self._hits = None
-        self.cpu.abandon()
+        if self.stream is not None:
+            self.stream.abandon()
         self._courier.abandon()
 
     def finish(self, shared: Tensor | None = None) -> Tensor:

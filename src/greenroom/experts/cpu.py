@@ -7,8 +7,6 @@ other tiers; an id of -1 is a route somebody else serves.
 
 import time
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
-from functools import cache
 from typing import Any
 
 import numpy as np
@@ -34,12 +32,6 @@ from greenroom.gguf import GGMLType
 
 Biases = tuple[Tensor, Tensor, Tensor]
 Progress = Callable[[int], None]  # called with the bytes packed since the last call
-
-
-@cache
-def _background() -> ThreadPoolExecutor:
-    """Runs submitted steps; one at a time, because they share the pool's threads."""
-    return ThreadPoolExecutor(1, thread_name_prefix="experts")
 
 
 class CpuExperts:
@@ -79,7 +71,6 @@ class CpuExperts:
         layout = self.layouts[0]
         self.layer = native.lib().MoeLayer(self.experts, layout.d, layout.f, activation)
         self._slabs: dict[int, Bytes] = {}
-        self._pending: Future[Tensor] | None = None
         self.meter: Meter | None = None  # is told what every call costs
         for m in matrices:
             for type in dict.fromkeys(type_of(m, e) for e in range(self.experts)):
@@ -178,27 +169,6 @@ class CpuExperts:
     def bytes_of(self, ids: Tensor) -> int:
         """Bytes of the experts that ids (tokens, k), all of them known or -1, name."""
         return sum(self.layouts[e].nbytes for e in set(ids.flatten().tolist()) - {-1})
-
-    def submit(
-        self, hidden: Tensor, ids: Tensor, weights: Tensor, out: Tensor | None = None
-    ) -> None:
-        """Starts `__call__` in the background; `wait` returns its result."""
-        if self._pending is not None:
-            raise NativeError("experts: submit called again before wait")
-        self._pending = _background().submit(self, hidden, ids, weights, out)
-
-    def abandon(self) -> None:
-        """Ends what `submit` began, if nobody waited for it."""
-        if self._pending is not None:
-            pending, self._pending = self._pending, None
-            pending.exception()
-
-    def wait(self) -> Tensor:
-        """The result of the last submit: (tokens, d) float32."""
-        if self._pending is None:
-            raise NativeError("experts: wait called without submit")
-        pending, self._pending = self._pending, None
-        return pending.result()
 
 
 def _plan(

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from greenroom.experts.cpu import CpuExperts
+from greenroom.experts.errands import Errands
 from greenroom.experts.ring import Page, Ring
 from greenroom.experts.share import Share
 from greenroom.experts.slabs import SlabLayout
@@ -41,43 +42,23 @@ class Resident(Protocol):
         """Takes how often each expert was chosen."""
 
 
+@dataclass(frozen=True, slots=True)
 class Desk:
-    """What all layers share: the table that says who is computed when, scratch, and the pinned
-    memory in which rows go to the CPU and back.
+    """What all layers share.
 
-    Args:
-        table: (4 * most experts of a layer,) int32 on the device.
+    Attributes:
+        table: (4 * most experts of a layer,) int32 on the device, says who is computed when.
         scratch: (numbers,) float16 on the device, room for gate and up of one expert or more.
         used: experts of a token, where that is known.
         share: says what the CPU takes.
+        errands: take it there and back.
     """
 
-    def __init__(
-        self, table: Tensor, scratch: Tensor, used: int, share: Share
-    ) -> None:  # fmt: skip
-        self.table, self.scratch, self.used, self.share = table, scratch, used, share
-        self._pinned = torch.empty(0)
-        event: Any = torch.cuda.Event
-        self._written = event() if table.is_cuda else None
-
-    def write(self, rows: Tensor) -> tuple[Tensor, Tensor]:
-        """Has rows (n, d) float32 copied to pinned memory, see `wait`; returns that and as much
-        for the answer, which the device can read. Both are anything once the next layer writes;
-        it has waited for its routes then, and with them for whoever read the answer."""
-        if self._pinned.numel() < 2 * rows.numel():
-            if self._written is not None:
-                torch.cuda.synchronize()
-            self._pinned = torch.empty(3 * rows.numel(), pin_memory=rows.is_cuda)
-        there = self._pinned[: rows.numel()].view(rows.shape)
-        there.copy_(rows, non_blocking=True)
-        if self._written is not None:
-            self._written.record()
-        return there, self._pinned[rows.numel() :][: rows.numel()].view(rows.shape)
-
-    def wait(self) -> None:
-        """Returns when the rows written last are there."""
-        if self._written is not None:
-            self._written.synchronize()
+    table: Tensor
+    scratch: Tensor
+    used: int
+    share: Share
+    errands: Errands
 
 
 @dataclass(frozen=True, slots=True)
@@ -159,7 +140,12 @@ class LayerStream:
             return
         absent = self.absent()
         lent = self._lend(absent, len(absent), [tokens * used // experts] * experts)
-        self._fill(deque(self._pages(absent[: len(absent) - len(lent)])))
+        first = self._desk.share.ahead(len(absent), len(lent))
+        self._fill(deque(self._pages(absent[:first])))
+
+    def abandon(self) -> None:
+        """See `Stream.abandon`."""
+        self._desk.errands.abandon()
 
     def _all(self, tokens: int, used: int) -> bool:
         """Whether nearly all experts will be in demand when each token uses so many."""
@@ -175,12 +161,12 @@ class LayerStream:
         absent = [e for e in wanted if e not in seats]
         waiting = [e for e in absent if e not in staged]
         lent = self._lend(waiting, len(absent), sizes)
+        answer = self._send(step, hidden, lent) if lent else None
         queue = deque(self._pages([e for e in waiting if e not in set(lent)]))
         pages += [page for _, page in queue]
         if ahead:
             queue.extend(self._next(len(lent)))
         self._fill(queue)
-        letter = self._write(step, hidden, lent) if lent else None
         plan = _Plan(self._table.numpy(), sizes, step.rows, self._most)
         held = plan.groups([(e, seats[e]) for e in wanted if e in seats])
         kept = [
@@ -189,24 +175,23 @@ class LayerStream:
         ]
         cpu = plan.whole(lent) if lent else None
         carry(self._table, step.routes.table)
-        if letter is not None:
-            self._send(*letter, lent)
         for group in held:
             assert self.resident is not None
             self._rows(step, group, self.resident.memory)
         for groups in kept:
             self._compute(step, groups)
             self._fill(queue)
-        if cpu is not None:
-            add_rows(step.out, self.cpu.wait(), None, None, None, step.routes, cpu, 0)
+        if cpu is not None and answer is not None:
+            self._desk.errands.meet()
+            add_rows(step.out, answer, None, None, None, step.routes, cpu, 0)
 
     def _next(self, lent: int) -> list[tuple[int, tuple[int, ...]]]:
-        """Pages of the next layer, but for as many experts as were lent here. None of the last
-        layer: of a prompt it computes one row, which needs few experts."""
+        """Pages of the next layer, but for experts to lend and as many more to choose from. None of
+        the last layer: of a prompt it computes one row, which needs few experts."""
         if self._after is None or self._after._after is None:
             return []
         later = self._after.absent()
-        return self._after._pages(later[: len(later) - lent])
+        return self._after._pages(later[: self._desk.share.ahead(len(later), lent)])
 
     def _compute(self, step: Step, groups: list[Group]) -> None:
         """The next page's groups."""
@@ -235,20 +220,14 @@ class LayerStream:
 
     def _lend(self, waiting: list[int], absent: int, sizes: list[int]) -> list[int]:
         """See `Share.lend`."""
-        return self._desk.share.lend(waiting, absent, sizes, self.cpu.layout)
+        layout = self.cpu.layout
+        weights = 3 * layout.d * layout.f
+        return self._desk.share.lend(waiting, absent, sizes, layout.nbytes, weights)
 
-    def _write(self, step: Step, hidden: Tensor, lent: list[int]) -> tuple[Tensor, Tensor]:
-        """The rows of the lent experts' routes on their way to the CPU, see `Desk.write`."""
-        starts = self._starts.tolist()
-        rows = torch.cat([step.routes.tokens[starts[e] : starts[e + 1]] for e in lent])
-        return self._desk.write(hidden.index_select(0, rows))
-
-    def _send(self, there: Tensor, answer: Tensor, lent: list[int]) -> None:
-        """Has the CPU begin the lent experts' routes, a row each."""
-        sizes = torch.from_numpy(np.diff(self._starts.numpy()))[lent]
-        ids = torch.repeat_interleave(torch.tensor(lent, dtype=torch.int32), sizes)[:, None]
-        self._desk.wait()
-        self.cpu.submit(there, ids, torch.ones(len(ids), 1), answer)
+    def _send(self, step: Step, hidden: Tensor, lent: list[int]) -> Tensor:
+        """See `Errands.go`."""
+        starts = self._starts.numpy()
+        return self._desk.errands.go(self._index, hidden, step.routes.tokens, starts, lent)
 
     def _fill(self, queue: deque[tuple[int, tuple[int, ...]]]) -> None:
         while queue and self.ring.room:

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from greenroom.experts.beside import ExpertsBeside
 from greenroom.experts.cpu import CpuExperts
+from greenroom.experts.errands import Errands
 from greenroom.experts.pinned import register
 from greenroom.experts.ring import Ring
 from greenroom.experts.share import Rates, Share
@@ -57,6 +58,7 @@ class Tiers:
         self._pins: list[Future[None]] = []
         self._worker: ThreadPoolExecutor | None = None
         self._staged = 0  # bytes of staging slabs and their scratch
+        self._errands: Errands | None = None
         self.slots: Slots | None = None
 
     def add(self, experts: ExpertsBeside) -> None:
@@ -85,9 +87,15 @@ class Tiers:
 
     def begin(self, tokens: int) -> None:
         """A step of so many tokens begins: if it is a long one, its first experts set off."""
+        self.settle()
         stream = self._layers[0].stream if self._layers else None
         if isinstance(stream, LayerStream) and tokens > ExpertsBeside.FEW:
             stream.begin(tokens)
+
+    def settle(self) -> None:
+        """Returns when the CPU has done its part of a long step, see `Errands.settle`."""
+        if self._errands is not None:
+            self._errands.settle()
 
     def relieve(self) -> int:
         """After an allocation failed: gives back half of the slots, or the staging slabs where
@@ -101,6 +109,7 @@ class Tiers:
             return freed
         for layer in self._layers:
             layer.stream = None
+        self._errands = None
         freed, self._staged = self._staged, 0
         self._account.release("staging", freed)
         torch.cuda.empty_cache()
@@ -120,7 +129,8 @@ class Tiers:
         ring = Ring(self._account.empty("staging", [pages, slabs * slab], torch.uint8), slabs)
         self._staged = scratch.nbytes + table.nbytes + pages * slabs * slab
         none: list[LayerSlots | None] = [None] * len(banks)
-        desk, before = Desk(table, scratch, self._used, self.share), None
+        self._errands = Errands(self._account.device, banks)
+        desk, before = Desk(table, scratch, self._used, self.share, self._errands), None
         for layer, seats in zip(
             self._layers, none if self.slots is None else self.slots.layers, strict=True
         ):

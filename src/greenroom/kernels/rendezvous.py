@@ -75,7 +75,7 @@ def _read(bell, mine, ASM: tl.constexpr):
 
 
 @triton.jit
-def _write(bell, word, ASM: tl.constexpr):
+def write_bell(bell, word, ASM: tl.constexpr):
     """Writes a word the CPU waits for, after all that this program has written; one thread does,
     behind a barrier, so that its release covers what the others wrote."""
     tl.debug_barrier()
@@ -144,11 +144,11 @@ def _ring(
             tl.store(to_hidden + there, more, mask=there < values)
     else:
         word = step | FLAG
-    _write(bell, word, ASM)
+    write_bell(bell, word, ASM)
 
 
 @triton.jit
-def _answer(bell, step, most, POLLING: tl.constexpr, THREADS: tl.constexpr, ASM: tl.constexpr):
+def answered(bell, step, most, POLLING: tl.constexpr, THREADS: tl.constexpr, ASM: tl.constexpr):
     """Waits until the bell has the number `step`, at most so many nanoseconds: 1 if it has, 2 if
     it says that the step has failed, 3 if it was too late. All threads agree on it, although the
     clock and the bell may tell each something else."""
@@ -184,7 +184,7 @@ def _collect(
         arrived = values
         if WAIT:
             most = tl.cast(limit, tl.int64) * 1000000
-            if _answer(bell, step, most, POLLING, THREADS, ASM) != 1:
+            if answered(bell, step, most, POLLING, THREADS, ASM) != 1:
                 arrived = 0
                 tl.store(state + 2, step)  # the layers behind this one do not wait
             tl.debug_barrier()

@@ -159,7 +159,8 @@ class CudaBackend:
                 layer.cut = self.bench.cut
 
     def step_done(self, tokens: int, seconds: float = 0.0) -> None:
-        """Promotes experts, see `Slots.step_done`."""
+        """Sees a long step's CPU part done and promotes experts, see `Slots.step_done`."""
+        self.tiers.settle()
         if self.tiers.slots is not None:
             self.tiers.slots.step_done(tokens, seconds)
 

@@ -11,10 +11,12 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from greenroom.experts.share import Share
 from greenroom.gguf import TensorInfo
 from greenroom.models.config import ModelConfig
 from greenroom.placement.calibrate import MachineProfile
 from greenroom.placement.placement import Placement
+from greenroom.placement.sharing import measured_rates
 
 _SPLIT = re.compile(r"\.\d+\.weight$")  # one expert of several, each a tensor of its own
 _EXPERTS = re.compile(r"_exps\.weight$|\.ffn_(gate|up|down)\.\d+\.weight$")
@@ -28,7 +30,6 @@ GPU_STEP_SECONDS = 0.35e-3
 GPU_PRODUCTS = 0.25
 GPU_ATTENTION = 10e12
 GPU_EXPANDING = 0.6
-LENT = 0.8  # of the time of a layer's copies, that the CPU computes in; as the engine has it
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -235,7 +236,7 @@ def prefill(
     missing = 1 - resident(placement, work) if gpu else 1.0
     if gpu and placement.staging and machine.pcie:
         copied = steps * missing * sum(work.experts.values()) / _bytes(machine.pcie)
-        copied *= (1 - work.late) * _left_to_copy(copied, missing * on_cpu)
+        copied *= (1 - work.late) * (1 - _lent(work, machine, rows, missing))
         # The copies run under the computation.
         computed = sum(parts[name] for name in _GPU_PARTS)
         if copied > computed:
@@ -258,11 +259,16 @@ def _experts_on_cpu(work: Work, machine: MachineProfile, rows: float, steps: int
     return steps * (1 - work.late) * long + work.late * short
 
 
-def _left_to_copy(copied: float, on_cpu: float) -> float:
-    """Share of the experts that come over the bus while the CPU computes the others."""
-    if not on_cpu:
-        return 1.0
-    return on_cpu / (on_cpu + LENT * copied)
+def _lent(work: Work, machine: MachineProfile, rows: float, missing: float) -> float:
+    """Share of the missing experts that the CPU computes in a step of so many tokens, by the
+    engine's own rule, routed uniformly."""
+    rates = measured_rates(machine, work.experts, machine.threads)
+    absent, total = round(missing * work.count), work.layers * work.count
+    if rates is None or not absent:
+        return 0.0
+    nbytes, weights = sum(work.experts.values()) // total, work.expert_values // total
+    sizes = [work.per_expert(rows)] * work.count
+    return len(Share(rates).lend(range(absent), absent, sizes, nbytes, weights)) / absent
 
 
 def _on_gpu(
