@@ -1,6 +1,7 @@
 """Synthetic files: published sizes and types, sound metadata, the same bytes for the same seed."""
 
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -133,6 +134,31 @@ def test_the_seed_decides_the_bytes_and_threads_do_not(tmp_path: Path) -> None:
     a, b, c = ((tmp_path / name).read_bytes() for name in "abc")
     assert a == b
     assert a != c
+
+
+def popularity(path: Path, tokens: int = 4000) -> np.ndarray:
+    """(layers, experts) how often random hidden states are sent to each of the 32 experts, the
+    most popular ones first."""
+    x = np.random.default_rng(0).standard_normal((2880, tokens), np.float32)
+    shares = []
+    with GGUFFile(path) as file:
+        for name, tensor in file.tensors.items():
+            if name.endswith("ffn_gate_inp.weight"):
+                logits = tensor.data().reshape(-1).view(np.float32).reshape(32, 2880) @ x
+                chosen = np.argsort(-logits, axis=0)[:4]
+                shares.append(np.bincount(chosen.ravel(), minlength=32) / chosen.size)
+    return np.array(shares)
+
+
+def test_a_skew_sends_half_of_the_routes_to_a_quarter_of_the_experts(tmp_path: Path) -> None:
+    shape = replace(shape_of("gpt-oss-20b", layers=2), vocabulary=1000, width=32)
+    write_synthetic(Synthesis(shape), tmp_path / "even.gguf")
+    write_synthetic(Synthesis(shape, skew=0.5), tmp_path / "skewed.gguf")
+    even, skewed = popularity(tmp_path / "even.gguf"), popularity(tmp_path / "skewed.gguf")
+    top = -np.sort(-skewed, axis=1)[:, :8].sum(1)
+    assert (-np.sort(-even, axis=1)[:, :8].sum(1) < 0.31).all()
+    assert ((top > 0.46) & (top < 0.56)).all()
+    assert (skewed[0].argsort() != skewed[1].argsort()).any()  # every layer has its own favourites
 
 
 def test_fewer_layers_are_the_first_of_more(tmp_path: Path) -> None:

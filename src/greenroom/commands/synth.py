@@ -14,6 +14,14 @@ def synth(
     ] = None,
     type: Annotated[str | None, typer.Option(help="Mix or block format of the weights.")] = None,
     seed: Annotated[int, typer.Option(help="Seed of the random weights.", min=0)] = 0,
+    skew: Annotated[
+        float,
+        typer.Option(
+            help="How uneven the routing is; at 0.5 half of it goes to a quarter of 32 experts.",
+            min=0,
+            max=4,
+        ),
+    ] = 0.0,
 ) -> None:
     """Write a model file of exact published shapes with random weights, to measure with.
 
@@ -24,7 +32,7 @@ def synth(
     from greenroom.convert.synth import Synthesis, write_synthetic
     from greenroom.convert.synth_shapes import shape_of
 
-    job = Synthesis(shape_of(shape, layers), mix=type, seed=seed)
+    job = Synthesis(shape_of(shape, layers), mix=type, seed=seed, skew=skew)
     with bytes_progress(f"writing {out.name}") as progress:
         write_synthetic(job, out, progress)
     typer.echo(f"{out}: {job.nbytes() / 2**30:.2f} GiB of tensors, {job.shape.layers} layers")

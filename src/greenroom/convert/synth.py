@@ -2,7 +2,8 @@
 
 It serves to measure a model on a machine before downloading it. The file is made piece by
 piece on several threads and is the same for the same seed, whatever their number. Its routing
-is close to uniform, so caches of experts do worse on it than on a trained model.
+is close to uniform, so caches of experts do worse on it than on a trained model; with a skew some
+experts of each layer are in demand more often than others, as in trained ones.
 """
 
 import os
@@ -31,11 +32,16 @@ _LONG_FACTOR = 32.0  # published long factors of Phi grow to about this
 
 @dataclass(frozen=True, slots=True)
 class Synthesis:
-    """A file to be made: sizes, mix of types (None: as published) and seed."""
+    """A file to be made: sizes, mix of types (None: as published), seed, and skew of the routing.
+
+    Router rows are multiplied by rank ** -skew, ranks being dealt out anew in every layer: the
+    larger an expert's logits, the more often they are among the largest.
+    """
 
     shape: Shape
     mix: str | None = None
     seed: int = 0
+    skew: float = 0.0
 
     def specs(self, pool: ThreadPoolExecutor | None = None) -> list[TensorSpec]:
         """Every tensor; without a pool only for asking sizes."""
@@ -67,13 +73,16 @@ class Synthesis:
     def _maker(
         self, part: Part, type: GGMLType, pool: ThreadPoolExecutor | None
     ) -> Callable[[], Iterator[Bytes]]:
-        def pieces() -> Iterator[Bytes]:
+        def made() -> Iterator[Bytes]:
             if part.role in (Role.MATRIX, Role.EXPERTS, Role.ROUTER):
                 assert pool is not None, "sizes only"
-                return _matrix(part, type, self.seed, pool)
+                pieces = _matrix(part, type, self.seed, pool)
+                if part.role is Role.ROUTER and self.skew:
+                    return _skewed(part, self.skew, self.seed, pieces)
+                return pieces
             return iter([_vector(part, _generator(self.seed, part.name, 0))])
 
-        return pieces
+        return made
 
 
 def write_synthetic(
@@ -119,6 +128,15 @@ def _matrix(part: Part, type: GGMLType, seed: int, pool: ThreadPoolExecutor) -> 
             yield waiting.popleft().result()
     while waiting:
         yield waiting.popleft().result()
+
+
+def _skewed(part: Part, skew: float, seed: int, pieces: Iterator[Bytes]) -> Iterator[Bytes]:
+    """A router in float32, its rows scaled; see `Synthesis`."""
+    experts, columns = part.shape
+    ranks = _generator(seed, part.name + ".ranks", 0).permutation(experts) + 1
+    rows = np.concatenate([piece.reshape(-1) for piece in pieces]).view(np.float32)
+    scaled = rows.reshape(experts, columns) * (ranks[:, None] ** -skew).astype(np.float32)
+    return iter([scaled.view(np.uint8)])
 
 
 def _vector(part: Part, rng: np.random.Generator) -> Bytes:
