@@ -3,6 +3,8 @@
 import json
 from types import SimpleNamespace as Ns
 
+import pytest
+
 from greenroom.bench import sweep
 from greenroom.bench.workloads import Case
 from greenroom.commands import main
@@ -34,6 +36,11 @@ class Engine:
 
     def __exit__(self, *_):
         return None
+
+
+@pytest.fixture(autouse=True)
+def one_warm_run(monkeypatch) -> None:
+    monkeypatch.setattr(sweep, "_WARM_SECONDS", 0.0)
 
 
 def opened(budget):
