@@ -28,6 +28,14 @@ simd::Floats bias_at(const float* bias, std::int64_t row, std::int64_t rows) {
     return simd::load(padded);
 }
 
+// How many experts the routes name.
+std::int64_t named(const Routes& routes, std::size_t experts) {
+    std::vector<bool> seen(experts);
+    for (std::int64_t i = 0; i < routes.tokens * routes.k; ++i)
+        if (routes.ids[i] >= 0) seen[static_cast<std::size_t>(routes.ids[i])] = true;
+    return std::count(seen.begin(), seen.end(), true);
+}
+
 void wait_for_zero(const std::atomic<int>& pending) {
     for (int spins = 0; pending.load(std::memory_order_acquire) != 0; ++spins) {
         simd::pause();
@@ -50,10 +58,8 @@ MoeStep::MoeStep(Pool& pool, const MoeLayer& layer, const Routes& routes, float*
       layer_(layer),
       routes_(routes),
       out_(out),
-      up_(layer.f, std::min<std::int64_t>(routes.tokens * routes.k, layer.experts.size()),
-          pool.size()),
-      down_(layer.d, std::min<std::int64_t>(routes.tokens * routes.k, layer.experts.size()),
-            pool.size()) {
+      up_(layer.f, named(routes, layer.experts.size()), pool.size()),
+      down_(layer.d, named(routes, layer.experts.size()), pool.size()) {
     group_by_expert();
     unreduced_ = std::make_unique<std::atomic<int>[]>(down_.count);
     for (std::int64_t c = 0; c < down_.count; ++c) unreduced_[c] = job_count_;
