@@ -88,7 +88,6 @@ float float_loop(std::int64_t rounds) {
 
 #if defined(GREENROOM_TIER_amx)
 // Four independent sums, as the kernel has them; operands stay in the tile registers.
-template <bool Int8>
 int tile_loop(std::int64_t rounds) {
     amx::Tiles tiles;
     alignas(64) std::uint8_t zeros[1024] = {};
@@ -96,17 +95,10 @@ int tile_loop(std::int64_t rounds) {
     tiles.load<5>(zeros, 64);
     tiles.zero<0>(), tiles.zero<1>(), tiles.zero<2>(), tiles.zero<3>();
     for (std::int64_t i = 0; i < rounds; ++i) {
-        if constexpr (Int8) {
-            tiles.multiply_int8<0, 4, 5>();
-            tiles.multiply_int8<1, 4, 5>();
-            tiles.multiply_int8<2, 4, 5>();
-            tiles.multiply_int8<3, 4, 5>();
-        } else {
-            tiles.multiply<0, 4, 5>();
-            tiles.multiply<1, 4, 5>();
-            tiles.multiply<2, 4, 5>();
-            tiles.multiply<3, 4, 5>();
-        }
+        tiles.multiply<0, 4, 5>();
+        tiles.multiply<1, 4, 5>();
+        tiles.multiply<2, 4, 5>();
+        tiles.multiply<3, 4, 5>();
     }
     return 0;
 }
@@ -141,17 +133,11 @@ void bind_ceilings(nb::module_& m) {
         nb::arg("pool"), nb::arg("rounds"),
         "Operations per second of this tier's float32 multiply-add on registers alone.");
 #if defined(GREENROOM_TIER_amx)
-    constexpr int int8_products = 4 * 16 * 16 * 64, bf16_products = 4 * 16 * 16 * 32;
-    m.def(
-        "int8_tile_rate",
-        [](Pool& pool, std::int64_t rounds) {
-            return rate(pool, rounds, int8_products, tile_loop<true>);
-        },
-        nb::arg("pool"), nb::arg("rounds"), "The same for TDPBUSD on tile registers.");
+    constexpr int bf16_products = 4 * 16 * 16 * 32;
     m.def(
         "bf16_tile_rate",
         [](Pool& pool, std::int64_t rounds) {
-            return rate(pool, rounds, bf16_products, tile_loop<false>);
+            return rate(pool, rounds, bf16_products, tile_loop);
         },
         nb::arg("pool"), nb::arg("rounds"), "The same for TDPBF16PS on tile registers.");
 #endif

@@ -95,9 +95,6 @@ void bind_matmul(nb::module_& m) {
     m.def(
         "_use_tiles", [](bool on) { amx::enabled = on; }, nb::arg("on"),
         "For tests: whether large batches take the AMX path; avx512 has its tiles in plain C++.");
-    m.def(
-        "_int8_tiles", [] { return amx::int8_calls.load(); },
-        "For tests: how many products took the path of int8 tiles.");
 #endif
     m.def("linears", &run_linears, nb::arg("pool"), nb::arg("matrices").noconvert(),
           nb::arg("x").noconvert(),

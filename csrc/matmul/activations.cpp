@@ -6,7 +6,7 @@
 #include <memory>
 #include <new>
 
-#include "formats/half.h"
+#include "matmul/amx.h"
 
 namespace greenroom {
 namespace {
@@ -80,8 +80,7 @@ Activations Activations::take(Arena& arena, Forms forms, std::int64_t tokens, st
     const std::int64_t padded = padded_tokens(tokens), rows = padded_rows(tokens);
     if (forms.quantised) a.quantised = arena.take<XBlock>(padded * a.blocks);
     if (forms.floats) a.floats = arena.take<float>(padded * a.blocks * 32);
-    if (forms.high) a.high = arena.take<std::uint16_t>(rows * a.blocks * 32);
-    if (forms.low) a.low = arena.take<std::uint16_t>(rows * a.blocks * 32);
+    if (forms.bf16) a.bf16 = arena.take<std::uint8_t>(rows / 16 * a.blocks * 2 * tile_bytes);
     return a;
 }
 
@@ -96,16 +95,7 @@ void Activations::put(std::int64_t first, int width, int i, std::int64_t block,
         float* to = floats + (first * blocks + block * width) * 32 + i;
         for (int k = 0; k < 32; ++k) to[k * width] = x[k];
     }
-    if (high && first + i < tokens) {
-        const std::int64_t at = ((first + i) * blocks + block) * 32;
-        for (int k = 0; k < 32; ++k) {
-            high[at + k] = to_bf16(x[k]);
-            if (low) {
-                const auto rounded = std::bit_cast<float>(std::uint32_t{high[at + k]} << 16);
-                low[at + k] = to_bf16(x[k] - rounded);
-            }
-        }
-    }
+    if (bf16 && first + i < tokens) amx::put(*this, first + i, block, x);
 }
 
 void Activations::put_token(std::int64_t first, int width, int i, const float* x) const {
@@ -114,12 +104,6 @@ void Activations::put_token(std::int64_t first, int width, int i, const float* x
     for (std::int64_t b = 0; b < whole; ++b) put(first, width, i, b, x + 32 * b);
     if (x && cols % 32) std::memcpy(last, x + 32 * whole, (cols % 32) * sizeof(float));
     for (std::int64_t b = whole; b < blocks; ++b) put(first, width, i, b, last);
-}
-
-void Activations::clear_padding() const {
-    const std::int64_t row = blocks * 32, rows = padded_rows(tokens) - tokens;
-    if (high) std::memset(high + tokens * row, 0, rows * row * sizeof(std::uint16_t));
-    if (low) std::memset(low + tokens * row, 0, rows * row * sizeof(std::uint16_t));
 }
 
 }  // namespace greenroom

@@ -2,7 +2,8 @@
 // ask for and cut into tiles of 1, 4 or simd::wide_tile tokens that one kernel call handles.
 //   quantised  16-bit integers with one scale per 32 columns (XBlock), [tile][block][token]
 //   floats     float32, [tile][column][token]
-//   high, low  bfloat16 and the bfloat16 of what it leaves over, [token][column] (AMX only)
+//   bf16       bfloat16 and the bfloat16 of what it leaves over, AMX's tiles of 16 tokens x 32
+//              columns: [tile][block][high, low][token][column]
 // Knows nothing of weights; does not own its memory (see Arena).
 #pragma once
 
@@ -31,9 +32,9 @@ static_assert(sizeof(XBlock) == simd::token_bytes && offsetof(XBlock, low) == si
 
 // Which forms are wanted.
 struct Forms {
-    bool quantised = false, floats = false, high = false, low = false;
+    bool quantised = false, floats = false, bf16 = false;
     Forms operator|(Forms o) const {
-        return {quantised || o.quantised, floats || o.floats, high || o.high, low || o.low};
+        return {quantised || o.quantised, floats || o.floats, bf16 || o.bf16};
     }
 };
 
@@ -52,7 +53,9 @@ inline std::int64_t padded_tokens(std::int64_t tokens) {
     return padded;
 }
 
-// Rows of the bfloat16 forms: whole AMX tiles.
+// One AMX tile.
+constexpr std::int64_t tile_bytes = 1024;
+// Tokens rounded up to whole AMX tiles.
 inline std::int64_t padded_rows(std::int64_t tokens) { return (tokens + 15) / 16 * 16; }
 
 // Hands out 64-byte aligned pieces of one growing buffer. The first pass over a set of take()
@@ -81,21 +84,21 @@ struct Activations {
     std::int64_t tokens = 0, cols = 0, blocks = 0;
     XBlock* quantised = nullptr;
     float* floats = nullptr;
-    std::uint16_t* high = nullptr;
-    std::uint16_t* low = nullptr;
+    std::uint8_t* bf16 = nullptr;
 
     static Activations take(Arena& arena, Forms forms, std::int64_t tokens, std::int64_t cols);
 
     // Start of the tile whose first token is `first`.
     const XBlock* quantised_tile(std::int64_t first) const { return quantised + first * blocks; }
     const float* float_tile(std::int64_t first) const { return floats + first * blocks * 32; }
+    std::uint8_t* bf16_tile(std::int64_t first) const {
+        return bf16 + first / 16 * blocks * 2 * tile_bytes;
+    }
 
     // Stores 32 columns of token first + i of a tile of `width` in every form there is.
     void put(std::int64_t first, int width, int i, std::int64_t block, const float* x) const;
     // Stores a whole token; x: cols floats, or null for zeros.
     void put_token(std::int64_t first, int width, int i, const float* x) const;
-    // Zeroes the bfloat16 rows that pad the last AMX tile.
-    void clear_padding() const;
 };
 
 }  // namespace greenroom

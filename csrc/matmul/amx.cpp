@@ -2,8 +2,9 @@
 
 #if defined(GREENROOM_TIER_avx512) || defined(GREENROOM_TIER_amx)
 
+#include <algorithm>
+
 #include "matmul/amx_tiles.h"
-#include "matmul/expand.h"
 #include "matmul/kernels.h"
 
 namespace greenroom::amx {
@@ -13,112 +14,166 @@ bool enabled = true;
 #else
 bool enabled = false;
 #endif
-std::atomic<std::int64_t> int8_calls{0};
 
 namespace {
 
-constexpr int bf16_type = 30;
-constexpr std::int64_t tile_bytes = 1024;
 // Fewer tokens leave most of a tile empty.
 constexpr std::int64_t fewest_tokens = 12;
+// Blocks of 32 columns that are expanded and used together: they stay in L1.
+constexpr std::int64_t blocks_at_once = 8;
+constexpr std::int64_t most_groups = 4;
 
-// Where the operands of one product of 16 or 32 tokens with 16 or 32 rows lie.
-struct Operands {
-    const std::uint16_t* tokens;  // first token's row
-    const std::uint8_t* weights;  // first group's tiles, one per 32 columns
-    std::int64_t row, group;      // bytes from a token to the next, from a group to the next
-    std::int64_t blocks;
+// Weights to ask for while others are multiplied, an equal share of their lines with every step.
+class Ahead {
+  public:
+    void add(const std::uint8_t* p, std::int64_t bytes) {
+        ranges_[count_++] = {p, p + bytes};
+        lines_ += bytes / 64 + 1;
+    }
+    void begin(std::int64_t steps) { share_ = (lines_ + steps - 1) / steps; }
+    void step() {
+        for (std::int64_t i = 0; i < share_ && next_ < count_; ++i) {
+            Range& range = ranges_[next_];
+            simd::prefetch(range.at);
+            range.at += 64;
+            next_ += range.at >= range.end;
+        }
+    }
+
+  private:
+    struct Range {
+        const std::uint8_t *at, *end;
+    };
+    Range ranges_[2 * most_groups];
+    int count_ = 0, next_ = 0;
+    std::int64_t lines_ = 0, share_ = 0;
 };
 
-// Tiles 0-3 are sums (token tile x group), 4-5 tokens, 6-7 weights.
-template <int TokenTiles, int Groups>
-void add_products(Tiles& tiles, const Operands& o) {
-    const auto* a = reinterpret_cast<const std::uint8_t*>(o.tokens);
-    const std::uint8_t* b = o.weights;
-    for (std::int64_t block = 0; block < o.blocks; ++block, a += 64, b += tile_bytes) {
-        tiles.template load<4>(a, o.row);
-        tiles.template load<6>(b, 64);
-        tiles.template multiply<0, 4, 6>();
-        if constexpr (Groups == 2) {
-            tiles.template load<7>(b + o.group, 64);
-            tiles.template multiply<1, 4, 7>();
-        }
-        if constexpr (TokenTiles == 2) {
-            tiles.template load<5>(a + 16 * o.row, o.row);
-            tiles.template multiply<2, 5, 6>();
-            if constexpr (Groups == 2) tiles.template multiply<3, 5, 7>();
-        }
+// One product of 16 or 32 tokens with 16 or 32 rows over some columns.
+struct Operands {
+    const std::uint8_t* tokens;      // first tile of tokens: high part, low part, next 32 columns
+    const std::uint8_t* weights;     // first group's tiles, one per 32 columns
+    std::int64_t token_tile, group;  // bytes from a tile of tokens or a group to the next
+    std::int64_t blocks;
+    Ahead* ahead;
+};
+
+template <int TokenTiles, int Groups, int Part>
+void multiply_part(Tiles& tiles, const std::uint8_t* tokens, std::int64_t token_tile) {
+    tiles.template load<4>(tokens + Part * tile_bytes, 64);
+    tiles.template multiply<0, 4, 6>();
+    if constexpr (Groups == 2) tiles.template multiply<1, 4, 7>();
+    if constexpr (TokenTiles == 2) {
+        tiles.template load<5>(tokens + token_tile + Part * tile_bytes, 64);
+        tiles.template multiply<2, 5, 6>();
+        if constexpr (Groups == 2) tiles.template multiply<3, 5, 7>();
     }
 }
 
-// out: (16 * TokenTiles, ld) float32, the columns of this product first.
-template <int TokenTiles, int Groups>
-void product(Tiles& tiles, Operands o, const std::uint16_t* low, float* out, std::int64_t ld) {
-    tiles.template zero<0>();
-    tiles.template zero<1>();
-    tiles.template zero<2>();
-    tiles.template zero<3>();
-    add_products<TokenTiles, Groups>(tiles, o);
-    o.tokens = low;
-    add_products<TokenTiles, Groups>(tiles, o);
-    tiles.template store<0>(out, ld * 4);
-    if constexpr (Groups == 2) tiles.template store<1>(out + 16, ld * 4);
-    if constexpr (TokenTiles == 2) {
-        tiles.template store<2>(out + 16 * ld, ld * 4);
-        if constexpr (Groups == 2) tiles.template store<3>(out + 16 * ld + 16, ld * 4);
-    }
+// Calls body(number of a sum's tile, where it begins in out).
+template <int TokenTiles, int Groups, class Body>
+void for_sums(float* out, std::int64_t ld, Body body) {
+    unrolled<TokenTiles>([&](auto t) {
+        unrolled<Groups>([&](auto g) {
+            body(std::integral_constant<int, 2 * t + g>{}, out + 16 * t * ld + 16 * g);
+        });
+    });
 }
+
+// Tiles 0-3 are sums (token tile x group), 4-5 tokens, 6-7 weights. out: (16 * TokenTiles, ld),
+// the columns of this product first, gains the product, or becomes it.
+template <int TokenTiles, int Groups>
+void product(Tiles& tiles, const Operands& o, bool gains, float* out, std::int64_t ld) {
+    for_sums<TokenTiles, Groups>(out, ld, [&](auto sum, const float* at) {
+        if (gains)
+            tiles.template load<sum>(at, ld * 4);
+        else
+            tiles.template zero<sum>();
+    });
+    const std::uint8_t *a = o.tokens, *b = o.weights;
+    for (std::int64_t block = 0; block < o.blocks; ++block, a += 2 * tile_bytes, b += tile_bytes) {
+        tiles.template load<6>(b, 64);
+        if constexpr (Groups == 2) tiles.template load<7>(b + o.group, 64);
+        o.ahead->step();
+        multiply_part<TokenTiles, Groups, 0>(tiles, a, o.token_tile);
+        multiply_part<TokenTiles, Groups, 1>(tiles, a, o.token_tile);
+    }
+    for_sums<TokenTiles, Groups>(
+        out, ld, [&](auto sum, float* at) { tiles.template store<sum>(at, ld * 4); });
+}
+
+using Product = void (*)(Tiles&, const Operands&, bool, float*, std::int64_t);
+constexpr Product products[2][2] = {{product<1, 1>, product<1, 2>}, {product<2, 1>, product<2, 2>}};
+
+// One call of multiply().
+struct Call {
+    const Matrix& m;
+    std::int64_t first, groups;
+    const Activations& x;
+    const std::uint8_t* next;
+    float* out;
+    std::uint8_t* scratch;
+
+    // The columns of some blocks.
+    void add_blocks(Tiles& tiles, std::int64_t begin, std::int64_t count) const {
+        const auto expand = kernels_of(m.type).expand;
+        for (std::int64_t g = 0; g < groups; ++g)
+            expand(m.group(first + g), x.blocks, begin, count, scratch + g * count * tile_bytes);
+        const std::int64_t rows = padded_rows(x.tokens), ld = groups * 16;
+        Ahead ahead = what_comes_after(begin + count);
+        ahead.begin((rows + 31) / 32 * ((groups + 1) / 2) * count);
+        Operands o{nullptr, nullptr, 2 * tile_bytes * x.blocks, count * tile_bytes, count, &ahead};
+        for (std::int64_t t = 0; t < rows; t += 32)
+            for (std::int64_t g = 0; g < groups; g += 2) {
+                o.tokens = x.bf16_tile(t) + 2 * tile_bytes * begin;
+                o.weights = scratch + g * o.group;
+                products[t + 16 < rows][g + 1 < groups](tiles, o, begin > 0, out + t * ld + 16 * g,
+                                                        ld);
+            }
+    }
+
+  private:
+    // More columns of these groups, or the first ones of the next groups and all their scales;
+    // those are supposed to be laid out as these.
+    Ahead what_comes_after(std::int64_t block) const {
+        const Layout& layout = layout_of(m.type);
+        const std::int64_t bytes = layout.group_bytes(m.cols),
+                           payload = layout.payload_bytes(m.cols);
+        const std::int64_t left = x.blocks - block;
+        const std::uint8_t* from = left ? m.group(first) + block * layout.block_bytes : next;
+        Ahead ahead;
+        for (std::int64_t g = 0; from && g < groups; ++g, from += bytes) {
+            ahead.add(from, std::min(left ? left : x.blocks, blocks_at_once) * layout.block_bytes);
+            if (!left) ahead.add(from + payload, bytes - payload);
+        }
+        return ahead;
+    }
+};
 
 }  // namespace
 
-bool in_bf16_tiles(int type, std::int64_t tokens) {
-    return enabled && tokens >= fewest_tokens && type == bf16_type;
+bool in_tiles(int type, std::int64_t tokens) {
+    return enabled && tokens >= fewest_tokens && kernels_of(type).expand;
 }
 
-void multiply_bf16(const Matrix& m, std::int64_t first, std::int64_t groups, const Activations& x,
-                   float* out) {
-    const std::int64_t group = layout_of(m.type).group_bytes(m.cols), ld = groups * 16;
-    const std::uint8_t* weights = m.data + first * group;
+void put(const Activations& to, std::int64_t token, std::int64_t block, const float* x) {
+    using namespace simd;
+    std::uint8_t* high = to.bf16_tile(token) + block * 2 * tile_bytes + token % 16 * 64;
+    for (int i = 0; i < 2; ++i, x += 16, high += 32) {
+        const Floats all = load(x), rounded = nearest_bf16(all);
+        store_bf16(high, rounded);
+        store_bf16(high + tile_bytes, nearest_bf16(all - rounded));
+    }
+}
+
+std::int64_t scratch_bytes(std::int64_t groups) { return groups * blocks_at_once * tile_bytes; }
+
+void multiply(const Matrix& m, std::int64_t first, std::int64_t groups, const Activations& x,
+              const std::uint8_t* next, float* out, std::uint8_t* scratch) {
+    const Call call{m, first, groups, x, next, out, scratch};
     Tiles tiles;
-    const std::int64_t rows = padded_rows(x.tokens), row = x.blocks * 32;
-    for (std::int64_t t = 0; t < rows; t += 32)
-        for (std::int64_t g = 0; g < groups; g += 2) {
-            const Operands o{x.high + t * row, weights + g * group, 2 * row, group, x.blocks};
-            const std::uint16_t* low = x.low + t * row;
-            float* to = out + t * ld + g * 16;
-            const bool pair = t + 16 < rows, two = g + 1 < groups;
-            if (pair && two)
-                product<2, 2>(tiles, o, low, to, ld);
-            else if (pair)
-                product<2, 1>(tiles, o, low, to, ld);
-            else if (two)
-                product<1, 2>(tiles, o, low, to, ld);
-            else
-                product<1, 1>(tiles, o, low, to, ld);
-        }
-}
-
-std::int64_t in_int8_tiles(int type, std::int64_t tokens) {
-    if (!enabled || !kernels_of(type).expand) return 0;
-    std::int64_t count = 0;
-    while (tokens - count > 0 && tile_width(tokens - count) == simd::wide_tile)
-        count += simd::wide_tile;
-    return count;
-}
-
-std::int64_t int8_scratch(const Matrix& m, std::int64_t groups) {
-    return groups * ((m.cols + 31) / 32) * static_cast<std::int64_t>(sizeof(Expanded));
-}
-
-void multiply_int8(const Matrix& m, std::int64_t first, std::int64_t groups, const Activations& x,
-                   std::int64_t tokens, float* out, std::uint8_t* scratch) {
-    int8_calls.fetch_add(1, std::memory_order_relaxed);
-    const std::int64_t packed = layout_of(m.type).group_bytes(m.cols);
-    const Kernels& kernels = kernels_of(m.type);
-    auto* weights = reinterpret_cast<Expanded*>(scratch);
-    for (std::int64_t g = 0; g < groups; ++g)
-        kernels.expand(m.data + (first + g) * packed, x.blocks, weights + g * x.blocks);
-    kernels.expanded(weights, groups, x, tokens, out);
+    for (std::int64_t b = 0; b < x.blocks; b += blocks_at_once)
+        call.add_blocks(tiles, b, std::min(blocks_at_once, x.blocks - b));
 }
 
 }  // namespace greenroom::amx

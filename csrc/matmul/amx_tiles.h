@@ -1,6 +1,6 @@
 // The tile instructions the AMX path needs, one function each, or the same in plain C++ where
 // the tier has no AMX: the path around them can then be tested on any AVX-512 machine.
-// Intel SDM volume 1 chapter 18, volume 2 (TDPBF16PS, TDPBSSD).
+// Intel SDM volume 1 chapter 18, volume 2 (TDPBF16PS).
 #pragma once
 
 #include <cstdint>
@@ -10,24 +10,19 @@
 
 namespace greenroom::amx {
 
-// Tiles 0-3 are sums of 16 x 16 words, 4-5 first operands (16 tokens x `depth` bytes), 6-7 second
-// ones (depth / 4 lines of 16 words). As LDTILECFG reads it.
+#if defined(__AMX_BF16__)
+
+// All eight tiles with 16 rows of 64 bytes, as LDTILECFG reads it.
 struct alignas(64) TileConfig {
     std::uint8_t palette = 1, start_row = 0, reserved[14] = {};
     std::uint16_t row_bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
     std::uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
-
-    explicit TileConfig(int depth = 64) {
-        row_bytes[4] = row_bytes[5] = static_cast<std::uint16_t>(depth);
-        rows[6] = rows[7] = static_cast<std::uint8_t>(depth / 4);
-    }
 };
-
-#if defined(__AMX_BF16__)
 
 // The calling thread's tile registers, from construction to destruction.
 struct Tiles {
-    explicit Tiles(const TileConfig& config = TileConfig()) {
+    Tiles() {
+        const TileConfig config;
         __asm__ volatile("ldtilecfg %0" ::"m"(config));
     }
     ~Tiles() { __asm__ volatile("tilerelease"); }
@@ -49,20 +44,12 @@ struct Tiles {
     void multiply() {
         __asm__ volatile("tdpbf16ps %%tmm%c2, %%tmm%c1, %%tmm%c0" ::"i"(C), "i"(A), "i"(B));
     }
-    // C += A B exactly, of signed bytes: A holds 16 tokens x depth, B depth / 4 quads x 16 rows.
-    template <int C, int A, int B>
-    void multiply_int8() {
-        __asm__ volatile("tdpbssd %%tmm%c2, %%tmm%c1, %%tmm%c0" ::"i"(C), "i"(A), "i"(B));
-    }
 };
 
 #else
 
 struct Tiles {
-    TileConfig config;
     std::uint8_t data[8][16][64];
-
-    explicit Tiles(const TileConfig& shapes = TileConfig()) : config(shapes) {}
 
     template <int T>
     void zero() {
@@ -70,16 +57,13 @@ struct Tiles {
     }
     template <int T>
     void load(const void* p, std::int64_t stride) {
-        zero<T>();
-        for (int row = 0; row < config.rows[T]; ++row)
-            std::memcpy(data[T][row], static_cast<const std::uint8_t*>(p) + row * stride,
-                        config.row_bytes[T]);
+        for (int row = 0; row < 16; ++row)
+            std::memcpy(data[T][row], static_cast<const std::uint8_t*>(p) + row * stride, 64);
     }
     template <int T>
     void store(void* p, std::int64_t stride) {
-        for (int row = 0; row < config.rows[T]; ++row)
-            std::memcpy(static_cast<std::uint8_t*>(p) + row * stride, data[T][row],
-                        config.row_bytes[T]);
+        for (int row = 0; row < 16; ++row)
+            std::memcpy(static_cast<std::uint8_t*>(p) + row * stride, data[T][row], 64);
     }
     template <int C, int A, int B>
     void multiply() {
@@ -91,18 +75,6 @@ struct Tiles {
                     for (int half = 0; half < 2; ++half)
                         sum += bf16_at(&data[A][m][4 * k + 2 * half]) *
                                bf16_at(&data[B][k][4 * n + 2 * half]);
-                std::memcpy(&data[C][m][4 * n], &sum, 4);
-            }
-    }
-    template <int C, int A, int B>
-    void multiply_int8() {
-        for (int m = 0; m < 16; ++m)
-            for (int n = 0; n < 16; ++n) {
-                std::int32_t sum;
-                std::memcpy(&sum, &data[C][m][4 * n], 4);
-                for (int k = 0; k < config.row_bytes[A]; ++k)
-                    sum += static_cast<std::int8_t>(data[A][m][k]) *
-                           static_cast<std::int8_t>(data[B][k / 4][4 * n + k % 4]);
                 std::memcpy(&data[C][m][4 * n], &sum, 4);
             }
     }

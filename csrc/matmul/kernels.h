@@ -15,17 +15,13 @@ using TileKernel = void (*)(const std::uint8_t* group, std::int64_t blocks, cons
                             std::int64_t first, const std::uint8_t* next, float* out,
                             std::int64_t ld);
 
-// One group as tiles of signed bytes with their factors, and the product of such groups with
-// whole tiles of 16 tokens (expand.h): out (tokens, 16 * groups).
-struct Expanded;
-using ExpandKernel = void (*)(const std::uint8_t* group, std::int64_t blocks, Expanded* out);
-using ExpandedKernel = void (*)(const Expanded* weights, std::int64_t groups, const Activations& x,
-                                std::int64_t tokens, float* out);
+// Some blocks of 32 columns of one group as tiles of bfloat16, tile_bytes each (expand.h).
+using ExpandKernel = void (*)(const std::uint8_t* group, std::int64_t blocks, std::int64_t first,
+                              std::int64_t count, std::uint8_t* out);
 
 struct Kernels {
     TileKernel one = nullptr, four = nullptr, wide = nullptr;
-    ExpandKernel expand = nullptr;  // null: no int8 tiles
-    ExpandedKernel expanded = nullptr;
+    ExpandKernel expand = nullptr;  // null: never in AMX tiles
 };
 
 // Null pointers for a type without kernels.

@@ -9,7 +9,7 @@ namespace {
 // Groups computed together: the tile of tokens in L1 or L2 is used for each of them.
 constexpr std::int64_t groups_at_once = 4;
 // Tokens per pass over the weights: their activations stay in L2 and the buffers stay small.
-constexpr std::int64_t tokens_at_once = 512;
+constexpr std::int64_t tokens_at_once = 128;
 // Below this many bytes of weights a task is not worth handing to another thread.
 constexpr std::int64_t task_bytes = 64 << 10;
 
@@ -109,7 +109,6 @@ void fill(Pool& pool, const Activations& to, const float* x) {
             to.put_token(first, width, i,
                          first + i < to.tokens ? x + (first + i) * to.cols : nullptr);
     };
-    to.clear_padding();
     if (to.tokens <= simd::wide_tile) {  // one region less; a token takes about a microsecond
         for (std::int64_t first = 0; first < to.tokens; first += tile_width(to.tokens - first))
             tile(first);

@@ -7,8 +7,8 @@ namespace greenroom {
 
 Forms forms_for(const Matrix& m, std::int64_t tokens) {
     Forms forms;
-    if (amx::in_bf16_tiles(m.type, tokens))
-        forms.high = forms.low = true;
+    if (amx::in_tiles(m.type, tokens))
+        forms.bf16 = true;
     else if (layout_of(m.type).quantised)
         forms.quantised = true;
     else
@@ -17,23 +17,22 @@ Forms forms_for(const Matrix& m, std::int64_t tokens) {
 }
 
 std::int64_t multiply_scratch(const Matrix& m, std::int64_t tokens, std::int64_t groups) {
-    return amx::in_int8_tiles(m.type, tokens) ? amx::int8_scratch(m, groups) : 0;
+    return amx::in_tiles(m.type, tokens) ? amx::scratch_bytes(groups) : 0;
 }
 
 void multiply(const Matrix& m, std::int64_t first, std::int64_t groups, const Activations& x,
               const std::uint8_t* next, float* out, std::uint8_t* scratch) {
-    if (amx::in_bf16_tiles(m.type, x.tokens)) return amx::multiply_bf16(m, first, groups, x, out);
+    if (amx::in_tiles(m.type, x.tokens))
+        return amx::multiply(m, first, groups, x, next, out, scratch);
     const Kernels& kernels = kernels_of(m.type);
     const std::int64_t bytes = layout_of(m.type).group_bytes(m.cols), ld = groups * 16;
-    std::int64_t token = amx::in_int8_tiles(m.type, x.tokens);
-    if (token) amx::multiply_int8(m, first, groups, x, token, out, scratch);
-    for (bool cold = token == 0; token < x.tokens; cold = false) {
+    for (std::int64_t token = 0; token < x.tokens;) {
         const int width = tile_width(x.tokens - token);
         const TileKernel run = width == 1 ? kernels.one : width == 4 ? kernels.four : kernels.wide;
         for (std::int64_t g = 0; g < groups; ++g) {
             const std::uint8_t* group = m.data + (first + g) * bytes;
             const std::uint8_t* ahead = g + 1 < groups ? group + bytes : next;
-            run(group, x.blocks, x, token, cold ? ahead : nullptr, out + token * ld + g * 16, ld);
+            run(group, x.blocks, x, token, token ? nullptr : ahead, out + token * ld + g * 16, ld);
         }
         token += width;
     }

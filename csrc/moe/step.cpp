@@ -17,6 +17,11 @@ constexpr std::int64_t rows_at_once = 64, groups_at_once = rows_at_once / 16;
 // A chunk is a multiple of 32 rows, so that whoever has it quantises whole blocks.
 constexpr std::int64_t chunk_unit = 32, largest_chunk = 512;
 
+// An expert's tokens are cut into equal jobs of at most so many, whose activations stay in L2.
+constexpr std::int64_t tokens_at_once = 128;
+
+std::int64_t jobs_of(std::int64_t tokens) { return (tokens + tokens_at_once - 1) / tokens_at_once; }
+
 enum Slot { activations_slot, product_slot };
 
 // 16 biases from `row` on, zeros beyond the end.
@@ -66,25 +71,28 @@ MoeStep::MoeStep(Pool& pool, const MoeLayer& layer, const Routes& routes, float*
     reserve();
 }
 
-// Counting sort of the routes by expert.
+// Counting sort of the routes by expert, cut into jobs.
 void MoeStep::group_by_expert() {
     const std::int64_t routes = routes_.tokens * routes_.k;
     std::vector<std::int64_t> begin(layer_.experts.size() + 1, 0);
     for (std::int64_t i = 0; i < routes; ++i)
         if (routes_.ids[i] >= 0) ++begin[routes_.ids[i] + 1];
     for (std::size_t e = 0; e < layer_.experts.size(); ++e) {
-        job_count_ += begin[e + 1] > 0;
+        job_count_ += static_cast<int>(jobs_of(begin[e + 1]));
         begin[e + 1] += begin[e];
     }
     slots_.resize(begin.back());
     jobs_ = std::make_unique<Job[]>(job_count_);
     int job = 0;
     for (std::size_t e = 0; e < layer_.experts.size(); ++e) {
-        if (begin[e] == begin[e + 1]) continue;
-        jobs_[job].expert = &layer_.experts[e];
-        jobs_[job].first = begin[e];
-        jobs_[job].count = begin[e + 1] - begin[e];
-        jobs_[job++].pending = static_cast<int>(up_.count);
+        const std::int64_t tokens = begin[e + 1] - begin[e], parts = jobs_of(tokens);
+        for (std::int64_t i = 0; i < parts; ++i) {
+            const std::int64_t first = tokens * i / parts;
+            jobs_[job].expert = &layer_.experts[e];
+            jobs_[job].first = begin[e] + first;
+            jobs_[job].count = tokens * (i + 1) / parts - first;
+            jobs_[job++].pending = static_cast<int>(up_.count);
+        }
     }
     for (std::int64_t i = 0; i < routes; ++i)
         if (routes_.ids[i] >= 0) slots_[begin[routes_.ids[i]]++] = i;
@@ -141,11 +149,9 @@ void MoeStep::run() {
     }
     std::vector<Tile> tiles;
     for (int j = 0; j < (share_x() ? 1 : job_count_); ++j) {
-        jobs_[j].x.clear_padding();
         const std::int64_t count = share_x() ? 1 : jobs_[j].count;
         for (std::int64_t t = 0; t < count; t += tile_width(count - t)) tiles.push_back({j, t});
     }
-    for (int j = 0; j < job_count_; ++j) jobs_[j].h.clear_padding();
     if (tiles.size() == 1)
         fill_tile(tiles[0]);
     else

@@ -15,7 +15,7 @@ class MoeStep {
     void run();
 
   private:
-    // One expert with the tokens routed to it.
+    // One expert with tokens routed to it.
     struct Job {
         const Expert* expert;
         std::int64_t first, count;  // its range in slots_

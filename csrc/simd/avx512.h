@@ -154,11 +154,34 @@ inline void split_f16(const std::uint8_t* line, Floats& even, Floats& odd) {
     odd.v = _mm512_cvtph_ps(_mm512_cvtepi32_epi16(_mm512_srli_epi32(w, 16)));
 }
 
-// For int8 tiles: bytes modulo 256, and what a tile has added up.
-inline Codes subtract(Codes a, Codes b) { return {_mm512_sub_epi8(a.v, b.v)}; }
-inline Ints load_ints(const std::int32_t* p) { return {_mm512_loadu_si512(p)}; }
-inline Ints operator+(Ints a, Ints b) { return {_mm512_add_epi32(a.v, b.v)}; }
-
+// For AMX tiles.
+inline void store_line(std::uint8_t* p, Codes a) { _mm512_storeu_si512(p, a.v); }
+// 256 + byte B of each word.
+template <int B>
+Floats floats_256(Codes a) {
+    const __m512i bits = shift<15 - 8 * B>(a).v, byte = _mm512_set1_epi32(255 << 15);
+    const __m512i both = _mm512_ternarylogic_epi32(bits, byte, _mm512_set1_epi32(0x43800000), 0xea);
+    return {_mm512_castsi512_ps(both)};
+}
+// The nearest bfloat16, ties away from zero; not-a-number stays so in itself or in what remains.
+inline Floats nearest_bf16(Floats a) {
+    const __m512i bits = _mm512_castps_si512(a.v);
+    const __m512i up = _mm512_add_epi32(bits, _mm512_set1_epi32(0x8000));
+    const __mmask16 number = _mm512_cmp_ps_mask(a.v, a.v, _CMP_ORD_Q);
+    return {
+        _mm512_castsi512_ps(_mm512_mask_and_epi32(bits, number, up, _mm512_set1_epi32(-0x10000)))};
+}
+inline void store_bf16(std::uint8_t* p, Floats a) {
+    const __m512i upper = _mm512_srli_epi32(_mm512_castps_si512(a.v), 16);
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtepi32_epi16(upper));
+}
+// A line of the nearest bfloat16, ties away from zero: row r's word holds even[r], then odd[r].
+inline Codes bf16_pairs(Floats even, Floats odd) {
+    const __m512i half = _mm512_set1_epi32(0x8000), upper = _mm512_set1_epi32(-0x10000);
+    const __m512i low = _mm512_add_epi32(_mm512_castps_si512(even.v), half);
+    const __m512i high = _mm512_add_epi32(_mm512_castps_si512(odd.v), half);
+    return {_mm512_ternarylogic_epi32(high, upper, _mm512_srli_epi32(low, 16), 0xea)};
+}
 inline void prefetch(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T0); }
 inline void pause() { _mm_pause(); }
 

@@ -33,9 +33,13 @@ def seen_by(type: GGMLType, x: Floats) -> Wide:
     return x.astype(np.float64) if type in FLOATING else quantised(x)
 
 
+IN_TILES = tuple(t for t in NATIVE if t not in {GGMLType.F32, GGMLType.F16})
+FEWEST_IN_TILES = 12
+
+
 def in_tiles(lib, type: GGMLType, tokens: int) -> bool:
     """Whether a tier computes so many tokens in bfloat16 tiles; test_amx.py holds those."""
-    return lib.tier == "amx" and tokens >= 12 and type == GGMLType.BF16
+    return lib.tier == "amx" and tokens >= FEWEST_IN_TILES and type in IN_TILES
 
 
 class Matrix:
