@@ -6,6 +6,7 @@
 #include <nanobind/stl/vector.h>
 
 #include <optional>
+#include <utility>
 
 #include "arrays.h"
 #include "bindings.h"
@@ -93,8 +94,9 @@ void bind_matmul(nb::module_& m) {
           "out (tokens, rows) = scale * x (tokens, cols) W^T + bias (rows); float32.");
 #if defined(GREENROOM_TIER_avx512) || defined(GREENROOM_TIER_amx)
     m.def(
-        "_use_tiles", [](bool on) { amx::enabled = on; }, nb::arg("on"),
-        "For tests: whether large batches take the AMX path; avx512 has its tiles in plain C++.");
+        "_use_tiles", [](bool on) { return std::exchange(amx::enabled, on); }, nb::arg("on"),
+        "For tests: whether many tokens take the AMX path, and whether they did before; avx512 has "
+        "its tiles in plain C++.");
 #endif
     m.def("linears", &run_linears, nb::arg("pool"), nb::arg("matrices").noconvert(),
           nb::arg("x").noconvert(),

@@ -52,22 +52,31 @@ class Ahead {
 // One product of 16 or 32 tokens with 16 or 32 rows over some columns.
 struct Operands {
     const std::uint8_t* tokens;      // first tile of tokens: high part, low part, next 32 columns
-    const std::uint8_t* weights;     // first group's tiles, one per 32 columns
+    const std::uint8_t* weights;     // first group's tiles, one or two parts per 32 columns
     std::int64_t token_tile, group;  // bytes from a tile of tokens or a group to the next
     std::int64_t blocks;
     Ahead* ahead;
 };
 
-template <int TokenTiles, int Groups, int Part>
-void multiply_part(Tiles& tiles, const std::uint8_t* tokens, std::int64_t token_tile) {
-    tiles.template load<4>(tokens + Part * tile_bytes, 64);
+// Tiles 0-3 are sums (token tile x group), 4-5 tokens, 6-7 weights.
+template <int TokenTiles>
+void load_tokens(Tiles& tiles, const std::uint8_t* p, std::int64_t token_tile) {
+    tiles.template load<4>(p, 64);
+    if constexpr (TokenTiles == 2) tiles.template load<5>(p + token_tile, 64);
+}
+
+template <int Groups>
+void load_weights(Tiles& tiles, const std::uint8_t* p, std::int64_t group) {
+    tiles.template load<6>(p, 64);
+    if constexpr (Groups == 2) tiles.template load<7>(p + group, 64);
+}
+
+template <int TokenTiles, int Groups>
+void multiply_loaded(Tiles& tiles) {
     tiles.template multiply<0, 4, 6>();
     if constexpr (Groups == 2) tiles.template multiply<1, 4, 7>();
-    if constexpr (TokenTiles == 2) {
-        tiles.template load<5>(tokens + token_tile + Part * tile_bytes, 64);
-        tiles.template multiply<2, 5, 6>();
-        if constexpr (Groups == 2) tiles.template multiply<3, 5, 7>();
-    }
+    if constexpr (TokenTiles == 2) tiles.template multiply<2, 5, 6>();
+    if constexpr (TokenTiles == 2 && Groups == 2) tiles.template multiply<3, 5, 7>();
 }
 
 // Calls body(number of a sum's tile, where it begins in out).
@@ -80,9 +89,9 @@ void for_sums(float* out, std::int64_t ld, Body body) {
     });
 }
 
-// Tiles 0-3 are sums (token tile x group), 4-5 tokens, 6-7 weights. out: (16 * TokenTiles, ld),
-// the columns of this product first, gains the product, or becomes it.
-template <int TokenTiles, int Groups>
+// out: (16 * TokenTiles, ld), the columns of this product first, gains the product, or becomes it.
+// The product of both low parts, 2^-16 of the whole, is left out.
+template <int TokenTiles, int Groups, int Parts>
 void product(Tiles& tiles, const Operands& o, bool gains, float* out, std::int64_t ld) {
     for_sums<TokenTiles, Groups>(out, ld, [&](auto sum, const float* at) {
         if (gains)
@@ -91,19 +100,26 @@ void product(Tiles& tiles, const Operands& o, bool gains, float* out, std::int64
             tiles.template zero<sum>();
     });
     const std::uint8_t *a = o.tokens, *b = o.weights;
-    for (std::int64_t block = 0; block < o.blocks; ++block, a += 2 * tile_bytes, b += tile_bytes) {
-        tiles.template load<6>(b, 64);
-        if constexpr (Groups == 2) tiles.template load<7>(b + o.group, 64);
+    for (std::int64_t i = 0; i < o.blocks; ++i, a += 2 * tile_bytes, b += Parts * tile_bytes) {
+        load_weights<Groups>(tiles, b, o.group);
+        load_tokens<TokenTiles>(tiles, a + tile_bytes, o.token_tile);
         o.ahead->step();
-        multiply_part<TokenTiles, Groups, 0>(tiles, a, o.token_tile);
-        multiply_part<TokenTiles, Groups, 1>(tiles, a, o.token_tile);
+        multiply_loaded<TokenTiles, Groups>(tiles);
+        load_tokens<TokenTiles>(tiles, a, o.token_tile);
+        multiply_loaded<TokenTiles, Groups>(tiles);
+        if constexpr (Parts == 2) {
+            load_weights<Groups>(tiles, b + tile_bytes, o.group);
+            multiply_loaded<TokenTiles, Groups>(tiles);
+        }
     }
     for_sums<TokenTiles, Groups>(
         out, ld, [&](auto sum, float* at) { tiles.template store<sum>(at, ld * 4); });
 }
 
 using Product = void (*)(Tiles&, const Operands&, bool, float*, std::int64_t);
-constexpr Product products[2][2] = {{product<1, 1>, product<1, 2>}, {product<2, 1>, product<2, 2>}};
+template <int Parts>
+constexpr Product products[2][2] = {{product<1, 1, Parts>, product<1, 2, Parts>},
+                                    {product<2, 1, Parts>, product<2, 2, Parts>}};
 
 // One call of multiply().
 struct Call {
@@ -116,19 +132,21 @@ struct Call {
 
     // The columns of some blocks.
     void add_blocks(Tiles& tiles, std::int64_t begin, std::int64_t count) const {
-        const auto expand = kernels_of(m.type).expand;
+        const Kernels& kernels = kernels_of(m.type);
+        const std::int64_t group = kernels.expanded_parts * count * tile_bytes;
         for (std::int64_t g = 0; g < groups; ++g)
-            expand(m.group(first + g), x.blocks, begin, count, scratch + g * count * tile_bytes);
+            kernels.expand(m.group(first + g), x.blocks, begin, count, scratch + g * group);
         const std::int64_t rows = padded_rows(x.tokens), ld = groups * 16;
         Ahead ahead = what_comes_after(begin + count);
         ahead.begin((rows + 31) / 32 * ((groups + 1) / 2) * count);
-        Operands o{nullptr, nullptr, 2 * tile_bytes * x.blocks, count * tile_bytes, count, &ahead};
+        const auto& table = kernels.expanded_parts == 1 ? products<1> : products<2>;
+        Operands o{nullptr, nullptr, 2 * tile_bytes * x.blocks, group, count, &ahead};
         for (std::int64_t t = 0; t < rows; t += 32)
             for (std::int64_t g = 0; g < groups; g += 2) {
                 o.tokens = x.bf16_tile(t) + 2 * tile_bytes * begin;
-                o.weights = scratch + g * o.group;
-                products[t + 16 < rows][g + 1 < groups](tiles, o, begin > 0, out + t * ld + 16 * g,
-                                                        ld);
+                o.weights = scratch + g * group;
+                table[t + 16 < rows][g + 1 < groups](tiles, o, begin > 0, out + t * ld + 16 * g,
+                                                     ld);
             }
     }
 
@@ -166,7 +184,7 @@ void put(const Activations& to, std::int64_t token, std::int64_t block, const fl
     }
 }
 
-std::int64_t scratch_bytes(std::int64_t groups) { return groups * blocks_at_once * tile_bytes; }
+std::int64_t scratch_bytes(std::int64_t groups) { return groups * blocks_at_once * 2 * tile_bytes; }
 
 void multiply(const Matrix& m, std::int64_t first, std::int64_t groups, const Activations& x,
               const std::uint8_t* next, float* out, std::uint8_t* scratch) {

@@ -17,13 +17,13 @@ struct Table {
 template <class F>
 void add_quantised(Table& table) {
     table.of[F::type] = {tile_quantised<F, 1>, tile_quantised<F, 4>,
-                         tile_quantised<F, simd::wide_tile>, expand_of<F>};
+                         tile_quantised<F, simd::wide_tile>, expand_of<F>, expanded_parts<F>};
 }
 
 template <class F>
 void add_floats(Table& table) {
     table.of[F::type] = {tile_floats<F, 1>, tile_floats<F, 4>, tile_floats<F, simd::wide_tile>,
-                         expand_of<F>};
+                         expand_of<F>, expanded_parts<F>};
 }
 
 template <class... Q, class... F>

@@ -15,13 +15,15 @@ using TileKernel = void (*)(const std::uint8_t* group, std::int64_t blocks, cons
                             std::int64_t first, const std::uint8_t* next, float* out,
                             std::int64_t ld);
 
-// Some blocks of 32 columns of one group as tiles of bfloat16, tile_bytes each (expand.h).
+// Some blocks of 32 columns of one group as tiles of bfloat16, tile_bytes for each of one or two
+// parts (expand.h).
 using ExpandKernel = void (*)(const std::uint8_t* group, std::int64_t blocks, std::int64_t first,
                               std::int64_t count, std::uint8_t* out);
 
 struct Kernels {
     TileKernel one = nullptr, four = nullptr, wide = nullptr;
     ExpandKernel expand = nullptr;  // null: never in AMX tiles
+    int expanded_parts = 0;
 };
 
 // Null pointers for a type without kernels.

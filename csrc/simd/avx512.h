@@ -175,13 +175,18 @@ inline void store_bf16(std::uint8_t* p, Floats a) {
     const __m512i upper = _mm512_srli_epi32(_mm512_castps_si512(a.v), 16);
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtepi32_epi16(upper));
 }
-// A line of the nearest bfloat16, ties away from zero: row r's word holds even[r], then odd[r].
-inline Codes bf16_pairs(Floats even, Floats odd) {
-    const __m512i half = _mm512_set1_epi32(0x8000), upper = _mm512_set1_epi32(-0x10000);
-    const __m512i low = _mm512_add_epi32(_mm512_castps_si512(even.v), half);
-    const __m512i high = _mm512_add_epi32(_mm512_castps_si512(odd.v), half);
-    return {_mm512_ternarylogic_epi32(high, upper, _mm512_srli_epi32(low, 16), 0xea)};
+// The sign, exponent and first 7 bits of the mantissa.
+inline Floats upper_half(Floats a) {
+    const __m512i bits = _mm512_castps_si512(a.v);
+    return {_mm512_castsi512_ps(_mm512_and_si512(bits, _mm512_set1_epi32(-0x10000)))};
 }
+// A line of bfloat16: row r's word holds the upper half of even[r], then of odd[r].
+inline Codes upper_halves(Floats even, Floats odd) {
+    const __m512i low = _mm512_srli_epi32(_mm512_castps_si512(even.v), 16);
+    const __m512i high = _mm512_castps_si512(odd.v), mask = _mm512_set1_epi32(-0x10000);
+    return {_mm512_ternarylogic_epi32(high, mask, low, 0xea)};
+}
+
 inline void prefetch(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T0); }
 inline void pause() { _mm_pause(); }
 

@@ -1,13 +1,17 @@
-"""The tiers this machine can run, each with a small pool."""
+"""The tiers this machine can run, each with a small pool; AMX's tiles are for test_amx.py."""
 
 import pytest
 
 from greenroom import native
 
+from .twins import tiles
+
 
 @pytest.fixture(scope="session", params=native.usable_tiers())
 def lib(request):
-    return native.module(request.param)
+    module = native.module(request.param)
+    with tiles(module, False):
+        yield module
 
 
 @pytest.fixture(scope="session")

@@ -1,5 +1,8 @@
 """Plain NumPy twins of the native kernels, and the bounds their results are held to."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import numpy as np
 import numpy.typing as npt
 
@@ -33,13 +36,17 @@ def seen_by(type: GGMLType, x: Floats) -> Wide:
     return x.astype(np.float64) if type in FLOATING else quantised(x)
 
 
-IN_TILES = tuple(t for t in NATIVE if t not in {GGMLType.F32, GGMLType.F16})
-FEWEST_IN_TILES = 12
-
-
-def in_tiles(lib, type: GGMLType, tokens: int) -> bool:
-    """Whether a tier computes so many tokens in bfloat16 tiles; test_amx.py holds those."""
-    return lib.tier == "amx" and tokens >= FEWEST_IN_TILES and type in IN_TILES
+@contextmanager
+def tiles(lib, on: bool) -> Iterator[None]:
+    """Many tokens in AMX tiles, or not, for as long as it lasts; other tiers have none."""
+    if not hasattr(lib, "_use_tiles"):
+        yield
+        return
+    before = lib._use_tiles(on)
+    try:
+        yield
+    finally:
+        lib._use_tiles(before)
 
 
 class Matrix:
