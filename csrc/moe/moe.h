@@ -35,7 +35,7 @@ struct Routes {
 
 // out (tokens, d) = sum over k of weight * expert(hidden). Every id is -1 or a present expert.
 // The sums of a token are formed in the order of its routes: the result does not depend on the
-// number of threads, on their timing, or (BF16 in AMX tiles aside) on the other tokens.
+// number of threads, on their timing, or (AMX aside) on the other tokens.
 void run_moe(Pool& pool, const MoeLayer& layer, const Routes& routes, float* out);
 
 }  // namespace greenroom

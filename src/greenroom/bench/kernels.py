@@ -57,8 +57,8 @@ class Plan:
 class Ceiling:
     """One tier's limits: GB/s read by thread count, and GOP/s on registers alone.
 
-    The AMX tier computes large batches in tiles: bfloat16 weights in two parts of the activations
-    (`bf16_tiles`), quantised ones in two planes (`int8_tiles`); both are 0 on other tiers.
+    The AMX tier computes large batches in bfloat16 tiles (`bf16_tiles`, 0 on other tiers), with
+    two products for one of BF16, MXFP4 and NVFP4 and three for one of the others.
     """
 
     tier: str
@@ -66,7 +66,6 @@ class Ceiling:
     int8: float
     float32: float
     bf16_tiles: float = 0
-    int8_tiles: float = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,8 +76,7 @@ class Figure:
         operation: "moe" (gate, up, down of 8 experts) or "linear" (one tall matrix).
         gigabytes: weight bytes read per second, in 1e9.
         gigaops: 2 * multiply-adds per second, in 1e9.
-        of: the ceiling it is compared with: "read", "int8", "float32", "int8 tiles" or
-            "bf16 tiles".
+        of: the ceiling it is compared with: "read", "int8", "float32" or "bf16 tiles".
         fraction: of that ceiling.
         spread: (slowest - fastest) / median of the runs.
     """
@@ -128,7 +126,7 @@ def ceiling(tier: str, plan: Plan, memory: Bytes) -> Ceiling:
     rounds = 200_000 if tier == "portable" else 3_000_000
     names = ["int8_rate", "float_rate"]
     if tier == "amx":
-        names += ["bf16_tile_rate", "int8_tile_rate"]
+        names.append("bf16_tile_rate")
     rates = [
         statistics.median(getattr(lib, name)(pool, rounds) for _ in range(plan.repeats)) / 1e9
         for name in names
@@ -186,7 +184,7 @@ def figure(bank: ExpertBank, limits: Ceiling, what: tuple[str, int], work: tuple
     gigabytes, gigaops = (amount / seconds / 1e9 for amount in work)
     of = "float32" if bank.name in FLOATING else "int8"
     if limits.bf16_tiles and bank.name not in {"F16", "F32"}:
-        of = "bf16 tiles" if bank.name == "BF16" else "int8 tiles"
+        of = "bf16 tiles"
     if tokens <= 8:
         of = "read"
     fraction = {
@@ -194,7 +192,6 @@ def figure(bank: ExpertBank, limits: Ceiling, what: tuple[str, int], work: tuple
         "int8": gigaops / limits.int8,
         "float32": gigaops / limits.float32,
         "bf16 tiles": gigaops / (limits.bf16_tiles or 1),
-        "int8 tiles": gigaops / (limits.int8_tiles or 1),
     }[of]
     spread = (max(taken) - min(taken)) / seconds
     return Figure(
@@ -285,7 +282,7 @@ def run(plan: Plan, write: Callable[[str], None]) -> dict[str, Any]:
     limits = {}
     for tier in plan.tiers:
         limits[tier] = c = ceiling(tier, plan, memory)
-        tiles = f", {c.bf16_tiles:.0f} bf16 and {c.int8_tiles:.0f} int8 tiles"
+        tiles = f", {c.bf16_tiles:.0f} bf16 tiles"
         read = ", ".join(f"{n}: {rate:.1f}" for n, rate in c.read.items())
         write(f"  {tier:9} read GB/s by threads {read}; {c.int8:.0f} GOP/s int8, "
               f"{c.float32:.0f} float32{tiles if c.bf16_tiles else ''}")  # fmt: skip
