@@ -2,8 +2,7 @@
 
 import pytest
 
-from greenroom import native
-from greenroom.experts.share import THREAD_OPERATIONS, Rates, Share
+from greenroom.experts.share import Rates, Share
 from greenroom.experts.slabs import SlabLayout
 from greenroom.gguf import GGMLType
 
@@ -15,7 +14,7 @@ EXPERTS = list(range(32))
 def lent(
     sizes: list[int], rates: Rates, waiting: list[int] = EXPERTS, part: float = 0.8
 ) -> list[int]:
-    return Share(rates, part, 0, 0).lend(waiting, 32, sizes, LAYOUT.nbytes, WEIGHTS)
+    return Share(rates, part, 0, 0, 0).lend(waiting, 32, sizes, LAYOUT.nbytes, WEIGHTS)
 
 
 def test_nothing_is_lent_to_a_slow_cpu_and_most_to_a_fast_one() -> None:
@@ -56,8 +55,8 @@ def test_meeting_must_pay() -> None:
     """At 5 TOP/s 0.64 ms an expert; 0.8 of 32 copies are 6.8 ms."""
     rates = Rates(50e9, 70e9, 5e12)
     layer = EXPERTS, 32, [64] * 32, LAYOUT.nbytes, WEIGHTS
-    found = [len(Share(rates, 0.8, m, 0).lend(*layer)) for m in (0, 3e-3, 7e-3)]
-    of_routes = [len(Share(rates, 0.8, 0, m / 2048).lend(*layer)) for m in (0, 3e-3, 7e-3)]
+    found = [len(Share(rates, 0.8, m, 0, 0).lend(*layer)) for m in (0, 3e-3, 7e-3)]
+    of_routes = [len(Share(rates, 0.8, 0, m / 2048, 0).lend(*layer)) for m in (0, 3e-3, 7e-3)]
     assert found == of_routes == [8, 4, 0]
 
 
@@ -66,6 +65,9 @@ def test_ahead_leaves_the_cpu_a_choice(lent: int, ahead: int) -> None:
     assert Share.ahead(32, lent) == ahead
 
 
-def test_every_tier_has_rates() -> None:
-    assert Rates.usual(8).operations == 8 * Rates.usual(1).operations > 0
-    assert set(THREAD_OPERATIONS) == set(native.TIERS)
+def test_few_are_not_worth_it_and_nothing_is_lent_unmeasured() -> None:
+    rates = Rates(50e9, 70e9, 5e12)
+    layer = EXPERTS, 32, [64] * 32, LAYOUT.nbytes, WEIGHTS
+    found = [len(Share(rates, 0.8, 0, 0, least).lend(*layer)) for least in (0, 8 / 32, 9 / 32)]
+    assert found == [8, 8, 0]
+    assert Share(None).lend(*layer) == []

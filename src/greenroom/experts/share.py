@@ -7,16 +7,11 @@ steps: the CPU rounds otherwise than the GPU, and the same text must come out ev
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from greenroom import native
-
-# Where nothing was measured: of a thread, per second. Reading beside copies that take their share
-# of the memory; operations of the model, each two of the processor's, as activations keep 16 bits.
-BUS = 50e9
-THREAD_BYTES = 4.5e9
-THREAD_OPERATIONS = {
-    "portable": 0.002e12, "avx2": 0.02e12, "avxvnni": 0.03e12, "avx512": 0.04e12, "amx": 0.06e12,
-}  # fmt: skip
-LENT = 0.9  # share of the time of a layer's copies that the CPU may need
+# Share of the time of a layer's copies that the CPU may need. Some layers take it far longer, as a
+# thread waits for its turn: with 4 of 32 experts, 6.2 ms of 7, most layers were faster than without
+# and the prompt was slower (H100 with 16 cores, 25 November 2026).
+LENT = 0.5
+LEAST = 1 / 8  # of the absent experts; fewer are not worth that
 # Seconds of a layer that the CPU cannot compute in: from its last sum to the next layer's routes,
 # and until rows are there. On an H100, 25 November 2026: rows and bells 0.5 ms, attention and dense
 # products of gpt-oss-20b 0.3 ms at 512 tokens and 0.9 at 2,048.
@@ -46,27 +41,23 @@ class Rates:
         """Seconds of the CPU for an expert, told its bytes and weights."""
         return max(nbytes / self.reading, 2 * tokens * weights / self.operations)
 
-    @staticmethod
-    def usual(threads: int) -> "Rates":
-        """Of a machine that was not measured."""
-        operations = THREAD_OPERATIONS[native.lib().tier]
-        return Rates(BUS, threads * THREAD_BYTES, threads * operations)
-
 
 @dataclass(slots=True)
 class Share:
     """The rule.
 
     Attributes:
-        rates: of the machine.
+        rates: of the machine; None where it was not measured, then nothing is lent.
         lent: share of the time of a layer's copies that the CPU may take.
         meeting, route: seconds of a layer that the CPU cannot compute in, and more by route.
+        least: share of the absent experts below which none is lent.
     """
 
-    rates: Rates
+    rates: Rates | None
     lent: float = LENT
     meeting: float = MEETING
     route: float = MEETING_ROUTE
+    least: float = LEAST
 
     def lend(
         self, waiting: Sequence[int], absent: int, sizes: Sequence[float], nbytes: int, weights: int
@@ -80,15 +71,17 @@ class Share:
             sizes: tokens of each expert of the layer.
             nbytes, weights: of an expert.
         """
-        found = list[int]()
-        busy, copying = self.meeting + self.route * sum(sizes), absent * self.rates.copying(nbytes)
+        found, rates = list[int](), self.rates
+        if rates is None:
+            return found
+        busy, copying = self.meeting + self.route * sum(sizes), absent * rates.copying(nbytes)
         for expert in sorted(waiting, key=lambda e: sizes[e]):
-            busy += self.rates.computing(sizes[expert], nbytes, weights)
-            copying -= self.rates.copying(nbytes)
+            busy += rates.computing(sizes[expert], nbytes, weights)
+            copying -= rates.copying(nbytes)
             if busy > self.lent * copying:
                 break
             found.append(expert)
-        return sorted(found)
+        return sorted(found) if len(found) >= self.least * absent else []
 
     @staticmethod
     def ahead(absent: int, lent: int) -> int:

@@ -16,7 +16,7 @@ from greenroom.experts.cpu import CpuExperts
 from greenroom.experts.errands import Errands
 from greenroom.experts.pinned import register
 from greenroom.experts.ring import Ring
-from greenroom.experts.share import Rates, Share
+from greenroom.experts.share import Share
 from greenroom.experts.slots import Account, LayerSlots, Slots
 from greenroom.experts.stream import Desk, LayerStream
 from greenroom.kernels.grouped import MOST
@@ -39,7 +39,7 @@ class Tiers:
         heat: (layers, experts), how much each expert was in demand, if that is known; of more
             layers than this device computes, it is the last that count.
         used: experts of a token; 0 if that is not known.
-        share: says what the CPU takes of long steps; None for a rule by the processor.
+        share: says what the CPU takes of long steps; None for nothing.
     """
 
     def __init__(
@@ -125,7 +125,7 @@ class Tiers:
         pages = min(pages, len(banks) * -(-experts // slabs) + 1)
         scratch = self._account.empty("staging", [slabs * numbers], torch.float16)
         table = self._account.empty("staging", [4 * experts], torch.int32)
-        self.share = self.share or Share(Rates.usual(banks[0].threads))
+        self.share = self.share or Share(None)
         ring = Ring(self._account.empty("staging", [pages, slabs * slab], torch.uint8), slabs)
         self._staged = scratch.nbytes + table.nbytes + pages * slabs * slab
         none: list[LayerSlots | None] = [None] * len(banks)

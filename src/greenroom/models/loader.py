@@ -38,7 +38,7 @@ class LoadOptions:
         slot_bytes: of the vram, for experts; 0 leaves all of them to the CPU.
         staging_bytes: of the vram, for experts on their way through it in long steps; 0 leaves
             those to the CPU.
-        rates: what bus and CPU do in a second, for sharing long steps; None to go by the processor.
+        rates: what bus and CPU do in a second, for sharing long steps; None to share none.
         trace: file of recorded routes; its popular experts start in the slots.
         threads: of the native pool; None for as many as suit the machine.
         pool: a native pool to share, instead of `threads`.
