@@ -21,10 +21,10 @@ import torch
 
 from greenroom import native
 from greenroom.bench import kernels
-from greenroom.bench.prediction import host_seconds
-from greenroom.experts.slabs import allocate
+from greenroom.bench.prediction import host_seconds, profile_of
+from greenroom.experts.slabs import Bytes, allocate
 from greenroom.layers import native_ops
-from greenroom.placement.calibrate import FEW, MachineProfile
+from greenroom.placement.calibrate import DENSE_DENSITY, EXPERT_DENSITY, FEW, MachineProfile
 from greenroom.placement.machine import Machine
 
 Tell = Callable[[str], None]
@@ -33,6 +33,7 @@ MIB = 1 << 20
 _FULL_FORMATS = ("MXFP4", "Q4_K", "Q5_K", "Q6_K", "Q8_0", "Q4_0", "BF16", "F16", "F32")
 _QUICK_FORMATS = ("MXFP4", "Q4_K", "Q8_0")
 _BATCH = 512  # tokens of the products that compute rather than read
+_ANY, _NARROW, _NARROW_MIB = "Q8_0", (512, 64), 8  # what takes longer does so in every format
 _PIECES = (1, 4, 16)  # MiB of a disk read
 _READERS = 4  # reads under way at once, as the experts' loader has
 
@@ -74,7 +75,7 @@ def measure(
     tell(f"memory and kernels, {machine.processor.threads} threads, {much.megabytes} MiB")
     rates |= processor_rates(machine.processor.threads, much)
     tell("steps of tiny models")
-    rates |= host_seconds(small, machine.processor.threads)
+    rates |= host_seconds(small, profile_of(rates, machine))
     if torch.cuda.is_available():
         tell("PCIe and VRAM")
         rates |= gpu_rates(much.repeats)
@@ -117,7 +118,32 @@ def processor_rates(threads: int, much: Effort) -> dict[str, Any]:
         found["dense_few"][name] = kernels.linear_figure(bank, limits, FEW, plan).gigaops
         found["experts_batch"][name] = kernels.moe_figure(bank, limits, _BATCH, plan).gigaops
         found["dense_batch"][name] = kernels.linear_figure(bank, limits, _BATCH, plan).gigaops
-    return found
+    return found | narrow_rates(memory, limits, plan)
+
+
+def narrow_rates(memory: Bytes, limits: kernels.Ceiling, plan: kernels.Plan) -> dict[str, float]:
+    """Seconds of a number that matrices give, from wide and narrow ones, and of one in a norm."""
+    d, f = _NARROW
+    pieces = memory[: _NARROW_MIB * MIB]
+    wide, narrow = kernels.ExpertBank(_ANY, memory), kernels.ExpertBank(_ANY, pieces, d, f)
+    densities = {
+        "expert": (kernels.moe_figure, EXPERT_DENSITY, 6 * d * f / (2 * f + d)),
+        "dense": (kernels.linear_figure, DENSE_DENSITY, 2 * d),
+    }
+    found = {}
+    for name, (figure, usual, less) in densities.items():
+        rates = [figure(bank, limits, _BATCH, plan).gigaops * 1e9 for bank in (wide, narrow)]
+        found[f"{name}_output_seconds"] = output_seconds((usual, less), (rates[0], rates[1]))
+    pool, x = native.lib().Pool(plan.threads), torch.randn(_BATCH, 2048)
+    norm = partial(native_ops.rms_norm, pool, x, torch.ones(2048), 1e-5, torch.zeros_like(x))
+    return found | {"norm_seconds": statistics.median(kernels.timed(norm, 20)) / x.numel()}
+
+
+def output_seconds(densities: tuple[float, float], rates: tuple[float, float]) -> float:
+    """Seconds of one number from operations per number and operations per second, of two shapes
+    whose operations take the same time."""
+    wide, narrow = densities
+    return max(0.0, (1 / rates[1] - 1 / rates[0]) / (1 / narrow - 1 / wide))
 
 
 def attention_rates(threads: int, repeats: int) -> dict[str, float]:

@@ -139,18 +139,23 @@ class ExpertBank:
 
     Every row has scales a model could have; bytes of one layout read as another are partly
     denormal numbers, which Intel processors multiply ten times slower.
+
+    Args:
+        name: of the format.
+        memory: to be filled.
+        d, f: model width and hidden width.
     """
 
-    def __init__(self, name: str, memory: Bytes) -> None:
+    def __init__(self, name: str, memory: Bytes, d: int = D, f: int = F) -> None:
         self.name, self.type = name, GGMLType[name]
         lib = native.lib()
         pool = lib.Pool(1)
-        self.layout = SlabLayout.plan((self.type,) * 3, D, F, biases=False)
+        self.layout = SlabLayout.plan((self.type,) * 3, d, f, biases=False)
         self.count = memory.nbytes // self.layout.nbytes
         self.memory = memory
         self.expert: Bytes = np.zeros(self.layout.nbytes, np.uint8)
         rng = np.random.default_rng(0)
-        for i, (rows, cols) in enumerate(((F, D), (F, D), (D, F))):
+        for i, (rows, cols) in enumerate(((f, d), (f, d), (d, f))):
             raw = random_blocks(self.type, rows, cols, rng)
             part = self.layout.matrix(self.expert, i)
             lib.pack(pool, int(self.type), rows, cols, raw.reshape(-1), part)
@@ -164,16 +169,16 @@ class ExpertBank:
 
     def layer(self, lib: Any) -> Any:
         """The memory as experts of a native layer of one tier."""
-        layer = lib.MoeLayer(self.count, D, F, "silu")
+        layer = lib.MoeLayer(self.count, self.layout.d, self.layout.f, "silu")
         for e, slab in enumerate(self.fill(self.expert)):
             parts = [(int(self.type), self.layout.matrix(slab, i), None, 1.0) for i in range(3)]
             layer.set_expert(e, *parts)
         return layer
 
     def matrix(self) -> tuple[int, Bytes]:
-        """The memory as one tall matrix (rows, D): rows and packed bytes."""
+        """The memory as one tall matrix (rows, d): rows and packed bytes."""
         filled = self.fill(self.layout.matrix(self.expert, 0))
-        return F * len(filled), filled.reshape(-1)
+        return self.layout.f * len(filled), filled.reshape(-1)
 
 
 def figure(bank: ExpertBank, limits: Ceiling, what: tuple[str, int], work: tuple[float, float],
@@ -204,7 +209,7 @@ def moe_figure(bank: ExpertBank, limits: Ceiling, tokens: int, plan: Plan) -> Fi
     lib = native.module(limits.tier)
     pool, layer = lib.Pool(plan.threads), bank.layer(lib)
     rng = np.random.default_rng(1)
-    x = rng.standard_normal((tokens, D)).astype(np.float32)
+    x = rng.standard_normal((tokens, bank.layout.d)).astype(np.float32)
     weights = np.full((tokens, ROUTES), 1 / ROUTES, np.float32)
     out = np.empty_like(x)
     if tokens * ROUTES <= bank.count:
@@ -220,7 +225,7 @@ def moe_figure(bank: ExpertBank, limits: Ceiling, tokens: int, plan: Plan) -> Fi
         for step in ids:
             lib.moe(pool, layer, x, step, weights, out)
 
-    products = ids.size * 3 * D * F
+    products = ids.size * 3 * bank.layout.d * bank.layout.f
     touched = sum(len(np.unique(step)) for step in ids) * sum(
         b - a for a, b in bank.layout.matrices
     )
@@ -232,13 +237,13 @@ def linear_figure(bank: ExpertBank, limits: Ceiling, tokens: int, plan: Plan) ->
     """One matrix: all of the memory at few tokens, as an output head; 4,096 rows at many."""
     lib = native.module(limits.tier)
     pool = lib.Pool(plan.threads)
-    rows, packed = bank.matrix()
+    (rows, packed), d = bank.matrix(), bank.layout.d
     if tokens > 8:
-        rows, packed = 4096, packed[: lib.packed_bytes(int(bank.type), 4096, D)]
-    x = np.random.default_rng(1).standard_normal((tokens, D)).astype(np.float32)
+        rows, packed = 4096, packed[: lib.packed_bytes(int(bank.type), 4096, d)]
+    x = np.random.default_rng(1).standard_normal((tokens, d)).astype(np.float32)
     out = np.empty((tokens, rows), np.float32)
-    taken = timed(lambda: lib.linear(pool, int(bank.type), rows, D, packed, x, out), plan.repeats)
-    work = (packed.nbytes, 2.0 * tokens * rows * D)
+    taken = timed(lambda: lib.linear(pool, int(bank.type), rows, d, packed, x, out), plan.repeats)
+    work = (packed.nbytes, 2.0 * tokens * rows * d)
     return figure(bank, limits, ("linear", tokens), work, taken)
 
 

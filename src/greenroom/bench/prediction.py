@@ -17,6 +17,7 @@ from greenroom.placement.calibrate import MachineProfile
 from greenroom.placement.placement import Placement
 
 _CASE = Case(prompt=16, batch=1, generate=96)
+_ON_THE_CPU = Placement(backend="native", reason="")
 
 
 def work_of(path: Path) -> predict.Work:
@@ -31,17 +32,20 @@ def line(small: tuple[int, float], large: tuple[int, float]) -> tuple[float, flo
     return max(0.0, small[1] - slope * small[0]), slope
 
 
-def host_seconds(models: Sequence[Path], threads: int) -> dict[str, float]:
-    """`step_seconds` and `matrix_seconds` of a profile, from decode steps of two models so small
-    that reading their weights takes no time to speak of: one of few layers, one of many.
+def host_seconds(models: Sequence[Path], profile: MachineProfile) -> dict[str, float]:
+    """`step_seconds` and `matrix_seconds` of a profile, from decode steps of two small models, one
+    of few layers, one of many; what their weights and attention take is taken off.
     """
     from greenroom.engine import LLM
 
-    points = []
+    points: list[tuple[int, float]] = []
+    settings: dict[str, Any] = {"vram": "0", "context_length": 256, "max_sequences": 1}
     for path in models:
-        with LLM(path, threads=threads, vram="0", context_length=256, max_sequences=1) as llm:
+        with LLM(path, threads=profile.threads, **settings) as llm:
             pauses = [gap for seed in range(4) for gap in run_case(llm, _CASE, seed).gaps]
-        points.append((work_of(path).matrices, statistics.median(pauses)))
+        work = work_of(path)
+        known = sum(predict.decode(work, _ON_THE_CPU, profile, _CASE.prompt).parts.values())
+        points.append((work.matrices, max(0.0, statistics.median(pauses) - known)))
     start, slope = line(points[0], points[1])
     return {"step_seconds": start, "matrix_seconds": slope}
 

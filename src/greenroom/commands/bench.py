@@ -129,7 +129,7 @@ def _ceilings(job: "Job", here: "Machine") -> dict[str, Any]:
     import torch
 
     from greenroom.bench.ceilings import effort, gpu_rates, processor_rates
-    from greenroom.bench.prediction import host_seconds, work_of
+    from greenroom.bench.prediction import host_seconds, profile_of, work_of
     from greenroom.commands.doctor import small_models
 
     threads = job.settings["threads"] or here.processor.threads
@@ -138,7 +138,7 @@ def _ceilings(job: "Job", here: "Machine") -> dict[str, Any]:
     formats = tuple(name for name in known if name in {*work.dense, *work.experts})
     limits = processor_rates(threads, replace(much, formats=formats or much.formats))
     with small_models() as small:
-        limits |= host_seconds(small, threads)
+        limits |= host_seconds(small, replace(profile_of(limits, here), threads=threads))
     if torch.cuda.is_available():
         limits |= gpu_rates(3)
         torch.cuda.empty_cache()

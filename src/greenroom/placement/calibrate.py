@@ -21,6 +21,11 @@ KIND = "greenroom machine"
 VERSION = 1
 # Tokens of a matrix at which kernels are measured besides one; experts share 512 tokens.
 FEW, MANY, MANY_EACH = 4, 512, 32
+# Operations for each number that those matrices give: of an expert's three, 2,048 x 768, and of one
+# of 2,048 columns. Narrower ones give more numbers for the same operations.
+EXPERT_DENSITY = 6 * 2048 * 768 / (2 * 768 + 2048)
+DENSE_DENSITY = 2 * 2048
+KEY_TILE = 64  # keys that the CPU's attention scores at a time
 _LARGEST_FILE = 1 << 20  # bytes; a profile has a few thousand
 _MOST = 1e7  # no rate of a machine is above this, in any unit used here
 
@@ -49,6 +54,10 @@ class MachineProfile:
         experts_few, dense_few: the same at 4 tokens for each expert or matrix.
         attention_prompt: GOP/s of attention over a prompt of 512 tokens on the CPU.
         attention_step: GOP/s of attention of one token over 512.
+        expert_output_seconds: each number that an expert's matrices give for a token takes,
+            besides its products: activation, cutting into planes, sums over experts.
+        dense_output_seconds: the same of a dense matrix.
+        norm_seconds: each number of a row takes in a norm with its residual sum.
         int8, float32: GOP/s of instructions on registers alone.
         pcie_up, pcie_down: pinned copies to the GPU and back, by MiB of a copy.
         pcie_both: up and down at once, together; 0 without a GPU.
@@ -76,6 +85,9 @@ class MachineProfile:
     dense_few: Mapping[str, float] = field(default_factory=dict)
     attention_prompt: float = 0.0
     attention_step: float = 0.0
+    expert_output_seconds: float = 0.0
+    dense_output_seconds: float = 0.0
+    norm_seconds: float = 0.0
     int8: float = 0.0
     float32: float = 0.0
     pcie_up: Mapping[int, float] = field(default_factory=dict)
@@ -113,17 +125,33 @@ class MachineProfile:
         """GOP/s of the expert kernel at many tokens, likewise."""
         return _of(self.experts_batch, format, self.int8)
 
-    def expert_seconds(self, sizes: Mapping[str, int], rows: float, values: int) -> float:
+    def expert_seconds(
+        self, sizes: Mapping[str, int], rows: float, values: int, outputs: int = 0
+    ) -> float:
         """Seconds of the expert kernel over all of `sizes`, bytes by format and `values` weights
-        in all, with `rows` tokens for each expert.
+        in all, with `rows` tokens for each expert; `outputs` are the rows of all matrices.
         """
         kernel = (self.expert_rate, self.experts_few, self.experts_batch, MANY_EACH)
-        return self._kernel_seconds(kernel, sizes, rows, values)
+        more = max(0.0, outputs - 2 * values / EXPERT_DENSITY) * self.expert_output_seconds
+        return self._kernel_seconds(kernel, sizes, rows, values) + rows * more
 
-    def dense_seconds(self, sizes: Mapping[str, int], rows: float, values: int) -> float:
+    def dense_seconds(
+        self, sizes: Mapping[str, int], rows: float, values: int, outputs: int = 0
+    ) -> float:
         """The same of the dense kernel."""
         kernel = (self.dense_rate, self.dense_few, self.dense_batch, MANY)
-        return self._kernel_seconds(kernel, sizes, rows, values)
+        more = max(0.0, outputs - 2 * values / DENSE_DENSITY) * self.dense_output_seconds
+        return self._kernel_seconds(kernel, sizes, rows, values) + rows * more
+
+    def prompt_attention_seconds(self, operations: float, first: float) -> float:
+        """Seconds of a prompt's attention on the CPU: `operations` in all, and `first` those of
+        every query with one key; on average half a tile of keys is scored in vain.
+        """
+        if not self.attention_prompt:
+            return 0.0
+        measured = (MANY + 1) / 2
+        rate = self.attention_prompt * (measured + KEY_TILE / 2) / measured
+        return (operations + first * KEY_TILE / 2) / 1e9 / rate
 
     def _kernel_seconds(
         self, kernel: "_Kernel", sizes: Mapping[str, int], rows: float, values: int

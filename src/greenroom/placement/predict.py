@@ -47,6 +47,8 @@ class Work:
         matrices: products of a step, the experts of a layer counted as one gate, up and down.
         windows: of every layer's attention, None for all tokens.
         scores: operations of a layer's attention for one query and one key.
+        expert_outputs, dense_outputs, head_outputs: rows of the matrices behind the values.
+        passed: numbers of a token that norms, rotation and the cache take in all layers.
         late: share of the experts, those of the last layer, that a prompt's last token reads alone.
     """
 
@@ -63,6 +65,10 @@ class Work:
     matrices: int = 0
     windows: tuple[int | None, ...] = ()
     scores: int = 0
+    expert_outputs: int = 0
+    dense_outputs: int = 0
+    head_outputs: int = 0
+    passed: int = 0
     late: float = 0.0
 
     @staticmethod
@@ -73,6 +79,7 @@ class Work:
         head = tensors["token_embd.weight" if tied else "output.weight"]
         moe, shape = config.moe, config.attention
         width = shape.key_length + shape.value_length
+        rotated = (shape.heads + shape.kv_heads) * shape.key_length
         return Work(
             experts=sizes.experts,
             dense=sizes.dense,
@@ -87,6 +94,10 @@ class Work:
             matrices=len(sizes.matrices),
             windows=tuple(config.windows),
             scores=2 * shape.heads * width,
+            expert_outputs=sizes.expert_outputs,
+            dense_outputs=sizes.dense_outputs,
+            head_outputs=head.ne[1],
+            passed=config.layers * (2 * config.hidden_size + rotated + shape.kv_heads * width),
             late=1 / len(sizes.layers) if sizes.layers else 0.0,
         )
 
@@ -118,6 +129,8 @@ class _Sizes:
     dense: Counter[str] = field(default_factory=Counter)
     expert_values: int = 0
     dense_values: int = 0
+    expert_outputs: int = 0
+    dense_outputs: int = 0
     layers: set[str] = field(default_factory=set)
     matrices: set[str] = field(default_factory=set)
 
@@ -134,10 +147,12 @@ class _Sizes:
         if _EXPERTS.search(name):
             self.experts[tensor.type.name] += tensor.nbytes
             self.expert_values += count
+            self.expert_outputs += count // tensor.ne[0]
             self.layers.add(name.split(".")[1])
         else:
             self.dense[tensor.type.name] += tensor.nbytes
             self.dense_values += count
+            self.dense_outputs += count // tensor.ne[0] * (len(tensor.ne) > 1)
         if len(tensor.ne) > 1:
             self.matrices.add(_SPLIT.sub("", name))
 
@@ -180,8 +195,9 @@ def decode(
     attended = batch * work.attended(context - 1, context) if context else 0.0
     parts = {
         "dense layers from RAM": (1 - gpu)
-        * machine.dense_seconds(work.dense, rows, work.dense_values),
+        * machine.dense_seconds(work.dense, rows, work.dense_values, work.dense_outputs),
         "attention on the CPU": (1 - gpu) * _over(attended, machine.attention_step),
+        "norms and the like": (1 - gpu) * rows * work.passed * machine.norm_seconds,
     }
     if gpu:
         cache = work.cache * context * batch
@@ -191,7 +207,7 @@ def decode(
         hits = resident(placement, work) if gpu else 0.0
     used = work.touched(batch)
     each = 1 if measured else work.per_expert(batch)
-    whole = machine.expert_seconds(work.experts, each, work.expert_values)
+    whole = _expert_seconds(work, machine, each)
     from_ram = (1 - hits) * used * whole
     from_vram = hits * used * sum(work.experts.values()) / _bytes(machine.vram) if hits else 0.0
     # Both work at once; the longer decides.
@@ -223,11 +239,15 @@ def prefill(
     values = work.dense_values - work.head_values
     attended = sequences * work.attended(0, tokens)
     parts = {
-        "dense products on the CPU": (1 - gpu) * steps * machine.dense_seconds(body, rows, values),
+        "dense products on the CPU": (1 - gpu)
+        * steps
+        * machine.dense_seconds(body, rows, values, work.dense_outputs - work.head_outputs),
         # of the last token only
         "head on the CPU": (1 - gpu)
         * machine.dense_seconds(work.head, sequences, work.head_values),
-        "attention on the CPU": (1 - gpu) * _over(attended, machine.attention_prompt),
+        "attention on the CPU": (1 - gpu)
+        * machine.prompt_attention_seconds(attended, every * work.scores * len(work.windows)),
+        "norms and the like": (1 - gpu) * every * work.passed * machine.norm_seconds,
         "host and threads": (1 - gpu) * steps * _host(work, machine),
     }
     on_cpu = _experts_on_cpu(work, machine, rows, steps)
@@ -252,11 +272,14 @@ _GPU_PARTS = ("products on the GPU", "attention on the GPU", "expanding experts"
 
 def _experts_on_cpu(work: Work, machine: MachineProfile, rows: float, steps: int) -> float:
     """Seconds of a prompt's experts if the CPU computes them all."""
-    long = work.touched(rows) * machine.expert_seconds(
-        work.experts, work.per_expert(rows), work.expert_values
-    )
-    short = work.share * machine.expert_seconds(work.experts, 1, work.expert_values)
+    long = work.touched(rows) * _expert_seconds(work, machine, work.per_expert(rows))
+    short = work.share * _expert_seconds(work, machine, 1)
     return steps * (1 - work.late) * long + work.late * short
+
+
+def _expert_seconds(work: Work, machine: MachineProfile, rows: float) -> float:
+    """Seconds of all experts with so many tokens each."""
+    return machine.expert_seconds(work.experts, rows, work.expert_values, work.expert_outputs)
 
 
 def _lent(work: Work, machine: MachineProfile, rows: float, missing: float) -> float:
