@@ -72,8 +72,9 @@ def of_shape(name: str, args: argparse.Namespace) -> list[Step]:
     if name == args.model:
         found += [bench(budget, position, file, args) for position, budget in enumerate(args.vram)]
     if name in SWEPT:
-        call = ("sweep", file, "--generate", "32", "--report", f"reports/sweep-{name}")
-        found.append(Step(f"sweep-{name}", 200, (*call, *runs)))
+        call = ("sweep", file, "--prompt", args.prompt, "--generate", args.generate)
+        report = ("--report", f"reports/sweep-{name}")
+        found.append(Step(f"sweep-{name}", 200, (*call, *report, *runs)))
     call = ("matrix", "--work", ".", "--shapes", name, "--quality-tiny")
     call += ("--vram", args.matrix_vram) * args.gpu
     call += ("--report", f"reports/matrix/{name}", *runs, *layers, *("--tiny",) * args.tiny)
@@ -99,7 +100,7 @@ def run(step: Step, work: Path, seconds: float) -> dict[str, object]:
     log = work / "reports" / "logs" / f"{step.name}.txt"
     log.parent.mkdir(parents=True, exist_ok=True)
     env = os.environ | {
-        "GREENROOM_HOME": str(work / "home"),
+        "GREENROOM_HOME": os.getenv("GREENROOM_HOME", str(work / "home")),
         "PYTHONPATH": os.pathsep.join(filter(None, (str(SOURCES), os.getenv("PYTHONPATH")))),
     }
     command = [sys.executable, "-m", "greenroom", *step.arguments]
@@ -110,7 +111,7 @@ def run(step: Step, work: Path, seconds: float) -> dict[str, object]:
             start_new_session=True,
         )  # fmt: skip
         try:
-            status: int | str = process.wait(max(1.0, min(seconds, step.seconds)))
+            status: int | str = process.wait(max(1.0, min(seconds - 3, step.seconds)))
         except subprocess.TimeoutExpired:
             status = "out of time"
         finally:
@@ -157,14 +158,23 @@ def main(arguments: Sequence[str] | None = None) -> None:
     work, ends = args.work.resolve(), time.monotonic() + args.seconds
     work.mkdir(parents=True, exist_ok=True)
     args.out.mkdir(parents=True, exist_ok=True)
-    done = []
-    for step in steps(args):
-        left = ends - time.monotonic()
-        if left > 5:
-            done.append(run(step, work, left))
-            pack(done, work, args.out)
-        if step.ends is not None:
-            (work / step.ends).unlink(missing_ok=True)
+    signal.signal(signal.SIGTERM, stopped)
+    done: list[dict[str, object]] = []
+    try:
+        for step in steps(args):
+            left = ends - time.monotonic()
+            if left > 5:
+                done.append(run(step, work, left))
+                pack(done, work, args.out)
+            if step.ends is not None:
+                (work / step.ends).unlink(missing_ok=True)
+    finally:
+        pack(done, work, args.out)
+
+
+def stopped(*_: object) -> None:
+    """What is there is packed when somebody else ends this program."""
+    raise SystemExit(1)
 
 
 def parsed(arguments: Sequence[str] | None = None) -> argparse.Namespace:
@@ -178,6 +188,8 @@ def parsed(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--vram", nargs="*", default=["2GiB"], help="budgets of bench")
     parser.add_argument("--shapes", nargs="+", default=list(SHAPES), choices=SHAPES)
     parser.add_argument("--layers", type=int, help="instead of the published ones")
+    parser.add_argument("--prompt", default="256", help="tokens of the sweep's prompts")
+    parser.add_argument("--generate", default="24", help="tokens the sweep generates")
     parser.add_argument("--matrix-vram", default="2GiB", help="the matrix's budget")
     parser.add_argument("--only", nargs="+", help="names of steps, or how they begin")
     parser.add_argument("--tiny", action="store_true")
@@ -200,7 +212,7 @@ def pack(done: list[dict[str, object]], work: Path, out: Path) -> None:
         join(rows, work / "joined")
     (out / "steps.json").write_text(json.dumps(done, indent=1) + "\n")
     with tarfile.open(out / "reports.tar.gz", "w:gz") as archive:
-        for path in sorted(reports.iterdir()):
+        for path in sorted(reports.glob("*")):
             whole = path.name != "matrix"
             if whole or rows:
                 archive.add(path if whole else work / "joined", f"reports/{path.name}")

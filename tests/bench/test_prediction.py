@@ -3,6 +3,7 @@
 import pytest
 
 from greenroom.bench import prediction
+from greenroom.bench.ceilings import output_seconds
 from greenroom.placement.calibrate import MachineProfile
 from greenroom.placement.placement import Placement
 from greenroom.placement.predict import Work
@@ -31,3 +32,10 @@ def test_errors_are_relative_to_what_was_measured() -> None:
         "decode": {"rate": pytest.approx(10), "error": pytest.approx(0.25)}
     }
     assert Placement(**place).layers == 2
+
+
+def test_a_number_costs_what_narrow_matrices_take_longer() -> None:
+    # an operation takes 1 us and a number 3 us: 4 operations each give 1.75 us an operation, 2 give
+    # 2.5 us
+    assert output_seconds((4.0, 2.0), (1 / 1.75e-6, 1 / 2.5e-6)) == pytest.approx(3e-6)
+    assert output_seconds((4.0, 2.0), (1.0, 2.0)) == 0.0  # noise

@@ -40,7 +40,7 @@ class Engine:
 
 @pytest.fixture(autouse=True)
 def one_warm_run(monkeypatch) -> None:
-    monkeypatch.setattr(sweep, "_WARM_SECONDS", 0.0)
+    monkeypatch.setattr(sweep, "_WARM_SECONDS", 1e-9)
 
 
 def opened(budget):

@@ -88,6 +88,36 @@ def test_a_kernel_is_never_faster_with_more_tokens() -> None:
     assert machine.dense_seconds({"X": 10**9}, 3, 2 * 10**9) == pytest.approx(0.010)
 
 
+def test_numbers_of_narrow_matrices_cost_besides_their_products() -> None:
+    # 1e9 weights and 1e7 rows: 2e9 operations of wide matrices give 488,281 numbers; 1 us each for
+    # the others and 10 tokens: 95.1 s. Experts: 2e9 * 3,584 / 9,437,184 = 759,548 are free
+    machine = replace(GPU, dense_output_seconds=1e-6, expert_output_seconds=1e-6)
+    given = ({"X": 10**9}, 10, 10**9)
+    more = machine.dense_seconds(*given, 10**7) - machine.dense_seconds(*given)
+    assert more == pytest.approx(10 * 1e-6 * (10**7 - 488_281.25))
+    more = machine.expert_seconds(*given, 10**7) - machine.expert_seconds(*given)
+    assert more == pytest.approx(10 * 1e-6 * (10**7 - 759_548.6), rel=1e-6)
+    assert machine.dense_seconds(*given, 10**5) == machine.dense_seconds(*given)  # wide
+
+
+def test_attention_scores_half_a_tile_in_vain() -> None:
+    # measured over 512 tokens: 256.5 keys and 32 in vain for each query
+    machine = replace(GPU, attention_prompt=100.0)
+    whole = machine.prompt_attention_seconds(512 * 256.5 * 1e6, 512 * 1e6)
+    assert whole == pytest.approx(512 * 256.5 * 1e6 / 100e9)
+    short = machine.prompt_attention_seconds(64 * 32.5 * 1e6, 64 * 1e6)
+    assert short == pytest.approx(64 * (32.5 + 32) / (512 * 288.5) * whole)
+
+
+def test_norms_take_time_for_every_number() -> None:
+    # 30 ms of reading and 1e6 numbers of 10 ns
+    work = replace(WORK, passed=10**6)
+    found = predict.decode(
+        work, Placement("native", "", layers=10), replace(GPU, norm_seconds=1e-8), 0
+    )
+    assert found.rate == pytest.approx(1 / 0.04)
+
+
 def test_attention_counts_pairs_within_the_window() -> None:
     # 4 queries see 1 + 2 + 3 + 4 keys, with a window of 2 only 1 + 2 + 2 + 2; 10 operations each
     work = replace(WORK, windows=(None, 2), scores=10)

@@ -1,8 +1,11 @@
 """tools/gpu_reports.py: which steps there are, that a failing one loses nothing, what is packed."""
 
 import json
+import os
+import signal
 import tarfile
 
+import pytest
 from tool import tool
 
 from greenroom.bench import matrix as table
@@ -75,3 +78,22 @@ def test_tables_of_two_calls_become_one(tmp_path) -> None:
         "gpt-oss-20b first",
         "grin-moe second",
     ]
+
+
+def test_a_program_that_is_ended_packs_what_there_is(tmp_path, monkeypatch, capsys) -> None:
+    def ended(step, work, seconds):
+        if step.name == "plan":
+            os.kill(os.getpid(), signal.SIGTERM)
+        (work / "reports").mkdir(exist_ok=True)
+        (work / "reports" / step.name).write_text("done")
+        return {"step": step.name}
+
+    monkeypatch.setattr(reports, "run", ended)
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        with pytest.raises(SystemExit):
+            reports.main([str(tmp_path / "out"), "--work", str(tmp_path / "work")])
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    with tarfile.open(tmp_path / "out" / "reports.tar.gz") as archive:
+        assert "reports/doctor" in archive.getnames()

@@ -29,11 +29,11 @@ def test_a_prompt_is_timed(tmp_path) -> None:
 
 
 def test_what_was_watched_is_as_before() -> None:
-    kept = Ring.fetch, GroupMlp.__call__, LayerStream._serve, LayerStream._write
+    kept = Ring.fetch, GroupMlp.__call__, LayerStream._serve, LayerStream._send
     with sweep.watching() as watch:
         assert Ring.fetch is not kept[0]
-        LayerStream._write = watch.lends(lambda stream, step, hidden, lent: len(lent))
-        assert LayerStream._write(None, None, None, [3, 4]) == 2
-    assert (Ring.fetch, GroupMlp.__call__, LayerStream._serve, LayerStream._write) == kept
+        LayerStream._send = watch.lends(lambda stream, step, hidden, lent: len(lent))
+        assert LayerStream._send(None, None, None, [3, 4]) == 2
+    assert (Ring.fetch, GroupMlp.__call__, LayerStream._serve, LayerStream._send) == kept
     assert watch.lent == [2]
     assert watch.periods() == 0

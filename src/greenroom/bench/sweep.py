@@ -123,12 +123,14 @@ def _point(
 
 
 def _warm(llm: Any, case: Case) -> None:
-    """A short run, which may have to compile, and more of them for a second."""
+    """A short run, which may have to compile, and as many more as fit into a second."""
     short = replace(case, generate=min(case.generate, _WARM_TOKENS))
-    run_case(llm, short, 0)
-    begin = time.perf_counter()
-    while time.perf_counter() - begin < _WARM_SECONDS:
+    left, last = _WARM_SECONDS, 0.0
+    while left > last:
+        begin = time.perf_counter()
         run_case(llm, short, 0)
+        last = time.perf_counter() - begin
+        left -= last
 
 
 def _resident(engine: Any) -> float:
