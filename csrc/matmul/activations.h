@@ -41,7 +41,7 @@ struct Forms {
 // Tokens of the next tile when `remaining` are left. A tile may be wider than that; its last
 // tokens are then zeros.
 inline int tile_width(std::int64_t remaining) {
-    if (remaining >= simd::wide_tile || (simd::wide_tile > 4 && remaining > 8))
+    if (remaining >= simd::wide_tile || (simd::wide_tile > 4 && remaining > 12))
         return simd::wide_tile;
     return remaining == 1 ? 1 : 4;
 }

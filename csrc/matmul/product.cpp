@@ -31,7 +31,7 @@ void multiply(const Matrix& m, std::int64_t first, std::int64_t groups, const Ac
         const TileKernel run = width == 1 ? kernels.one : width == 4 ? kernels.four : kernels.wide;
         for (std::int64_t g = 0; g < groups; ++g) {
             const std::uint8_t* group = m.data + (first + g) * bytes;
-            const std::uint8_t* ahead = g + 1 < groups ? group + bytes : next;
+            const std::uint8_t* ahead = g + 1 < groups ? group + bytes : next ? next : group;
             run(group, x.blocks, x, token, token ? nullptr : ahead, out + token * ld + g * 16, ld);
         }
         token += width;

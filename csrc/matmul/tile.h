@@ -9,30 +9,38 @@
 
 namespace greenroom {
 
-// Float weights, read straight on: bytes ahead of the running line that are asked for. The hardware
-// prefetcher alone leaves a fifth of the bandwidth unused (docs/slab-layout.md).
-constexpr std::int64_t prefetch_ahead = 8192;
+// Bytes between the weights being used and those that are asked for: into L2 far enough ahead for
+// memory to answer, into L1 a little ahead. Asking for the far ones in L1 takes up the few line
+// fill buffers that L1 has for as long as memory needs (docs/slab-layout.md).
+constexpr std::int64_t far_ahead = 8192, near_ahead = 2048;
 
 template <int Bytes>
 inline void prefetch_lines(const std::uint8_t* p) {
-    for (int i = 0; i < Bytes; i += 64) simd::prefetch(p + i);
+    for (int i = 0; i < Bytes; i += 64) simd::prefetch_far(p + i);
 }
 
-// Asks for the next group while this one is computed, payload and records in the order of their
-// addresses, an equal share of lines with every block. Records lie behind the payload and are
-// needed from the first block on: reading less than a group ahead would come too late for them.
-class NextGroup {
+// Asks for the payload of a group a block at a time, and at its end for that of the next one.
+template <int BlockBytes>
+class Ahead {
+    static constexpr std::int64_t distance = (far_ahead + BlockBytes - 1) / BlockBytes;
+
   public:
-    NextGroup(const std::uint8_t* next, std::int64_t blocks, std::int64_t group_bytes)
-        : next_(next), step_(next ? (group_bytes / 64 << 16) / blocks + 1 : 0) {}
-    void block() {
-        due_ += step_;
-        for (; line_ < due_ >> 16; ++line_) simd::prefetch(next_ + 64 * line_);
+    // next: null if all weights are in the cache already.
+    Ahead(const std::uint8_t* group, const std::uint8_t* next, std::int64_t blocks)
+        : next_(next), left_(std::max<std::int64_t>(blocks - distance, 0)) {
+        at_ = left_ ? group + distance * BlockBytes : next;
+    }
+    // block: the one that will be used now.
+    void step(const std::uint8_t* block) {
+        if (!next_) return;
+        prefetch_lines<BlockBytes>(at_);
+        at_ = --left_ ? at_ + BlockBytes : next_;
+        for (int i = 0; i < BlockBytes; i += 64) simd::prefetch(block + near_ahead + i);
     }
 
   private:
-    const std::uint8_t* next_;
-    std::int64_t step_, due_ = 0, line_ = 0;  // step and due in 2^-16 of a line
+    const std::uint8_t *next_, *at_;
+    std::int64_t left_;  // blocks of this group to be asked for
 };
 
 // Four columns of 16 rows, as simd::dots wants them for tiles of that many tokens.
@@ -80,14 +88,15 @@ void tile_quantised(const std::uint8_t* group, std::int64_t blocks, const Activa
     constexpr int per_raw = F::raw_cols / formats::block_cols;
     constexpr int together = std::min(Tokens, simd::interleave);
     const std::uint8_t* records = group + blocks * block_bytes;
-    const std::int64_t record_bytes = blocks / per_raw * F::record_bytes;
-    NextGroup ahead(next, blocks, (blocks * block_bytes + record_bytes + 63) / 64 * 64);
+    // Records lie behind the payload and are needed from the first block on: a whole group ahead.
+    const std::uint8_t* next_records = next ? next + blocks * block_bytes : nullptr;
+    Ahead<block_bytes> ahead(group, next, blocks);
     const XBlock* x = a.quantised_tile(first);
     Floats acc[Tokens];
     unrolled<Tokens>([&](auto t) { acc[t] = zero(); });
     for (std::int64_t i = 0; i < blocks; i += per_raw) {
         for (int b = 0; b < per_raw; ++b, group += block_bytes, x += Tokens) {
-            ahead.block();
+            ahead.step(group);
             Quad<Tokens> codes[8];
             Floats scale[2], min[2];
             decode_quads<F, Tokens>(group, codes);
@@ -96,6 +105,9 @@ void tile_quantised(const std::uint8_t* group, std::int64_t blocks, const Activa
                 add_block<F, together>(codes, scale, min, x + t, acc + t);
         }
         records += F::record_bytes;
+        if (!next) continue;
+        prefetch_lines<F::record_bytes>(next_records);
+        next_records += F::record_bytes;
     }
     unrolled<Tokens>([&](auto t) { store(out + t * ld, acc[t]); });
 }
@@ -103,15 +115,16 @@ void tile_quantised(const std::uint8_t* group, std::int64_t blocks, const Activa
 // Some tokens of a tile of `Width`. Two sums per token, of even and of odd columns, hide the
 // latency of the additions.
 template <class F, int Tokens, int Width>
-void some_floats(const std::uint8_t* group, std::int64_t blocks, const float* x, float* out,
-                 std::int64_t ld) {
+void some_floats(const std::uint8_t* group, std::int64_t blocks, const float* x,
+                 const std::uint8_t* next, float* out, std::int64_t ld) {
     using namespace simd;
     constexpr int per_line = F::cols_per_line, step = 2 / per_line;
     Floats even[Tokens], odd[Tokens];
+    Ahead<step * 64> ahead(group, next, blocks * 16);
     unrolled<Tokens>([&](auto t) { even[t] = odd[t] = zero(); });
     for (std::int64_t pair = 0; pair < blocks * 16; ++pair, x += 2 * Width) {
         Floats w[2];
-        prefetch_lines<step * 64>(group + prefetch_ahead);
+        ahead.step(group);
         unrolled<step>([&](auto i) { F::split(group + 64 * i, w + i); });
         group += step * 64;
         unrolled<Tokens>([&](auto t) __attribute__((always_inline)) {
@@ -124,10 +137,11 @@ void some_floats(const std::uint8_t* group, std::int64_t blocks, const float* x,
 
 template <class F, int Tokens>
 void tile_floats(const std::uint8_t* group, std::int64_t blocks, const Activations& a,
-                 std::int64_t first, const std::uint8_t*, float* out, std::int64_t ld) {
+                 std::int64_t first, const std::uint8_t* next, float* out, std::int64_t ld) {
     constexpr int each = std::min(Tokens, simd::float_tile);
+    const float* x = a.float_tile(first);
     for (int t = 0; t < Tokens; t += each)
-        some_floats<F, each, Tokens>(group, blocks, a.float_tile(first) + t, out + t * ld, ld);
+        some_floats<F, each, Tokens>(group, blocks, x + t, t ? nullptr : next, out + t * ld, ld);
 }
 
 }  // namespace greenroom

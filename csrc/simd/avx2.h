@@ -352,7 +352,9 @@ inline void split_f16(const std::uint8_t* line, Floats& even, Floats& odd) {
            _mm256_cvtph_ps(_mm256_extracti128_si256(o, 1))};
 }
 
+// Into L1 and L2; into L2 alone.
 inline void prefetch(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T0); }
+inline void prefetch_far(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T1); }
 inline void pause() { _mm_pause(); }
 
 }  // namespace greenroom::simd

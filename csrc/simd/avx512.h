@@ -116,22 +116,31 @@ template <int N, int Tokens>
     }
 }
 
+// minus the token's sum times the zero point.
+template <int Zero>
+inline __m512i zero_point(const std::int32_t* neg_sum) {
+    if constexpr (Zero >= 0) return _mm512_slli_epi32(_mm512_set1_epi32(*neg_sum), Zero);
+    return _mm512_setzero_si512();
+}
+
 template <int MaxCode, int Zero, int N, int Tokens>
 [[gnu::always_inline]] inline void dots(const Codes* codes, const std::int8_t* x, int first,
                                         const std::int32_t* neg_sum, Ints* out) {
+    constexpr bool apart = Tokens <= 4;  // room for two chains per token, half as long
+    Ints high[Tokens];
     x += 4 * first;
 #pragma GCC unroll 16
-    for (int t = 0; t < Tokens; ++t) out[t].v = _mm512_setzero_si512();
-    add_plane<N, Tokens>(codes, x, out);
+    for (int t = 0; t < Tokens; ++t) high[t].v = _mm512_setzero_si512();
+    add_plane<N, Tokens>(codes, x, high);
 #pragma GCC unroll 16
     for (int t = 0; t < Tokens; ++t) {
-        out[t].v = _mm512_slli_epi32(out[t].v, 8);
-        if constexpr (Zero >= 0) {
-            const __m512i sum = _mm512_set1_epi32(neg_sum[token_bytes / 4 * t]);
-            out[t].v = _mm512_add_epi32(out[t].v, _mm512_slli_epi32(sum, Zero));
-        }
+        out[t].v = zero_point<Zero>(neg_sum + token_bytes / 4 * t);
+        if (!apart) out[t].v = _mm512_add_epi32(out[t].v, _mm512_slli_epi32(high[t].v, 8));
     }
     add_plane<N, Tokens>(codes, x + plane_bytes, out);
+#pragma GCC unroll 16
+    for (int t = 0; t < Tokens && apart; ++t)
+        out[t].v = _mm512_add_epi32(out[t].v, _mm512_slli_epi32(high[t].v, 8));
 }
 
 // Only for measuring what the dot product's instructions can do: acc + 4 products per lane, and
@@ -187,7 +196,9 @@ inline Codes upper_halves(Floats even, Floats odd) {
     return {_mm512_ternarylogic_epi32(high, mask, low, 0xea)};
 }
 
+// Into L1 and L2; into L2 alone.
 inline void prefetch(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T0); }
+inline void prefetch_far(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T1); }
 inline void pause() { _mm_pause(); }
 
 }  // namespace greenroom::simd

@@ -217,7 +217,9 @@ inline void split_f16(const std::uint8_t* line, Floats& even, Floats& odd) {
     odd = each([&](int i) { return f16_at(line + 4 * i + 2); });
 }
 
+// Into L1 and L2; into L2 alone.
 inline void prefetch(const void* p) { __builtin_prefetch(p); }
+inline void prefetch_far(const void* p) { __builtin_prefetch(p, 0, 2); }
 inline void pause() {}
 
 }  // namespace greenroom::simd
