@@ -64,7 +64,7 @@ def test_decode_with_half_of_the_experts_in_vram() -> None:
     # short kernels of 10 layers, the host
     place = Placement("cuda", "", layers=10, layers_on_gpu=10, slots=50)
     found = predict.decode(WORK, place, GPU, 0)
-    assert found.rate == pytest.approx(1 / (0.001 + 0.010 + 10 * (11e-6 + 55e-6) + 0.35e-3))
+    assert found.rate == pytest.approx(1 / (0.001 + 0.010 + 10 * (11e-6 + 43e-6)))
 
 
 def test_decode_batches_share_experts() -> None:
@@ -138,7 +138,7 @@ def test_the_last_layer_of_a_prompt_serves_its_last_token() -> None:
 
 
 def test_prefill_streams_experts() -> None:
-    # 512 tokens: (2 + 2) * 1e9 * 2 * 512 operations at a quarter of 1e14 = 164 ms; expanding
+    # 512 tokens: (2 + 2) * 1e9 * 2 * 512 operations at a third of 1e14 = 124 ms; expanding
     # 10 + 80 GB at 0.6 * 4e12 = 37.5 ms. 10 GB / 25 = 400 ms of copies, 4 ms an expert. At 51.2
     # tokens an expert takes the CPU 51 ms beside them (0.4e12), with ten times the rate 5 ms: two
     # of ten, with a millisecond to meet, are done within half of eight copies, three are not.
@@ -146,12 +146,26 @@ def test_prefill_streams_experts() -> None:
     slow = replace(GPU, vram=4000.0, pcie_up={64: 25.0})
     for machine, copied in ((slow, 0.4), (replace(slow, experts_batch={"X": 1e4}), 0.32)):
         found = predict.prefill(WORK, place, machine, 512)
-        assert found.rate == pytest.approx(512 / (copied + 10 * 55e-6 + 0.35e-3))
+        assert found.rate == pytest.approx(512 / (copied + 10 * 0.4e-3 + 0.35e-3))
         assert found.bound == "experts over PCIe"
     found = predict.prefill(WORK, place, replace(GPU, vram=4000.0, pcie_up={64: 500.0}), 512)
-    computed = 4.096e12 / 0.25e14 + 90e9 / (0.6 * 4e12)
-    assert found.rate == pytest.approx(512 / (computed + 10 * 55e-6 + 0.35e-3))
+    computed = 4.096e12 / 0.33e14 + 90e9 / (0.6 * 4e12)
+    assert found.rate == pytest.approx(512 / (computed + 10 * 0.4e-3 + 0.35e-3))
     assert found.bound == "products on the GPU"
+    # what is computed in no time has to be launched: 4.7 ms a layer
+    fast = replace(GPU, vram=1e6, pcie_up={64: 5000.0}, gpu_bf16=1e9)
+    found = predict.prefill(WORK, place, fast, 512)
+    assert found.rate == pytest.approx(512 / (10 * 5.1e-3 + 0.35e-3))
+    assert found.bound == "launches"
+
+
+def test_a_few_sequences_read_weights_in_vram_slower() -> None:
+    # 1 + 10 GB at 1,000 GB/s, the experts' 1 - 0.9**4 = 34 %; a layer has 43 us
+    place = Placement("cuda", "", layers=10, layers_on_gpu=10, slots=100)
+    one = predict.decode(replace(WORK, share=1.0), place, GPU, 0)
+    assert one.rate == pytest.approx(1 / (0.011 + 10 * 43e-6))
+    four = predict.decode(WORK, place, GPU, 0, batch=4)
+    assert four.rate == pytest.approx(4 / ((0.001 + 0.010 * 0.3439) / 0.38 + 10 * 43e-6))
 
 
 def test_plan_of_a_shape(tmp_path, capsys) -> None:

@@ -20,15 +20,20 @@ from greenroom.placement.sharing import measured_rates
 
 _SPLIT = re.compile(r"\.\d+\.weight$")  # one expert of several, each a tensor of its own
 _EXPERTS = re.compile(r"_exps\.weight$|\.ffn_(gate|up|down)\.\d+\.weight$")
-# On an H100 over PCIe 5, see docs/performance.md. A layer with experts in RAM: bells and 11 KB each
-# way, within a recorded step. A layer of a decode step: kernels too short to fill the bandwidth.
-# A step: its launch, waking up, the next call. Products of long steps: share of the peak rate;
-# attention of long steps: operations per second; expanding experts: share of VRAM's bandwidth.
-HANDSHAKE_SECONDS = 11e-6
-GPU_LAYER_SECONDS = 55e-6
+# On an H100 over PCIe 5, see docs/performance.md. Of a recorded decode step, by layer:
+HANDSHAKE_SECONDS = 11e-6  # with experts in RAM: bells, and 11 KB each way
+GPU_LAYER_SECONDS = 43e-6  # kernels too short to fill the bandwidth
+GPU_FEW = 0.38  # share of VRAM's bandwidth that products of 3 to 16 tokens reach
+# Of other steps: the launch, waking up, the next call. Recorded ones are launched ahead.
 GPU_STEP_SECONDS = 0.35e-3
-GPU_PRODUCTS = 0.25
-GPU_ATTENTION = 10e12
+# Of a long step, by layer: what the host needs while GPU and bus work, and what passes between the
+# last copy or product and the next layer's first.
+LONG_LAYER_HOST_SECONDS = 4.7e-3
+LONG_LAYER_GAP_SECONDS = 0.4e-3
+# Of long steps: share of the peak rate that products reach, operations of attention in a second,
+# share of VRAM's bandwidth that expanding experts reaches.
+GPU_PRODUCTS = 0.33
+GPU_ATTENTION = 80e12
 GPU_EXPANDING = 0.6
 
 
@@ -199,27 +204,32 @@ def decode(
         "attention on the CPU": (1 - gpu) * _over(attended, machine.attention_step),
         "norms and the like": (1 - gpu) * rows * work.passed * machine.norm_seconds,
     }
+    vram = _bytes(machine.vram)
     if gpu:
-        cache = work.cache * context * batch
-        there = sum(work.dense.values()) + cache
-        parts["dense layers from VRAM"] = gpu * there / _bytes(machine.vram)
+        there = sum(work.dense.values()) / _reached(batch) + work.cache * context * batch
+        parts["dense layers from VRAM"] = gpu * there / vram
     if hits is None:
         hits = resident(placement, work) if gpu else 0.0
     used = work.touched(batch)
     each = 1 if measured else work.per_expert(batch)
     whole = _expert_seconds(work, machine, each)
     from_ram = (1 - hits) * used * whole
-    from_vram = hits * used * sum(work.experts.values()) / _bytes(machine.vram) if hits else 0.0
+    from_vram = hits * used * sum(work.experts.values()) / (vram * _reached(batch))
     # Both work at once; the longer decides.
     longer = "experts from RAM" if from_ram >= from_vram else "experts from VRAM"
     parts[longer] = max(from_ram, from_vram)
     if gpu and not measured:
         parts["handshakes"] = gpu * work.layers * HANDSHAKE_SECONDS * (hits < 1)
         parts["short kernels"] = placement.layers_on_gpu * GPU_LAYER_SECONDS
-        parts["host"] = GPU_STEP_SECONDS
+        parts["host"] = GPU_STEP_SECONDS * (placement.layers_on_gpu < placement.layers)
     if not measured:
         parts["host and threads"] = (1 - gpu) * _host(work, machine)
     return _predicted(parts, batch)
+
+
+def _reached(rows: int) -> float:
+    """Share of VRAM's bandwidth that products of a decode step reach."""
+    return 1.0 if rows <= 2 else GPU_FEW
 
 
 def _host(work: Work, machine: MachineProfile) -> float:
@@ -257,14 +267,19 @@ def prefill(
     if gpu and placement.staging and machine.pcie:
         copied = steps * missing * sum(work.experts.values()) / _bytes(machine.pcie)
         copied *= (1 - work.late) * (1 - _lent(work, machine, rows, missing))
-        # The copies run under the computation.
-        computed = sum(parts[name] for name in _GPU_PARTS)
-        if copied > computed:
-            parts = {name: s for name, s in parts.items() if name not in _GPU_PARTS}
-            parts["experts over PCIe"] = copied
+        launched = steps * placement.layers_on_gpu * LONG_LAYER_HOST_SECONDS
+        parts = _longest(parts, {"experts over PCIe": copied, "launches": launched})
     elif missing:
         parts["experts on the CPU"] = missing * on_cpu
     return _predicted(parts, every)
+
+
+def _longest(parts: Mapping[str, float], beside: Mapping[str, float]) -> dict[str, float]:
+    """The parts, those of the GPU replaced where what runs beside them takes longer."""
+    name = max(beside, key=lambda name: beside[name])
+    if beside[name] <= sum(parts[part] for part in _GPU_PARTS):
+        return dict(parts)
+    return {part: s for part, s in parts.items() if part not in _GPU_PARTS} | {name: beside[name]}
 
 
 _GPU_PARTS = ("products on the GPU", "attention on the GPU", "expanding experts")
@@ -319,7 +334,7 @@ def _on_gpu(
         * moved
         * work.touched(rows)
         / (GPU_EXPANDING * _bytes(machine.vram)),
-        "short kernels": steps * placement.layers_on_gpu * GPU_LAYER_SECONDS,
+        "between layers": steps * placement.layers_on_gpu * LONG_LAYER_GAP_SECONDS,
         "host": steps * GPU_STEP_SECONDS,
     }
 
