@@ -2,7 +2,8 @@
 // rows), then every (expert, chunk of down rows). A down chunk needs all of its expert's hidden
 // values; it waits for them, which cannot block for ever because all gate/up items were handed
 // out before and depend on nothing. Usually they are long done: other experts lie in between.
-// The last job to finish a chunk of output rows adds up that chunk.
+// The last job to finish a chunk of output rows adds up that chunk. One token is quantised by the
+// first thread to come, while the others ask for their first weights.
 #include "moe/step.h"
 
 #include <algorithm>
@@ -39,6 +40,11 @@ std::int64_t named(const Routes& routes, std::size_t experts) {
     for (std::int64_t i = 0; i < routes.tokens * routes.k; ++i)
         if (routes.ids[i] >= 0) seen[static_cast<std::size_t>(routes.ids[i])] = true;
     return std::count(seen.begin(), seen.end(), true);
+}
+
+// The first weights of a thread, which nobody has asked for before.
+void ask_for(const std::uint8_t* weights) {
+    for (int i = 0; i < 8192; i += 64) simd::prefetch_far(weights + i);
 }
 
 void wait_for_zero(const std::atomic<int>& pending) {
@@ -152,13 +158,19 @@ void MoeStep::run() {
         const std::int64_t count = share_x() ? 1 : jobs_[j].count;
         for (std::int64_t t = 0; t < count; t += tile_width(count - t)) tiles.push_back({j, t});
     }
-    if (tiles.size() == 1)
-        fill_tile(tiles[0]);
-    else
+    const bool together = tiles.size() == 1;  // no region of its own for one tile
+    if (!together)
         pool_.run(static_cast<std::int64_t>(tiles.size()),
                   [&](std::int64_t i, int) { fill_tile(tiles[i]); });
+    unfilled_ = together;
     std::atomic<std::int64_t> queue{0};
-    pool_.run(pool_.size(), [&](std::int64_t, int thread) { work_off(queue, thread); });
+    pool_.run(pool_.size(), [&](std::int64_t task, int thread) {
+        if (together && task == 0) {
+            fill_tile(tiles[0]);
+            unfilled_.store(0, std::memory_order_release);
+        }
+        work_off(queue, thread);
+    });
 }
 
 // Takes each item while the one before is still to be done, so that its weights can be asked for
@@ -168,7 +180,9 @@ void MoeStep::work_off(std::atomic<std::int64_t>& queue, int thread) {
     const std::int64_t total = job_count_ * (up_.count + down_.count);
     const std::int64_t early = total - 2 * pool_.size();
     const auto take = [&] { return queue.fetch_add(1, std::memory_order_relaxed); };
-    for (std::int64_t index = take(); index < total;) {
+    std::int64_t index = take();
+    if (index < total) ask_for(start_of(index));
+    while (index < total) {
         const std::int64_t next = index < early ? take() : -1;
         item(index, next < 0 || next >= total ? nullptr : start_of(next), thread);
         index = next < 0 ? take() : next;
@@ -191,6 +205,7 @@ void MoeStep::item(std::int64_t index, const std::uint8_t* next, int thread) {
 }
 
 void MoeStep::up_chunk(Job& job, std::int64_t chunk, const std::uint8_t* next, int thread) {
+    wait_for_zero(unfilled_);
     std::uint8_t* buffer = buffers_ + thread * (2 * product_bytes_ + scratch_bytes_);
     auto* gate = reinterpret_cast<float*>(buffer);
     auto* up = reinterpret_cast<float*>(buffer + product_bytes_);

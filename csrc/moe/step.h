@@ -58,6 +58,7 @@ class MoeStep {
     std::unique_ptr<Job[]> jobs_;
     int job_count_ = 0;
     Chunks up_, down_;
+    std::atomic<int> unfilled_{0};  // 1: the only tile of x is still being quantised
     std::unique_ptr<std::atomic<int>[]> unreduced_;  // jobs still to come, per down chunk
     float* partial_ = nullptr;                       // (tokens * k, d), weighted
     std::uint8_t* buffers_ = nullptr;
