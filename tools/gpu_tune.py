@@ -3,8 +3,8 @@
     python tools/gpu_tune.py [--quick] [--decode]
 
 Prints microseconds, GB/s of weights and the best choice for: experts in slots (one token),
-dense matrices, expanding a slab, one expert of a long step, and
-copies from pinned and pageable slabs.
+dense matrices (one to sixteen tokens), expanding a slab, one expert of a long step, all experts
+of a layer straight from their slots, and copies from pinned and pageable slabs.
 """
 
 import argparse
@@ -19,10 +19,12 @@ import torch
 import triton
 
 from greenroom.experts import tiers
+from greenroom.experts.resident import ResidentMlp
 from greenroom.experts.slabs import SlabLayout, allocate
 from greenroom.experts.stream import ROWS, GroupMlp, Step
 from greenroom.gguf import GGMLType
 from greenroom.kernels import dequantise as expand
+from greenroom.kernels import direct
 from greenroom.kernels import experts as kernels
 from greenroom.kernels import matvec as dense
 from greenroom.kernels.expert_rows import scaled_rows
@@ -30,6 +32,12 @@ from greenroom.kernels.grouped import Group, Routes
 from greenroom.kernels.lines import Walk
 from greenroom.kernels.planes import order, split
 
+EXPERTS = {"gpt-oss-20b": 32, "qwen3-30b-a3b": 128}  # of a layer
+# Rows, columns, blocks of 32 columns, warps and stages of `kernels.direct`.
+TILES = [
+    (32, 128, 2, 4, 3), (64, 128, 2, 4, 3), (64, 128, 4, 4, 2), (128, 128, 2, 8, 3),
+    (128, 128, 4, 8, 2), (128, 256, 2, 8, 3),
+]  # fmt: skip
 SHAPES: dict[str, Any] = {
     "gpt-oss-20b": ((39, 39, 39), 2880, 2880, True, 4, "gpt-oss"),
     "qwen3-30b-a3b": ((12, 12, 14), 2048, 768, False, 8, "silu"),
@@ -136,15 +144,35 @@ def tune_stream(name: str) -> None:
         print(f"expert {name} {rows} rows: {device}, {rate:.0f} TFLOP/s", flush=True)
 
 
-def tune_matvec() -> None:
-    """Matrices of one token, one after another, more of them than the cache holds; their planes
+def tune_resident(name: str) -> None:
+    """A layer whose experts all have slots, in tiles of several sizes."""
+    kinds, d, f, biased, k, activation = SHAPES[name]
+    layout = SlabLayout.plan(tuple(GGMLType(kind) for kind in kinds), d, f, biased)
+    count = EXPERTS[name]
+    memory, table = slots_of(layout, count), torch.randperm(count, device="cuda").int()
+    usual = direct.tile
+    for tokens in (64, 512, 2048):
+        hidden, weights = torch.randn(tokens, d, device="cuda"), torch.rand(tokens, k).cuda()
+        ids = torch.stack([torch.randperm(count)[:k] for _ in range(tokens)]).int().cuda()
+        mlp = ResidentMlp(layout, activation, count, 8192)
+        for tile in (None, *TILES):
+            direct.tile = usual if tile is None else lambda rows, device, tile=tile: tile
+            seconds = timed(partial(mlp, memory, table, hidden, ids, weights))
+            rate = 6 * tokens * k * d * f / seconds / 1e12
+            print(f"resident {name} {tokens} tokens, tile {tile or 'chosen'}: "
+                  f"{seconds * 1e6:.0f} us, {rate:.0f} TFLOP/s", flush=True)  # fmt: skip
+    direct.tile = usual
+
+
+def tune_matvec(tokens: int) -> None:
+    """Matrices of few tokens, one after another, more of them than the cache holds; their planes
     are made beforehand."""
     for rows, cols, kind in ((5120, 2880, 8), (2880, 4096, 8), (201088, 2880, 8), (5120, 2880, 39)):
         walk = Walk.of(kind, cols)
         size = rows // 16 * walk.group_bytes
         copies = max(2, (300 << 20) // size)
         packed = torch.full((copies, size), 0x11, dtype=torch.uint8, device="cuda")
-        x = torch.randn(1, cols, device="cuda")
+        x = torch.randn(tokens, cols, device="cuda")
         planes = split(x, order(walk.constants))
 
         def known(
@@ -153,13 +181,13 @@ def tune_matvec() -> None:
             return planes
 
         for groups, warps in ((16, 2), (32, 2), (32, 4), (64, 4), (64, 8), (128, 8)):
-            dense.GROUPS = groups
-            dense.GROUPS_WARPS = warps
+            dense.GROUPS = dense.FOUR = dense.MORE = groups
+            dense.GROUPS_WARPS = dense.FOUR_WARPS = dense.MORE_WARPS = warps
             turns = cycle(packed)
             seconds = timed(
                 lambda: dense.matvec(next(turns), kind, rows, cols, x, None, known)  # noqa: B023
             )
-            choice = f"{rows}x{cols} {GGMLType(kind).name} groups {groups} warps {warps}"
+            choice = f"{tokens} x {rows}x{cols} {GGMLType(kind).name} groups {groups} warps {warps}"
             rate = f"{seconds * 1e6:.1f} us {size / seconds / 1e9:.0f} GB/s"
             print(f"matvec {choice}: {rate}", flush=True)
 
@@ -189,14 +217,15 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--decode", action="store_true", help="only what a decode step runs")
     args = parser.parse_args()
+    for tokens in (1, 4, 16):
+        tune_matvec(tokens)
     if args.decode:
-        tune_matvec()
         tune_hits("gpt-oss-20b", quick=True)
         return
     measure_copies()
-    tune_matvec()
     for name in SHAPES:
         tune_stream(name)
+        tune_resident(name)
         tune_hits(name, args.quick)
 
 

@@ -18,6 +18,7 @@ from greenroom.gguf import GGMLType
 from greenroom.kernels import grouped
 from greenroom.kernels.attention import PREFILL_ROWS, ROWS, attend
 from greenroom.kernels.dequantise import dequantise, dequantise_group
+from greenroom.kernels.direct import direct
 from greenroom.kernels.errand import meet, send, tell
 from greenroom.kernels.expert_rows import activated_rows, add_rows, scaled_rows
 from greenroom.kernels.experts import hits
@@ -30,6 +31,7 @@ from greenroom.kernels.rendezvous import Box, collect, ring
 from greenroom.kernels.rope import enter
 from greenroom.kernels.router import RULES, choose, logits
 from greenroom.kernels.rowmajor import rowmajor
+from greenroom.kernels.sorting import by_expert
 
 TARGET = GPUTarget("cuda", int(sys.argv[1]) if len(sys.argv) > 1 else 90, 32)
 TYPES = {
@@ -107,6 +109,8 @@ grouped.carry(ints, ints)
 send(x, ints, ints, x)
 tell(ints, 3)
 meet(ints, 3)
+by_expert(ints.view(2, 4), 60)
+by_expert(ints.view(2, 4), 60, ints, ints)
 routes = grouped.Routes(ints.view(2, 4), torch.zeros(2, 4), *[ints] * 3, ints.view(4, 2))
 group = grouped.Group(0, 0, (2,))
 for kinds in [(39, 39, 39), (12, 12, 14), (30, 30, 30)][: 1 if quick else 3]:
@@ -120,6 +124,8 @@ for kinds in [(39, 39, 39), (12, 12, 14), (30, 30, 30)][: 1 if quick else 3]:
     dequantise_group(memory, 0, kinds[0], half, routes, group)
     for rows in (64, 2048)[:: -1 if quick else 1][: 1 if quick else 2]:
         group = grouped.Group(0, 0, (rows,))
-        grouped._wide = lambda device: TARGET.arch >= 90
+        grouped.wide = lambda device: TARGET.arch >= 90
         grouped.product(half[0], half, routes, group, 0, rows, gather=True)
+    if kinds[0] != 30:
+        direct(half[0], memory, 0, kinds[0], both[:, :256], routes, group, 0, gather=True)
     scaled_rows(x)

@@ -106,6 +106,7 @@ def _options(
         scratch_bytes=placement.scratch,
         slot_bytes=placement.slot_bytes,
         staging_bytes=placement.staging,
+        chunk=placement.prefill_chunk or 0,
         rates=_rates(file, config.threads) if placement.staging else None,
         trace=config.trace,
         mmap=config.mmap,

@@ -60,6 +60,12 @@ class Slots(Protocol):
     table: Tensor
     full: bool
 
+    def takes(self, routes: int) -> bool:
+        """Whether `many` computes steps of so many routes, only if `full`."""
+
+    def many(self, hidden: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
+        """`hits` for a long step."""
+
     def hits(self, hidden: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
         """The sum over the routes whose expert has a slot; part of a captured step, so without
         waiting for the device.
@@ -241,10 +247,13 @@ class ExpertsBeside:
 
     def start(self, hidden: Tensor, ids: Tensor, weights: Tensor) -> None:
         """Begins `__call__`; what the device is given until `finish` runs beside it."""
-        if self.stream is not None and hidden.shape[0] > self.FEW:
+        slots, long = self.slots, hidden.shape[0] > self.FEW
+        if long and slots is not None and slots.takes(ids.numel()):
+            self._done = slots.many(hidden, ids, weights)
+            return
+        if long and self.stream is not None:
             self._done = self.stream(hidden, ids, weights)
             return
-        slots = self.slots
         if slots is not None and slots.full:  # nothing is left for the CPU
             self._done = slots.hits(hidden, ids, weights)
             return

@@ -198,6 +198,12 @@ class SlabLayout:
             end += -(-size // LINE) * LINE
         return SlabLayout(d, f, types, tuple(parts[:3]), tuple(parts[3:]) or None, end)
 
+    @property
+    def joined(self) -> bool:
+        """Whether gate and up are one matrix (2 f, d): up's groups of rows follow gate's."""
+        gate, up = self.matrices[:2]
+        return self.types[0] == self.types[1] and gate[1] == up[0] and self.f % 16 == 0
+
     def matrix(self, slab: Bytes, index: int) -> Bytes:
         """Packed gate (0), up (1) or down (2) of a slab."""
         start, stop = self.matrices[index]

@@ -7,7 +7,7 @@ is `kernels.experts`' business.
 
 from collections import Counter
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,23 +16,14 @@ from torch import Tensor
 
 from greenroom.experts.cpu import CpuExperts
 from greenroom.experts.residency import EMPTY, Move, Residency
+from greenroom.experts.resident import ResidentMlp
 from greenroom.experts.selfcheck import SelfCheck
 from greenroom.experts.slabs import SlabLayout
+from greenroom.experts.uselog import SEEN, Account, Seen, UseLog
 from greenroom.kernels.experts import hits
 from greenroom.kernels.planes import Cutter
 
-SEEN = 512  # routes of a layer that a step's log holds
 EVERY = 4  # steps between promotions
-
-
-class Account(Protocol):
-    """Gives out memory of a device; `layers.ledger.Ledger` is one."""
-
-    device: torch.device
-
-    def empty(self, part: str, shape: Sequence[int], dtype: torch.dtype) -> Tensor: ...
-
-    def release(self, part: str, nbytes: int) -> None: ...
 
 
 class LayerSlots:
@@ -52,8 +43,9 @@ class LayerSlots:
         memory: Tensor,
         table: Tensor,
         seats: NDArray[np.int32],
-        seen: "Seen",
+        seen: Seen,
         cpu: CpuExperts,
+        chunk: int = 0,
     ) -> None:
         self.memory = memory
         self.table = table
@@ -62,6 +54,18 @@ class LayerSlots:
         self._layout = cpu.layout
         self._activation = cpu.activation
         self.cut = Cutter()
+        self._mlp = ResidentMlp(cpu.layout, cpu.activation, cpu.experts, chunk)
+
+    def takes(self, routes: int) -> bool:
+        """Whether `many` computes steps of so many routes."""
+        return self.full and self._mlp.takes(routes)
+
+    def many(self, hidden: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
+        """`hits` for many tokens, if it `takes` them."""
+        arguments = (hidden.contiguous(), ids, weights)
+        total, starts = self._mlp(self.memory, self.table, *arguments)
+        self.seen.later(starts)
+        return total
 
     def hits(self, hidden: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
         """The sum over routes whose expert has a slot, see `kernels.experts.hits`."""
@@ -78,63 +82,6 @@ class LayerSlots:
     def places(self) -> dict[int, int]:
         """Slot of each resident expert, as the host knows it."""
         return {int(e): int(self._seats[e]) for e in np.flatnonzero(self._seats != EMPTY)}
-
-
-class UseLog:
-    """Which experts the last step chose, written by the kernels and read after the step.
-
-    Args:
-        account: where memory is booked.
-        layers, experts: of the model.
-    """
-
-    def __init__(self, account: Account, layers: int, experts: int) -> None:
-        self.device = account.empty("slots", [layers, SEEN], torch.int32).fill_(EMPTY)
-        self._cuda = account.device.type == "cuda"
-        self._host = torch.empty(layers, SEEN, dtype=torch.int32, pin_memory=self._cuda)
-        self._uses = np.zeros((layers, experts), np.int64)
-        self._reading: tuple[Any, int] | None = None
-        self.k = 0
-
-    def add(self, layer: int, uses: Sequence[int]) -> None:
-        """Counts of a long step's layer."""
-        self._uses[layer, : len(uses)] += np.asarray(uses, np.int64)
-
-    def read(self, tokens: int) -> None:
-        """Begins to fetch what the step just given to the device chose."""
-        if not 0 < tokens * self.k <= SEEN:
-            return
-        self._host.copy_(self.device, non_blocking=True)
-        event: Any = None
-        if self._cuda:
-            made: Any = torch.cuda.Event
-            event = made()
-            event.record()
-        self._reading = event, tokens * self.k
-
-    def take(self) -> NDArray[np.int64]:
-        """Uses since the last call, (layers, experts); waits for the fetch begun last."""
-        if self._reading is not None:
-            (event, count), self._reading = self._reading, None
-            if event is not None:
-                event.synchronize()
-            ids = self._host[:, :count].numpy()
-            layer, place = np.nonzero(ids >= 0)
-            np.add.at(self._uses, (layer, ids[layer, place]), 1)
-        uses, self._uses = self._uses, np.zeros_like(self._uses)
-        return uses
-
-
-class Seen:
-    """One layer's line of a `UseLog`."""
-
-    def __init__(self, log: UseLog, layer: int) -> None:
-        self.log, self.layer = log, layer
-
-    def row(self, ids: Tensor) -> Tensor | None:
-        """Where a step's ids (tokens, k) go, or None if there are too many."""
-        self.log.k = ids.shape[1]
-        return self.log.device[self.layer] if ids.numel() <= SEEN else None
 
 
 class Arena:
@@ -192,6 +139,7 @@ class Slots:
         banks: the slabs of each MoE layer.
         nbytes: memory for slots; what is left over is less than one slab per layout.
         heat: (layers, experts), how much each expert is in demand; None if nothing is known.
+        chunk: most tokens of a step, if known.
     """
 
     def __init__(
@@ -200,6 +148,7 @@ class Slots:
         banks: Sequence[CpuExperts],
         nbytes: int,
         heat: NDArray[np.floating] | None = None,
+        chunk: int = 0,
     ) -> None:
         experts = max(bank.experts for bank in banks)
         self.seats: NDArray[np.int32] = np.full((len(banks), experts), EMPTY, np.int32)
@@ -222,7 +171,7 @@ class Slots:
             for i, bank in zip(arena.layers, arena.banks, strict=True):
                 row, seats = self.table[i, : bank.experts], self.seats[i]
                 self.layers[i] = LayerSlots(
-                    arena.memory, row, seats[: bank.experts], Seen(self.log, i), bank
+                    arena.memory, row, seats[: bank.experts], Seen(self.log, i), bank, chunk
                 )
         self._seat_first(heat is not None)
         for layer, seated in zip(self.layers, self.resident, strict=True):

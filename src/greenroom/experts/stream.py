@@ -325,9 +325,8 @@ class GroupMlp:
     def _gate_up(self, slabs: Tensor, routes: Routes, group: Group) -> Tensor:
         f, d, n = self._layout.f, self._layout.d, len(group.counts)
         both = self._scratch[: 2 * n * f * d].view(n, 2 * f, d)
-        gate, up = self._layout.matrices[:2]
-        if self._layout.types[0] == self._layout.types[1] and gate[1] == up[0] and f % 16 == 0:
-            return self._matrix(slabs, 0, both, routes, group)  # up's groups of rows follow gate's
+        if self._layout.joined:
+            return self._matrix(slabs, 0, both, routes, group)
         self._matrix(slabs, 0, both[:, :f], routes, group)
         self._matrix(slabs, 1, both[:, f:], routes, group)
         return both

@@ -17,8 +17,9 @@ from greenroom.experts.errands import Errands
 from greenroom.experts.pinned import register
 from greenroom.experts.ring import Ring
 from greenroom.experts.share import Share
-from greenroom.experts.slots import Account, LayerSlots, Slots
+from greenroom.experts.slots import LayerSlots, Slots
 from greenroom.experts.stream import Desk, LayerStream
+from greenroom.experts.uselog import Account
 from greenroom.kernels.grouped import MOST
 
 log = logging.getLogger(__name__)
@@ -40,6 +41,7 @@ class Tiers:
             layers than this device computes, it is the last that count.
         used: experts of a token; 0 if that is not known.
         share: says what the CPU takes of long steps; None for nothing.
+        chunk: most tokens of a step; 0 if that is not known.
     """
 
     def __init__(
@@ -50,9 +52,10 @@ class Tiers:
         heat: NDArray[np.floating] | None = None,
         used: int = 0,
         share: Share | None = None,
+        chunk: int = 0,
     ) -> None:
         self._account, self._heat = account, heat
-        self._used, self.share = used, share
+        self._used, self.share, self._chunk = used, share, chunk
         self._slot_bytes, self._staging_bytes = slot_bytes, staging_bytes
         self._layers: list[ExpertsBeside] = []
         self._pins: list[Future[None]] = []
@@ -80,7 +83,7 @@ class Tiers:
             return
         if self._slot_bytes >= min(bank.layout.nbytes for bank in banks):
             heat = None if self._heat is None else self._heat[-len(banks) :]
-            self.slots = Slots(self._account, banks, self._slot_bytes, heat)
+            self.slots = Slots(self._account, banks, self._slot_bytes, heat, self._chunk)
             for layer, slots in zip(self._layers, self.slots.layers, strict=True):
                 layer.slots = slots
         self._stage(banks)

@@ -145,7 +145,8 @@ def activated_rows(
     _activated[(rows,)](
         both, slabs, slabs.shape[1], gate_bias, up_bias, row_scales, routes.tokens, routes.starts,
         routes.table, routes.table.shape[1], group.first, len(group.counts), skip, rows, out,
-        scales, f, BIAS=biases is not None, KIND=ACTIVATIONS[activation], PAD=MOST, BLOCK=block,
+        scales, f, BIAS=biases is not None, KIND=ACTIVATIONS[activation],
+        PAD=max(MOST, triton.next_power_of_2(len(group.counts))), BLOCK=block,
         num_warps=_warps(block),
     )  # fmt: skip
     return out, scales

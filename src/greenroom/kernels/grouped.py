@@ -15,6 +15,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from greenroom.kernels.sorting import by_expert
+
 ORDER, BASE, PLACE, GROUP = range(4)  # lines of `Routes.table`
 MOST = 16  # experts of a group
 WIDE_SHARED = 160 << 10  # bytes of shared memory a block needs for the widest tiles
@@ -45,12 +47,17 @@ class Routes:
     def sort(ids: Tensor, weights: Tensor, table: Tensor) -> "Routes":
         """Of ids (tokens, k) int32 and weights (tokens, k) float32; the table comes later."""
         ids, weights = ids.contiguous(), weights.contiguous()
-        sorted_ids, order = torch.sort(ids.view(-1), stable=True)
-        edges = torch.arange(table.shape[1] + 1, dtype=torch.int32, device=ids.device)
-        starts = torch.searchsorted(sorted_ids, edges, out_int32=True)
-        line = torch.arange(ids.numel(), dtype=torch.int32, device=ids.device)
-        places = torch.empty_like(line).scatter_(0, order, line)
-        return Routes(ids, weights, (order // ids.shape[1]).int(), places, starts, table)
+        tokens, places, starts = by_expert(ids, table.shape[1])
+        return Routes(ids, weights, tokens, places, starts, table)
+
+    @staticmethod
+    def all_in(ids: Tensor, weights: Tensor, slots: Tensor) -> "Routes":
+        """Of ids and weights as `sort` takes them, all experts one group (of number 0) in their
+        own order, whose slabs `slots` (experts,) int32 tells."""
+        ids, weights = ids.contiguous(), weights.contiguous()
+        table = torch.empty(4, len(slots), dtype=torch.int32, device=ids.device)
+        tokens, places, starts = by_expert(ids, len(slots), slots, table)
+        return Routes(ids, weights, tokens, places, starts, table)
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,7 +156,7 @@ def _product(
 
 
 @cache
-def _wide(device: torch.device) -> bool:
+def wide(device: torch.device) -> bool:
     """Whether blocks may take enough shared memory for the widest tiles."""
     if device.type != "cuda":
         return False
@@ -161,7 +168,7 @@ def tile(rows: int, device: torch.device) -> tuple[int, int, int, int, int]:
     """Rows, columns and depth of a tile, warps and stages, for `rows` of an expert."""
     if rows <= 96:
         return 64, 128, 64, 4, 3
-    return (128, 256, 64, 8, 3) if _wide(device) else (128, 128, 64, 8, 3)
+    return (128, 256, 64, 8, 3) if wide(device) else (128, 128, 64, 8, 3)
 
 
 def product(

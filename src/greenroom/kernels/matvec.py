@@ -1,7 +1,7 @@
 """Quantised matrix times a few vectors on the GPU: weights are read once, in their blocks.
 
-A program owns 16 rows and walks the columns; no tensor cores, since a step of one to four tokens
-is bound by the bytes of the weights. Weights lie as docs/slab-layout.md says.
+A program owns 16 rows and walks the columns for one token or four; no tensor cores, since a step
+of few tokens is bound by the bytes of the weights. Weights lie as docs/slab-layout.md says.
 """
 
 from collections.abc import Callable
@@ -13,71 +13,23 @@ import triton.language as tl
 from torch import Tensor
 
 from greenroom.kernels.lines import Walk, rows_product
-from greenroom.kernels.packed import FORMATS, IQ4_VALUES, code, factors, number
-from greenroom.kernels.planes import INTERPRETED, PLANES, group_dots, order, split
+from greenroom.kernels.packed import IQ4_VALUES
+from greenroom.kernels.planes import (
+    INTERPRETED,
+    PLANES,
+    group_dots,
+    group_dots_of_four,
+    order,
+    split,
+)
 
-BLOCKS = 32  # blocks of 32 columns read at a time
-SINGLE = 2  # tokens up to which each walks the lines by itself: wider loads, fewer instructions
+SINGLE = 2  # tokens up to which each reads the matrix by itself; beyond, four take codes apart once
 MANY = 1024  # groups of rows from which there are programs enough to fill a GPU several times
 FEW_LINES, FEW_WARPS = 256, 8  # of that walk below MANY: much to wait for at a time
 LINES, WARPS = 64, 2  # and above
+FOUR, FOUR_WARPS = 64, 4  # the same for four tokens
+MORE, MORE_WARPS = 32, 4  # and for more
 GROUPS, GROUPS_WARPS = 128, 8  # in planes: groups of sixteen columns, of any matrix
-
-
-@triton.jit
-def _matvec(
-    packed,
-    x,
-    bias,
-    out,
-    iq4,
-    rows,
-    blocks,
-    group_bytes,
-    payload_bytes,
-    tokens,
-    BLOCK_WORDS: tl.constexpr,
-    LOW: tl.constexpr,
-    HIGH: tl.constexpr,
-    ZERO: tl.constexpr,
-    TABLE: tl.constexpr,
-    SCALES: tl.constexpr,
-    PARTS: tl.constexpr,
-    BIAS: tl.constexpr,
-    TOKENS: tl.constexpr,
-    BLOCKS: tl.constexpr,
-):
-    group = packed + tl.program_id(0).to(tl.int64) * group_bytes
-    token = tl.program_id(1) * TOKENS + tl.arange(0, TOKENS)
-    row = tl.arange(0, 16)
-    lane = token[:, None] * blocks * 32
-    acc = tl.zeros((TOKENS, 16), tl.float32)
-    for start in range(0, blocks, BLOCKS):
-        block = start + tl.arange(0, BLOCKS)
-        inside = block < blocks
-        at = tl.where(inside, block, 0)
-        words = group.to(tl.pointer_type(tl.int32)) + at[:, None] * BLOCK_WORDS + row[None, :]
-        live = (token < tokens)[:, None] & inside[None, :]
-        for part in tl.static_range(PARTS):
-            scale, low = factors(group + payload_bytes, at[:, None], row[None, :], part, SCALES)
-            dot = tl.zeros((TOKENS, BLOCKS, 16), tl.float32)
-            total = tl.zeros((TOKENS, BLOCKS), tl.float32)
-            for quad in tl.static_range(part * (8 // PARTS), (part + 1) * (8 // PARTS)):
-                for byte in tl.static_range(4):
-                    value = number(code(words, quad, byte, LOW, HIGH), iq4, ZERO, TABLE)
-                    column = lane + at[None, :] * 32 + 4 * quad + byte
-                    activation = tl.load(x + column, mask=live, other=0.0)
-                    dot += value[None, :, :] * activation[:, :, None]
-                    total += activation
-            acc += tl.sum(dot * scale[None, :, :] - total[:, :, None] * low, 1)
-    index = tl.program_id(0) * 16 + row
-    if BIAS:
-        acc += tl.load(bias + index, mask=index < rows, other=0.0)[None, :]
-    tl.store(
-        out + token[:, None] * rows + index[None, :],
-        acc,
-        mask=(token < tokens)[:, None] & (index < rows)[None, :],
-    )
 
 
 @triton.jit
@@ -118,6 +70,42 @@ def _dots(
     tl.store(out + token * rows + row, y, mask=row < rows)
 
 
+@triton.jit
+def _store(acc, bias, out, token, tokens, rows, BIAS: tl.constexpr):
+    y = tl.sum(acc, 0)
+    row = tl.program_id(1) * 16 + tl.arange(0, 16)
+    if BIAS:
+        y += tl.load(bias + row, mask=row < rows, other=0.0)
+    tl.store(out + token * rows + row, y, mask=row < tl.where(token < tokens, rows, 0))
+
+
+@triton.jit
+def _four(
+    packed, words, units, bias, out, tokens, rows, cols, group_bytes, payload_bytes,
+    C: tl.constexpr, PLANES: tl.constexpr, ASM: tl.constexpr, BIAS: tl.constexpr,
+    GROUPS: tl.constexpr,
+):  # fmt: skip
+    token = tl.program_id(0).to(tl.int64) * 4
+    matrix = packed + tl.program_id(1).to(tl.int64) * group_bytes
+    acc0 = tl.zeros((GROUPS, 16), tl.float32)
+    acc1 = acc0
+    acc2 = acc0
+    acc3 = acc0
+    for start in range(0, cols // 16, GROUPS):
+        y0, y1, y2, y3 = group_dots_of_four(
+            matrix, words, units, token, tokens, start + tl.arange(0, GROUPS), cols // 16,
+            cols // 4, payload_bytes, C, PLANES, ASM,
+        )  # fmt: skip
+        acc0 += y0
+        acc1 += y1
+        acc2 += y2
+        acc3 += y3
+    _store(acc0, bias, out, token, tokens, rows, BIAS)
+    _store(acc1, bias, out, token + 1, tokens, rows, BIAS)
+    _store(acc2, bias, out, token + 2, tokens, rows, BIAS)
+    _store(acc3, bias, out, token + 3, tokens, rows, BIAS)
+
+
 @cache
 def iq4_table(device: torch.device) -> Tensor:
     """IQ4's sixteen values as float32 on the device."""
@@ -144,35 +132,39 @@ def matvec(
     Returns:
         (tokens, rows) float32.
     """
-    form = FORMATS[kind]
-    tokens = x.shape[0]
-    out = torch.empty(tokens, rows, device=x.device, dtype=torch.float32)
-    if tokens <= SINGLE:
-        walk, groups = Walk.of(kind, cols), -(-rows // 16)
-        in_planes = order(walk.constants)
-        if in_planes:
-            _dots[(tokens, groups)](
-                packed, *cut(x, in_planes), x if bias is None else bias, out, rows, cols,
-                walk.group_bytes, walk.payload_bytes, C=walk.constants, PLANES=PLANES,
-                ASM=not INTERPRETED, BIAS=bias is not None, GROUPS=GROUPS, num_warps=GROUPS_WARPS,
-            )  # fmt: skip
-            return out
-        lines, warps = (LINES, WARPS) if groups > MANY else (FEW_LINES, FEW_WARPS)
-        _walk[(tokens, groups)](
-            packed, x, x if bias is None else bias, out, iq4_table(x.device), rows, cols,
-            walk.group_bytes, walk.payload_bytes, walk.lines, C=walk.constants,
-            BIAS=bias is not None, LINES=lines, num_warps=warps,
-        )  # fmt: skip
+    out = torch.empty(len(x), rows, device=x.device, dtype=torch.float32)
+    walk, groups = Walk.of(kind, cols), -(-rows // 16)
+    last = (x if bias is None else bias, out)
+    if in_planes := order(walk.constants):
+        _in_planes(packed, walk, groups, cut(x, in_planes), *last, bias is not None)
         return out
-    per_program = min(4, triton.next_power_of_2(tokens))
-    _matvec[(-(-rows // 16), -(-tokens // per_program))](
-        packed, x, x if bias is None else bias, out, iq4_table(x.device), rows, cols // 32,
-        form.group_bytes(cols), form.payload_bytes(cols), tokens, BLOCK_WORDS=form.block_words,
-        LOW=form.low_bits, HIGH=form.high_bits, ZERO=form.zero, TABLE=form.table,
-        SCALES=form.scales, PARTS=form.parts, BIAS=bias is not None, TOKENS=per_program,
-        BLOCKS=BLOCKS,
+    lines, warps = (LINES, WARPS) if groups > MANY else (FEW_LINES, FEW_WARPS)
+    _walk[(len(x), groups)](
+        packed, x, *last, iq4_table(x.device), rows, cols, walk.group_bytes, walk.payload_bytes,
+        walk.lines, C=walk.constants, BIAS=bias is not None, LINES=lines, num_warps=warps,
     )  # fmt: skip
     return out
+
+
+def _in_planes(
+    packed: Tensor, walk: Walk, groups: int, planes: tuple[Tensor, Tensor], bias: Tensor,
+    out: Tensor, biased: bool,
+) -> None:  # fmt: skip
+    tokens, rows = out.shape
+    cols = 4 * planes[0].shape[2]
+    constants = {"C": walk.constants, "PLANES": PLANES, "ASM": not INTERPRETED, "BIAS": biased}
+    sizes = rows, cols, walk.group_bytes, walk.payload_bytes
+    if tokens <= (1 if groups > MANY else SINGLE):
+        _dots[(tokens, groups)](
+            packed, *planes, bias, out, *sizes, GROUPS=GROUPS, num_warps=GROUPS_WARPS,
+            **constants,
+        )  # fmt: skip
+    else:
+        read, warps = (FOUR, FOUR_WARPS) if tokens <= 4 else (MORE, MORE_WARPS)
+        _four[(-(-tokens // 4), groups)](
+            packed, *planes, bias, out, tokens, *sizes, GROUPS=read, num_warps=warps,
+            **constants,
+        )  # fmt: skip
 
 
 def matvec_twin(weights: Tensor, x: Tensor, bias: Tensor | None = None) -> Tensor:

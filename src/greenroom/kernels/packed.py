@@ -69,35 +69,6 @@ FLOAT_BYTES = {0: 4, 1: 2, 30: 2}  # F32, F16, BF16: lines of one or two columns
 
 
 @triton.jit
-def code(
-    words, J: tl.constexpr, BYTE: tl.constexpr, LOW: tl.constexpr, HIGH: tl.constexpr
-):  # words: pointers to each row's first word of a block; the code of column 4 * J + BYTE
-    QUADS: tl.constexpr = 8 // LOW
-    mask: tl.constexpr = (1 << LOW) - 1
-    low = tl.load(words + (J // QUADS) * 16)
-    value = (low >> (8 * BYTE + LOW * (J % QUADS))) & mask
-    if HIGH > 0:
-        H_QUADS: tl.constexpr = 8 // HIGH
-        h_mask: tl.constexpr = (1 << HIGH) - 1
-        high = tl.load(words + (LOW + J // H_QUADS) * 16)
-        value |= ((high >> (8 * BYTE + HIGH * (J % H_QUADS))) & h_mask) << LOW
-    return value
-
-
-@triton.jit
-def number(code, iq4, ZERO: tl.constexpr, TABLE: tl.constexpr):
-    """A code's value before the scale; iq4: pointer to IQ4_VALUES as float32."""
-    if TABLE == 1:  # E2M1: its bits moved to where a half has them, times 2^14 for the bias
-        bits = ((code & 7) << 9) | ((code & 8) << 12)
-        value = bits.to(tl.uint16).to(tl.float16, bitcast=True).to(tl.float32) * 16384.0
-    elif TABLE == 2:
-        value = tl.load(iq4 + code)
-    else:
-        value = (code - ZERO).to(tl.float32)
-    return value
-
-
-@triton.jit
 def _half(halves, index):
     return tl.load(halves + index).to(tl.float32)
 

@@ -232,13 +232,10 @@ def _quad(word, high, quad: tl.constexpr, C: tl.constexpr, ASM: tl.constexpr):
 
 
 @triton.jit
-def _sums(matrix, words, stride, at, live, C: tl.constexpr, PLANES: tl.constexpr,
-          ASM: tl.constexpr):  # fmt: skip
-    """Of groups of sixteen columns, (G,), and 16 rows: codes times columns in units of the last
-    plane, (G, 16) float32; integers, rounded once."""
+def _codes(matrix, at, C: tl.constexpr, ASM: tl.constexpr):
+    """Of groups of sixteen columns, (G,), and 16 rows: their codes, four words (G, 16) of four."""
     LOW: tl.constexpr = C[1]
     HIGH: tl.constexpr = C[2]
-    QUADS: tl.constexpr = 8 // LOW  # of a line
     row = tl.arange(0, 16)[None, :]
     inner = at % 2 * (LOW // 2)
     here = matrix.to(tl.pointer_type(tl.int32)) + (at // 2 * C[0])[:, None] + row
@@ -248,41 +245,73 @@ def _sums(matrix, words, stride, at, live, C: tl.constexpr, PLANES: tl.constexpr
         first = at % 2 * 4
         high = tl.load(here + ((LOW + first // PER) * 16)[:, None])
         high = high >> (first % PER * HIGH)[:, None]
+    word = tl.load(here + (inner * 16)[:, None])
+    first_quad = _quad(word, high, 0, C, ASM)
+    if LOW == 8:
+        word = tl.load(here + ((inner + 1) * 16)[:, None])
+    second = _quad(word, high, 1, C, ASM)
+    if LOW == 8:
+        word = tl.load(here + ((inner + 2) * 16)[:, None])
+    elif LOW == 4:
+        word = tl.load(here + ((inner + 1) * 16)[:, None])
+    third = _quad(word, high, 2, C, ASM)
+    if LOW == 8:
+        word = tl.load(here + ((inner + 3) * 16)[:, None])
+    return first_quad, second, third, _quad(word, high, 3, C, ASM)
+
+
+@triton.jit
+def _sums(a, b, c, d, words, stride, at, live, PLANES: tl.constexpr, SIGNED: tl.constexpr,
+          ASM: tl.constexpr):  # fmt: skip
+    """Codes times columns in units of the last plane, (G, 16) float32; integers, rounded once.
+    a to d: of `_codes`; words: one token's planes of `stride` words."""
     pairs = words.to(tl.pointer_type(tl.int64)) + at * 2
     top = tl.zeros((at.shape[0], 16), tl.int32)
     middle = top
     bottom = top
-    for quad in tl.static_range(4):
-        if quad % QUADS == 0:
-            word = tl.load(here + ((inner + quad // QUADS) * 16)[:, None])
-        codes = _quad(word, high, quad, C, ASM)
-        for plane in tl.static_range(PLANES):
-            both = tl.load(pairs + plane * (stride // 2) + quad // 2, mask=live, other=0)
-            x = (both >> (32 * (quad % 2))).to(tl.int32)[:, None]
-            if plane == 0:
-                top = _dp4a(codes, x, top, LOW == 8, ASM)
-            elif plane == 1:
-                middle = _dp4a(codes, x, middle, LOW == 8, ASM)
-            else:
-                bottom = _dp4a(codes, x, bottom, LOW == 8, ASM)
+    for plane in tl.static_range(PLANES):
+        one = tl.load(pairs + plane * (stride // 2), mask=live, other=0)
+        two = tl.load(pairs + plane * (stride // 2) + 1, mask=live, other=0)
+        acc = _dp4a(a, one.to(tl.int32)[:, None], top * 0, SIGNED, ASM)
+        acc = _dp4a(b, (one >> 32).to(tl.int32)[:, None], acc, SIGNED, ASM)
+        acc = _dp4a(c, two.to(tl.int32)[:, None], acc, SIGNED, ASM)
+        acc = _dp4a(d, (two >> 32).to(tl.int32)[:, None], acc, SIGNED, ASM)
+        if plane == 0:
+            top = acc
+        elif plane == 1:
+            middle = acc
+        else:
+            bottom = acc
     return top.to(tl.float32) * 65536.0 + (middle * 256 + bottom).to(tl.float32)
 
 
 @triton.jit
-def _scaled(sums, unit, total, records, at, C: tl.constexpr):
-    """Sums of codes (G, 16) with scales, minima and zeros; unit, total: (G,)."""
+def _token(
+    a, b, c, d, scale, low, words, units, at, live, stride, C: tl.constexpr,
+    PLANES: tl.constexpr, ASM: tl.constexpr,
+):  # fmt: skip
+    """Products of `_codes` and one token with scales, minima and zeros, (G, 16) float32."""
     HALF: tl.constexpr = 0.5 if C[4] == 1 else 1.0  # of E2M1: codes are twice the value plus 12
     ZERO: tl.constexpr = 6 if C[4] == 1 else (0 if C[1] == 8 else C[3])
-    part = at % 2 if C[6] == 2 else at * 0
-    row = tl.arange(0, 16)[None, :]
-    scale, low = factors(records, (at // 2)[:, None], row, part[:, None], C[5])
-    out = sums * (unit * HALF)[:, None]
+    pair = tl.load(units.to(tl.pointer_type(tl.int64)) + at, mask=live, other=0)
+    unit = pair.to(tl.int32).to(tl.float32, bitcast=True)
+    total = (pair >> 32).to(tl.int32).to(tl.float32, bitcast=True)
+    out = _sums(a, b, c, d, words, stride, at, live, PLANES, C[1] == 8, ASM)
+    out *= (unit * HALF)[:, None]
     if ZERO > 0:
         out -= (total * ZERO)[:, None]
     out *= scale
     if C[5] == 1 or C[5] == 4 or C[5] == 5:  # they have a minimum
         out -= total[:, None] * low
     return out
+
+
+@triton.jit
+def _factors(records, at, C: tl.constexpr):
+    """Scale and minimum of groups of sixteen columns (G,) and 16 rows."""
+    part = at % 2 if C[6] == 2 else at * 0
+    row = tl.arange(0, 16)[None, :]
+    return factors(records, (at // 2)[:, None], row, part[:, None], C[5])
 
 
 @triton.jit
@@ -296,13 +325,46 @@ def group_dots(
     """
     live = group < groups
     at = tl.where(live, group, 0)
-    pair = tl.load(units.to(tl.pointer_type(tl.int64)) + at, mask=live, other=0)
-    unit = pair.to(tl.int32).to(tl.float32, bitcast=True)
-    total = (pair >> 32).to(tl.int32).to(tl.float32, bitcast=True)
-    value = _sums(first, words, stride, at, live, C, PLANES, ASM)
-    value = _scaled(value, unit, total, first + payload_bytes, at, C)
+    a, b, c, d = _codes(first, at, C, ASM)
+    scale, low = _factors(first + payload_bytes, at, C)
+    value = _token(a, b, c, d, scale, low, words, units, at, live, stride, C, PLANES, ASM)
     value2 = value
     if TWO:
-        value2 = _sums(second, words, stride, at, live, C, PLANES, ASM)
-        value2 = _scaled(value2, unit, total, second + payload_bytes, at, C)
+        a, b, c, d = _codes(second, at, C, ASM)
+        scale, low = _factors(second + payload_bytes, at, C)
+        value2 = _token(a, b, c, d, scale, low, words, units, at, live, stride, C, PLANES, ASM)
     return value, value2
+
+
+@triton.jit
+def group_dots_of_four(
+    matrix, words, units, token, tokens, group, groups, stride, payload_bytes, C: tl.constexpr,
+    PLANES: tl.constexpr, ASM: tl.constexpr,
+):  # fmt: skip
+    """As `group_dots` of one matrix for four tokens from `token` on: codes are taken apart once.
+    words, units: of token 0. Beyond the last token the last one's products come again."""
+    live = group < groups
+    at = tl.where(live, group, 0)
+    a, b, c, d = _codes(matrix, at, C, ASM)
+    scale, low = _factors(matrix + payload_bytes, at, C)
+    own = token * stride
+    y0 = _token(
+        a, b, c, d, scale, low, words + own * PLANES, units + own // 2, at, live, stride, C,
+        PLANES, ASM,
+    )  # fmt: skip
+    own = tl.minimum(token + 1, tokens - 1) * stride
+    y1 = _token(
+        a, b, c, d, scale, low, words + own * PLANES, units + own // 2, at, live, stride, C,
+        PLANES, ASM,
+    )  # fmt: skip
+    own = tl.minimum(token + 2, tokens - 1) * stride
+    y2 = _token(
+        a, b, c, d, scale, low, words + own * PLANES, units + own // 2, at, live, stride, C,
+        PLANES, ASM,
+    )  # fmt: skip
+    own = tl.minimum(token + 3, tokens - 1) * stride
+    y3 = _token(
+        a, b, c, d, scale, low, words + own * PLANES, units + own // 2, at, live, stride, C,
+        PLANES, ASM,
+    )  # fmt: skip
+    return y0, y1, y2, y3

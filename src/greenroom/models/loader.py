@@ -38,6 +38,7 @@ class LoadOptions:
         slot_bytes: of the vram, for experts; 0 leaves all of them to the CPU.
         staging_bytes: of the vram, for experts on their way through it in long steps; 0 leaves
             those to the CPU.
+        chunk: most tokens of a step; 0 if that is not known.
         rates: what bus and CPU do in a second, for sharing long steps; None to share none.
         trace: file of recorded routes; its popular experts start in the slots.
         threads: of the native pool; None for as many as suit the machine.
@@ -57,6 +58,7 @@ class LoadOptions:
     scratch_bytes: int = SCRATCH_BYTES
     slot_bytes: int = 0
     staging_bytes: int = 0
+    chunk: int = 0
     rates: Rates | None = None
     trace: str | PathLike[str] | None = None
     threads: int | None = None
@@ -164,7 +166,8 @@ def make_cuda_backend(pool: Any, options: LoadOptions, config: ModelConfig) -> B
     heat = None if options.trace is None else read_heat(options.trace, config)
     used = 0 if config.moe is None else config.moe.used
     share = None if options.rates is None else Share(options.rates)
-    tiers = Tiers(bench.ledger, options.slot_bytes, options.staging_bytes, heat, used, share)
+    sizes = options.slot_bytes, options.staging_bytes
+    tiers = Tiers(bench.ledger, *sizes, heat, used, share, options.chunk)
     per = shape.heads // shape.kv_heads
     return CudaBackend(pool, bench, per, options.mmap, tiers=tiers, shelf=options.shelf)
 

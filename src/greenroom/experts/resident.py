@@ -1,0 +1,83 @@
+"""Long steps of a layer whose experts all sit in VRAM: nothing is copied, and the host need not
+know the routes, so that it can run ahead. Knows slabs, not who decides where experts sit.
+"""
+
+import torch
+from torch import Tensor
+
+from greenroom.experts.slabs import SlabLayout
+from greenroom.kernels.direct import direct
+from greenroom.kernels.expert_rows import activated_rows, add_rows, scaled_rows
+from greenroom.kernels.grouped import Group, Routes
+from greenroom.kernels.packed import FORMATS
+
+ROWS = 4608  # most of a pass, as in `stream`; bounds scratch
+FEW_ROWS = 128  # of an expert, on average: with more, expanding its matrices first is faster
+
+
+class ResidentMlp:
+    """The MLPs of all experts of a layer from their slots.
+
+    Args:
+        layout: of a slab.
+        activation: "silu" or "gpt-oss".
+        experts: of the layer.
+        chunk: most tokens of a step, if known; room for as many rows is planned.
+    """
+
+    def __init__(self, layout: SlabLayout, activation: str, experts: int, chunk: int) -> None:
+        self._layout, self._activation, self._chunk = layout, activation, chunk
+        self._group = Group(0, 0, (0,) * experts)
+        self._packed = all(int(kind) in FORMATS for kind in layout.types)
+
+    def takes(self, routes: int) -> bool:
+        """Whether so many routes are worth computing here."""
+        return self._packed and routes <= FEW_ROWS * len(self._group.counts)
+
+    def __call__(
+        self, memory: Tensor, table: Tensor, hidden: Tensor, ids: Tensor, weights: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """The weighted sum of the chosen experts.
+
+        Args:
+            memory: (slots, slab bytes) uint8.
+            table: (experts,) int32, everybody's slot.
+            hidden: (tokens, d) float32, contiguous.
+            ids: (tokens, k) int32.
+            weights: (tokens, k) float32.
+
+        Returns:
+            (tokens, d) float32, and (experts + 1,) int32: where in the routes, sorted by expert,
+            each expert's begin.
+        """
+        routes = Routes.all_in(ids, weights, table)
+        half, scales = scaled_rows(hidden)
+        out, most = torch.zeros_like(hidden), min(ROWS, max(len(hidden), self._chunk))
+        for skip in range(0, ids.numel(), most):
+            rows = min(most, ids.numel() - skip)
+            self._some(memory, routes, half, scales, out, skip, rows)
+        return out, routes.starts
+
+    def _some(
+        self, memory: Tensor, routes: Routes, half: Tensor, row_scales: Tensor, out: Tensor,
+        skip: int, rows: int,
+    ) -> None:  # fmt: skip
+        layout, group = self._layout, self._group
+        (gate, _), (up, _), (down, _) = layout.matrices
+        kinds = [int(kind) for kind in layout.types]
+        both = torch.empty(rows, 2 * layout.f, device=out.device)
+        if layout.joined:
+            direct(half, memory, gate, kinds[0], both, routes, group, skip, True)
+        else:
+            direct(half, memory, gate, kinds[0], both[:, : layout.f], routes, group, skip, True)
+            direct(half, memory, up, kinds[1], both[:, layout.f :], routes, group, skip, True)
+        starts = layout.biases or ((0, 0),) * 3
+        inner, scales = activated_rows(
+            both, memory, (starts[0][0], starts[1][0]) if layout.biases else None, row_scales,
+            routes, group, skip, self._activation,
+        )  # fmt: skip
+        del both  # large: its room is that of y
+        y = torch.empty(rows, layout.d, device=out.device)
+        direct(inner, memory, down, kinds[2], y, routes, group, skip, False)
+        bias = starts[2][0] if layout.biases else None
+        add_rows(out, y, scales, memory, bias, routes, group, skip)
