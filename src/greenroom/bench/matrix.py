@@ -85,7 +85,7 @@ def quality(path: Path, vram: str | None, threads: int | None, tell: Callable[[s
     )  # fmt: skip
     try:
         return run_evaluation(job, tell)["placements"][0]
-    except GreenroomError as error:
+    except (GreenroomError, RuntimeError) as error:  # the rest of the row is worth having
         return {"problem": str(error)}
     finally:
         text.unlink()
