@@ -159,6 +159,19 @@ def test_prefill_streams_experts() -> None:
     assert found.bound == "launches"
 
 
+def test_prefill_of_few_tokens_multiplies_experts_in_slots_straight() -> None:
+    # 512 tokens, 51.2 each: products 4.096e12 operations at a third of 1e14, 10 GB at 22 % of 4e12
+    # and 0.2 ms a layer; nothing waits for the host. 2,048 tokens would be 205 each
+    place = Placement("cuda", "", layers=10, layers_on_gpu=10, staging=1, slots=100)
+    machine = replace(GPU, vram=4000.0)
+    found = predict.prefill(WORK, replace(place, prefill_chunk=512), machine, 512)
+    seconds = 4.096e12 / 0.33e14 + 10e9 / (0.22 * 4e12) + 10 * 0.2e-3 + 0.35e-3
+    assert found.rate == pytest.approx(512 / seconds)
+    found = predict.prefill(WORK, replace(place, prefill_chunk=2048), machine, 2048)
+    seconds = 4 * 4.096e12 / 0.33e14 + 90e9 / (0.6 * 4e12) + 10 * 0.4e-3 + 0.35e-3
+    assert found.rate == pytest.approx(2048 / seconds)
+
+
 def test_a_few_sequences_read_weights_in_vram_slower() -> None:
     # 1 + 10 GB at 1,000 GB/s, the experts' 1 - 0.9**4 = 34 %; a layer has 43 us
     place = Placement("cuda", "", layers=10, layers_on_gpu=10, slots=100)

@@ -35,6 +35,11 @@ LONG_LAYER_GAP_SECONDS = 0.4e-3
 GPU_PRODUCTS = 0.33
 GPU_ATTENTION = 80e12
 GPU_EXPANDING = 0.6
+# Where all experts have slots and few tokens: share of VRAM's bandwidth that reading them reaches
+# besides their products, and a layer's norms, rotation and the like.
+GPU_STRAIGHT = 0.22
+LONG_LAYER_KERNEL_SECONDS = 0.2e-3
+FEW_ROWS = 128  # of an expert, as the engine has it
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -267,7 +272,8 @@ def prefill(
     if gpu and placement.staging and machine.pcie:
         copied = steps * missing * sum(work.experts.values()) / _bytes(machine.pcie)
         copied *= (1 - work.late) * (1 - _lent(work, machine, rows, missing))
-        launched = steps * placement.layers_on_gpu * LONG_LAYER_HOST_SECONDS
+        waits = not _straight(work, placement, rows)
+        launched = waits * steps * placement.layers_on_gpu * LONG_LAYER_HOST_SECONDS
         parts = _longest(parts, {"experts over PCIe": copied, "launches": launched})
     elif missing:
         parts["experts on the CPU"] = missing * on_cpu
@@ -309,6 +315,11 @@ def _lent(work: Work, machine: MachineProfile, rows: float, missing: float) -> f
     return len(Share(rates).lend(range(absent), absent, sizes, nbytes, weights)) / absent
 
 
+def _straight(work: Work, placement: Placement, rows: float) -> bool:
+    """Whether a step of so many tokens multiplies experts straight from their slots' blocks."""
+    return resident(placement, work) >= 1 and rows * work.share <= FEW_ROWS
+
+
 def _on_gpu(
     work: Work,
     placement: Placement,
@@ -323,8 +334,11 @@ def _on_gpu(
     values = resident_or_staged * work.expert_values * (1 - work.late)
     dense = work.dense_values - work.head_values
     operations = 2 * rows * steps * (dense + values * work.share)
+    experts, straight = sum(work.experts.values()), _straight(work, placement, rows)
     # A slab is read, and as float16 written and read.
-    moved = resident_or_staged * (sum(work.experts.values()) + 4 * work.expert_values)
+    moved = resident_or_staged * (experts + 4 * work.expert_values) / GPU_EXPANDING
+    moved = experts / GPU_STRAIGHT if straight else moved
+    between = LONG_LAYER_KERNEL_SECONDS if straight else LONG_LAYER_GAP_SECONDS
     return {
         "products on the GPU": gpu * operations / (GPU_PRODUCTS * _bytes(machine.gpu_bf16)),
         "attention on the GPU": gpu * attended / GPU_ATTENTION,
@@ -333,8 +347,8 @@ def _on_gpu(
         * steps
         * moved
         * work.touched(rows)
-        / (GPU_EXPANDING * _bytes(machine.vram)),
-        "between layers": steps * placement.layers_on_gpu * LONG_LAYER_GAP_SECONDS,
+        / _bytes(machine.vram),
+        "between layers": steps * placement.layers_on_gpu * between,
         "host": steps * GPU_STEP_SECONDS,
     }
 
