@@ -8,7 +8,8 @@ import pytest
 from greenroom.bench import sweep
 from greenroom.bench.workloads import Case
 from greenroom.commands import main
-from greenroom.engine import LLM, SamplingParams
+from greenroom.engine import LLM, EngineConfig, SamplingParams
+from greenroom.engine.load import load_engine
 from greenroom.errors import BudgetError
 from greenroom.experts.shelf import Shelf
 
@@ -102,19 +103,23 @@ def test_equal_placements_are_measured_once() -> None:
     assert sweep.rows(points)[1][0] == "16 (as max)"
 
 
+def on_shelf(path, shelf, threads):
+    return LLM.from_engine(load_engine(path, EngineConfig(threads=threads), None, shelf))
+
+
 def test_a_shelf_keeps_the_experts_of_one_file(tmp_path) -> None:
     path, other = tmp_path / "m.gguf", tmp_path / "other.gguf"
     for file in (path, other):
         assert main(["synth", "gpt-oss-20b-tiny", str(file)]) == 0
     shelf, prompt = Shelf(), [list(range(20))]
     params = SamplingParams(max_tokens=8, temperature=0, ignore_eos=True)
-    with LLM(path, shelf=shelf, threads=1) as llm:
+    with on_shelf(path, shelf, 1) as llm:
         first, bank = llm.generate(prompt, params), llm.engine.model.blk[0].ffn.experts
     assert shelf.nbytes == sum(blk.ffn.experts.nbytes for blk in llm.engine.model.blk) > 0
-    with LLM(path, shelf=shelf, threads=2) as llm:
+    with on_shelf(path, shelf, 2) as llm:
         again = llm.engine.model.blk[0].ffn.experts
         assert again is bank
         assert again.threads == 2
         assert llm.generate(prompt, params)[0].token_ids == first[0].token_ids
-    with LLM(other, shelf=shelf, threads=1) as llm:
+    with on_shelf(other, shelf, 1) as llm:
         assert llm.engine.model.blk[0].ffn.experts is not bank

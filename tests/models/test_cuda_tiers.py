@@ -157,6 +157,49 @@ def test_slots_that_are_not_used_leave_all_to_the_cpu_until_they_are_again(load:
     assert torch.equal(slots.table.cpu(), torch.from_numpy(slots.seats))
 
 
+@pytest.mark.parametrize("using", [True, False])
+def test_a_full_layer_stays_full_beside_one_that_is_not(
+    load: Loader, tmp_path, using: bool
+) -> None:
+    _, wanted = load("gpt-oss")
+    _, plain = load("gpt-oss", backend="cuda", device=DEVICE)
+    layout, experts = plain.blk[0].ffn.experts.cpu.layout, plain.config.moe.experts
+    routes = np.arange(experts, dtype=np.int32).reshape(-1, 1, 1).repeat(2, 1)
+    routes[:, 1] = 0  # all of the first layer's experts are popular, of the second's one
+    path = tmp_path / "trace.npz"
+    Trace("toy", experts, plain.moe_layers, routes, np.zeros(1, np.int64)).save(path)
+    options = {
+        "slot_bytes": (experts + 2) * layout.nbytes + 4 * 2 * (512 + experts),
+        "staging_bytes": 2 * 2 * layout.d * layout.f + 2 * layout.nbytes,
+        "trace": str(path),
+    }
+    _, model = load("gpt-oss", backend="cuda", device=DEVICE, **options)
+    slots = model.backend.tiers.slots
+    full = [layer.full for layer in slots.layers]
+    assert full == [True, False]
+    tokens = prompt(9, 40, VOCABULARY)
+    slots.check.using = using
+    for _ in range(12):  # those without a slot are in demand, and only they
+        for arena in slots.arenas:
+            arena.residency.warm(100.0 * (arena.residency.slot_of < 0))
+        model.step_done(1)
+        if DEVICE == "cuda":
+            torch.cuda.synchronize()
+    assert (slots.stats["promotions"] > 0) == using
+    assert [layer.full for layer in slots.layers] == full
+    assert [bool((layer.table >= 0).all()) for layer in slots.layers] == full
+    for steps in ([40], [1] * 3):  # streamed or straight from the blocks; then by slots and CPU
+        session, start = Session(model), 0
+        for size in steps:
+            found = session.step([(0, tokens[start : start + size])]).cpu()
+            start += size
+        truth = one_pass(wanted, tokens[:start])[-len(found) :]
+        assert relative_error(found, truth) < CLOSE
+    model.step_done(1)
+    slots.check.using = True
+    model.step_done(1)
+
+
 def test_a_trace_says_who_starts_in_a_slot(load: Loader, tmp_path) -> None:
     _, plain = load("gpt-oss", backend="cuda", device=DEVICE)
     layers, experts = plain.moe_layers, plain.config.moe.experts

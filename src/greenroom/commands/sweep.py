@@ -101,7 +101,8 @@ def _opener(model: Path, settings: dict[str, Any]) -> Any:
     import torch
 
     from greenroom.bench.sweep import Memory
-    from greenroom.engine import LLM
+    from greenroom.engine import LLM, EngineConfig
+    from greenroom.engine.load import load_engine
     from greenroom.experts.shelf import Shelf
 
     shelf = Shelf()
@@ -122,6 +123,7 @@ def _opener(model: Path, settings: dict[str, Any]) -> Any:
             cuda.empty_cache()
             cuda.reset_peak_memory_stats()
             left = cuda.memory_reserved()
-        return LLM(model, shelf=shelf, vram=budget if there else None, **settings), taken
+        config = EngineConfig(vram=budget if there else None, **settings)
+        return LLM.from_engine(load_engine(model, config, None, shelf)), taken
 
     return opened

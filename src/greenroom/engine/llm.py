@@ -10,7 +10,7 @@ from collections.abc import Sequence as Items
 from dataclasses import replace
 from queue import SimpleQueue
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, NamedTuple, Self
+from typing import Any, NamedTuple, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,9 +24,6 @@ from greenroom.engine.params import SamplingParams
 from greenroom.errors import RequestError
 from greenroom.gguf import GGUFFile
 from greenroom.placement.placement import Placement
-
-if TYPE_CHECKING:
-    from greenroom.experts.shelf import Shelf
 
 Prompt = str | Items[int]
 
@@ -55,7 +52,6 @@ class LLM:
     Args:
         path: a GGUF file, or the first of a split set.
         progress: called with bytes done and bytes in all while weights are loaded.
-        shelf: see load_engine.
         settings: fields of EngineConfig.
 
     Raises:
@@ -68,10 +64,9 @@ class LLM:
         path: str | os.PathLike[str],
         *,
         progress: Progress | None = None,
-        shelf: "Shelf | None" = None,
         **settings: Any,
     ) -> None:
-        self.engine: Engine = load_engine(path, EngineConfig(**settings), progress, shelf)
+        self.engine: Engine = load_engine(path, EngineConfig(**settings), progress)
 
     @classmethod
     def from_engine(cls, engine: Engine) -> Self:

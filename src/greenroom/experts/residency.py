@@ -31,6 +31,9 @@ class Residency:
         slots: VRAM slots, shared by all layers (their slabs have one layout).
         half_life: steps in which an unused expert's heat halves.
         margin: how much hotter a newcomer must be, as a ratio, and at least this many routes.
+
+    Attributes:
+        kept: (layers,) bool, layers whose experts never leave, however cold they are.
     """
 
     def __init__(
@@ -38,6 +41,7 @@ class Residency:
     ) -> None:
         self.slot_of: NDArray[np.int32] = np.full((layers, experts), EMPTY, np.int32)
         self.heat = np.zeros((layers, experts))
+        self.kept: NDArray[np.bool_] = np.zeros(layers, np.bool_)
         self.margin = margin
         self._holder = np.full(slots, EMPTY, np.int64)  # flat (layer, expert) index of each slot
         self._decay = 0.5 ** (1 / half_life)
@@ -79,6 +83,8 @@ class Residency:
             return []
         order = waiting[np.lexsort((waiting, -flat_heat[waiting]))[:count]]
         seat_heat = np.where(self._holder == EMPTY, -1.0, flat_heat[self._holder])
+        kept = self.kept[self._holder // self.heat.shape[1]]
+        seat_heat[kept & (self._holder != EMPTY)] = np.inf
         seats = np.lexsort((np.arange(self.slots), seat_heat))[:count]
         moves = []
         for candidate, seat in zip(order, seats, strict=True):

@@ -154,6 +154,7 @@ class Slots:
         self.seats: NDArray[np.int32] = np.full((len(banks), experts), EMPTY, np.int32)
         self.table = account.empty("slots", self.seats.shape, torch.int32).fill_(EMPTY)
         self.log = UseLog(account, len(banks), experts)
+        self._full = np.zeros(len(banks), np.bool_)
         self.stats: Counter[str] = Counter()
         self.uses = np.zeros((2, len(banks)), np.int64)  # of slots, and in all, by layer
         self.check, self._used = SelfCheck(len(banks)), True
@@ -174,9 +175,8 @@ class Slots:
                     arena.memory, row, seats[: bank.experts], Seen(self.log, i), bank, chunk
                 )
         self._seat_first(heat is not None)
-        for layer, seated in zip(self.layers, self.resident, strict=True):
-            if layer is not None:  # only a free expert could take a slot
-                layer.full = bool(seated == len(layer.table))
+        for arena in self.arenas:
+            self._settle(arena)
 
     def _seat_first(self, known: bool) -> None:
         """Fills the slots: by heat where it is known, else with as many of every layer."""
@@ -193,6 +193,15 @@ class Slots:
                 self._enter(arena, move)
         self._publish()
 
+    def _settle(self, arena: Arena) -> None:
+        """Says which layers are full; from now on they stay so."""
+        full = arena.residency.kept = (arena.residency.slot_of != EMPTY).all(1)
+        self._full[arena.layers] = full
+        for i in arena.layers:
+            layer = self.layers[i]
+            assert layer is not None
+            layer.full = bool(self._full[i])
+
     def _enter(self, arena: Arena, move: Move) -> None:
         self._leave(arena, move.slot)
         arena.residency.apply(move)
@@ -206,11 +215,16 @@ class Slots:
 
     def _publish(self) -> None:
         """Brings the table to the device, behind the steps that still read the old one."""
-        seats = self.seats.copy() if self._used else np.full_like(self.seats, EMPTY)
-        there = torch.from_numpy(seats)
+        there = torch.from_numpy(np.where(self._in_use, self.seats, EMPTY))
         if self._cuda:
             there = there.pin_memory()
         self.table.copy_(there, non_blocking=True)
+
+    @property
+    def _in_use(self) -> NDArray[np.bool_]:
+        """(layers, 1) whether a layer's slots are computed from; those of full layers always are,
+        as there the CPU is not asked."""
+        return (self._full | self._used)[:, None]
 
     @property
     def resident(self) -> NDArray[np.int64]:
@@ -220,7 +234,7 @@ class Slots:
 
     def observe(self, uses: NDArray[np.int64]) -> None:
         """Counts one step's routes: how often each expert was chosen, (layers, experts)."""
-        seated = (self.seats != EMPTY) & self._used
+        seated = (self.seats != EMPTY) & self._in_use
         found = int(uses[seated].sum())
         self.stats["hits"] += found
         self.uses[0] += (uses * seated).sum(1)
@@ -266,7 +280,8 @@ class Slots:
                 self.seats[i, : len(places)] = places
                 layer = self.layers[i]
                 assert layer is not None
-                layer.memory, layer.full = arena.memory, bool((places != EMPTY).all())
+                layer.memory = arena.memory
+            self._settle(arena)
         self._publish()
         return freed
 
