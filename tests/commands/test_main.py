@@ -5,8 +5,10 @@ import os
 import signal
 import subprocess
 import sys
+from functools import partial
 from importlib import import_module
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -124,7 +126,10 @@ def test_a_prompt_beyond_the_context_is_refused_with_both_numbers(model: Path) -
 def test_control_c_ends_with_130_and_no_traceback(model: Path) -> None:
     call = [sys.executable, "-m", "greenroom", "run", str(model), "hello", "--raw", *SMALL]
     call += ["--max-tokens", "0", "--context", "100000"]
-    with subprocess.Popen(call, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+    pipes: Any = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    # A shell has its background jobs, and whatever they start, ignore Ctrl-C.
+    heard = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    with subprocess.Popen(call, **pipes, preexec_fn=heard) as process:
         assert process.stdout is not None
         process.stdout.read(1)  # it generates
         os.kill(process.pid, signal.SIGINT)
