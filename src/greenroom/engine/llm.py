@@ -60,11 +60,7 @@ class LLM:
     """
 
     def __init__(
-        self,
-        path: str | os.PathLike[str],
-        *,
-        progress: Progress | None = None,
-        **settings: Any,
+        self, path: str | os.PathLike[str], *, progress: Progress | None = None, **settings: Any
     ) -> None:
         self.engine: Engine = load_engine(path, EngineConfig(**settings), progress)
 

@@ -62,8 +62,8 @@ class Share:
     def lend(
         self, waiting: Sequence[int], absent: int, sizes: Sequence[float], nbytes: int, weights: int
     ) -> list[int]:
-        """The experts for the CPU: those with the fewest tokens, as many as are ready when the
-        other absent ones are copied, meeting the CPU included.
+        """The experts for the CPU: those with the fewest tokens, as many as take it at most the
+        share `lent` of the time of the other absent ones' copies, meeting the CPU included.
 
         Args:
             waiting: experts that neither have a place on the device nor are on their way.
