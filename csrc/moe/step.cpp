@@ -69,8 +69,9 @@ MoeStep::MoeStep(Pool& pool, const MoeLayer& layer, const Routes& routes, float*
       layer_(layer),
       routes_(routes),
       out_(out),
-      up_(layer.f, named(routes, layer.experts.size()), pool.size()),
-      down_(layer.d, named(routes, layer.experts.size()), pool.size()) {
+      named_(named(routes, layer.experts.size())),
+      up_(layer.f, named_, pool.size()),
+      down_(layer.d, named_, pool.size()) {
     group_by_expert();
     unreduced_ = std::make_unique<std::atomic<int>[]>(down_.count);
     for (std::int64_t c = 0; c < down_.count; ++c) unreduced_[c] = job_count_;

@@ -57,6 +57,7 @@ class MoeStep {
     std::vector<std::int64_t> slots_;  // token * k + route, ordered by expert
     std::unique_ptr<Job[]> jobs_;
     int job_count_ = 0;
+    std::int64_t named_;  // experts that have tokens
     Chunks up_, down_;
     std::atomic<int> unfilled_{0};  // 1: the only tile of x is still being quantised
     std::unique_ptr<std::atomic<int>[]> unreduced_;  // jobs still to come, per down chunk
