@@ -22,8 +22,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-SOURCES = Path(__file__).resolve().parents[1] / "src"
-sys.path.insert(0, str(SOURCES))
+ROOT = Path(__file__).resolve().parents[1]
 SHAPES = (
     *("gpt-oss-20b", "qwen3-30b-a3b", "deepseek-moe-16b", "phi-3.5-moe"),
     *("mixtral-8x7b", "grin-moe"),
@@ -99,9 +98,10 @@ def run(step: Step, work: Path, seconds: float) -> dict[str, object]:
     """Runs it; its output goes to logs/, without the work folder's name."""
     log = work / "reports" / "logs" / f"{step.name}.txt"
     log.parent.mkdir(parents=True, exist_ok=True)
+    paths = filter(None, os.getenv("PYTHONPATH", "").split(os.pathsep))
     env = os.environ | {
         "GREENROOM_HOME": os.getenv("GREENROOM_HOME", str(work / "home")),
-        "PYTHONPATH": os.pathsep.join(filter(None, (str(SOURCES), os.getenv("PYTHONPATH")))),
+        "PYTHONPATH": os.pathsep.join(map(os.path.abspath, paths)),
     }
     command = [sys.executable, "-m", "greenroom", *step.arguments]
     begin = time.monotonic()
@@ -117,7 +117,7 @@ def run(step: Step, work: Path, seconds: float) -> dict[str, object]:
         finally:
             end(process)
     text = log.read_text(errors="replace")
-    log.write_text(text.replace(str(work), ".").replace(str(SOURCES), "src"))
+    log.write_text(text.replace(str(work), ".").replace(f"{ROOT}{os.sep}", ""))
     taken = round(time.monotonic() - begin, 1)
     print(f"{step.name}: {status}, {taken} s", flush=True)
     if status:
