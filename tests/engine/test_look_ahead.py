@@ -2,65 +2,21 @@
 vain where an answer ends unforeseen, none where that is known, and no block left behind."""
 
 import threading
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
 import pytest
-from fake_model import FakeModel, fake_engine
-from torch import Tensor
+from fake_model import Chained, FakeModel, fake_engine
 
 from greenroom import LLM, SamplingParams
 from greenroom.engine.collect import Collector
 from greenroom.errors import GreenroomError, NativeError
-from greenroom.layers.batch import Batch, KVCache, Launched
-from greenroom.layers.choice import likeliest
+from greenroom.layers.batch import Batch, Launched
 
 GREEDY = SamplingParams(temperature=0, max_tokens=24, ignore_eos=True)
 PROMPTS = [[3, 4, 5], [9], list(range(1, 21)), [40, 41, 42, 43, 44]]
-
-
-class Chained(FakeModel):
-    """Decode steps are launched and may go on with tokens that never left the "device"; what one
-    leaves is overwritten by the next, as in a recorded step."""
-
-    chains = True
-
-    def __init__(self) -> None:
-        super().__init__((None, 6))
-        self.launched = self.early = self.open = 0
-        self.fails_at = 10**9
-        self._left: dict[int, tuple[Tensor, Tensor]] = {}
-
-    def launch(
-        self, batch: Batch, caches: Sequence[KVCache], chosen: Tensor | None = None
-    ) -> Launched | None:
-        count = len(batch.tokens)
-        if count != len(batch.context_lengths):
-            return None
-        if self.launched >= self.fails_at:
-            raise RuntimeError("the device is gone")
-        self.launched += 1
-        if chosen is not None:
-            self.early += 1
-            batch.tokens[:] = chosen.clamp(min=0)
-        found = super().forward(batch, caches)
-        logits, best = self._left.setdefault(count, (found.clone(), likeliest(found)))
-        logits.copy_(found)
-        best.copy_(likeliest(found))
-        with ExitStack() as answering:
-            answering.enter_context(self.answer())
-            return Launched(logits, best, answering.pop_all())
-
-    @contextmanager
-    def answer(self) -> Iterator[None]:
-        assert self.open == 0, "two steps are answered at once"
-        self.open += 1
-        try:
-            yield
-        finally:
-            self.open -= 1
 
 
 @contextmanager
@@ -207,6 +163,29 @@ def test_a_failure_of_the_early_step_does_not_take_the_token_before_it() -> None
         assert str(items[-1]) == "the device is gone"
         model.fails_at = 10**9
         assert len(tokens(llm, [[3, 4, 5]], GREEDY)[0]) == 24
+
+
+def test_rows_outlast_the_steps_that_are_taken_apart_after_a_failure() -> None:
+    """They are fetched through memory that the next step writes to."""
+
+    class Once(Chained):
+        """Fails in the fourth step of several sequences."""
+
+        def launch(self, batch: Batch, *given: Any) -> Launched | None:
+            self.several += len(batch.tokens) > 1
+            if self.several == 4:
+                self.several += 1
+                raise RuntimeError("once")
+            return super().launch(batch, *given)
+
+    params = replace(GREEDY, logprobs=1)
+    with served(FakeModel((None, 6))) as llm:
+        expected = tokens(llm, PROMPTS, params)
+    model = Once()
+    model.several = 0
+    with served(model) as llm:
+        assert tokens(llm, PROMPTS, params) == expected
+    assert model.several > 4
 
 
 def test_a_step_in_vain_that_fails_concerns_nobody(caplog: pytest.LogCaptureFixture) -> None:

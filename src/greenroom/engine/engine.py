@@ -23,14 +23,14 @@ from greenroom.engine.config import ResolvedConfig
 from greenroom.engine.jobs import Embedding, Generation, Job, Scoring, Sink
 from greenroom.engine.kv_cache import BlockCache, GroupSize
 from greenroom.engine.output import Constraint, TextStream, TokenOutput
-from greenroom.engine.params import SamplingParams
+from greenroom.engine.params import SamplingParams, check_lengths
 from greenroom.engine.postbox import Postbox
 from greenroom.engine.prefix_store import PrefixStore
 from greenroom.engine.runner import ModelLike, Runner
 from greenroom.engine.sampler import Sampler
 from greenroom.engine.scheduler import Chunk, Scheduler
 from greenroom.engine.sequence import Sequence, Want
-from greenroom.errors import ContextLengthError, EngineClosedError, GreenroomError, RequestError
+from greenroom.errors import EngineClosedError, GreenroomError
 from greenroom.layers.batch import KVCache
 from greenroom.placement.placement import Placement
 
@@ -193,22 +193,8 @@ class Engine:
 
     def check(self, tokens: Items[int], params: SamplingParams | None = None) -> None:
         """Raises what is wrong with a request before it is queued."""
-        if not len(tokens):
-            raise RequestError("the prompt is empty; give at least one token", "prompt")
-        vocabulary = self.model_config.vocabulary_size
-        if min(tokens) < 0 or max(tokens) >= vocabulary:
-            bad = next(token for token in tokens if not 0 <= token < vocabulary)
-            raise RequestError(
-                f"token {bad} of the prompt is outside the vocabulary of {vocabulary}", "prompt"
-            )
         asked = 0 if params is None else params.max_tokens or 1
-        if len(tokens) + asked > self.config.context_length:
-            raise ContextLengthError(
-                f"{len(tokens)} prompt tokens and {asked} to generate do not fit the context of "
-                f"{self.config.context_length} tokens; shorten the prompt, lower max_tokens or "
-                "raise context_length",
-                "prompt" if asked <= 1 else "max_tokens",
-            )
+        check_lengths(tokens, asked, self.model_config.vocabulary_size, self.config.context_length)
 
     def start(
         self,
@@ -345,7 +331,12 @@ class Engine:
                 return [error]
         # One of them is to blame; alone, it fails alone. Positions are written again, which
         # changes nothing.
-        return [self._run([c])[0] if c.sequence in self._jobs else None for c in chunks]
+        return [self._alone(chunk) for chunk in chunks]
+
+    def _alone(self, chunk: Chunk) -> Found | Exception | None:
+        """The result of one chunk, or None if its job is over; it outlasts the next step."""
+        found = self._run([chunk])[0] if chunk.sequence in self._jobs else None
+        return found.copy() if isinstance(found, np.ndarray) else found
 
     def _lasting(self, chunks: list[Chunk]) -> bool:
         """Whether the next step is likely to be of the same sequences."""

@@ -4,11 +4,11 @@ Validated when constructed, frozen afterwards. Knows neither the model nor its v
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
 
-from greenroom.errors import RequestError
+from greenroom.errors import ContextLengthError, RequestError
 
 _NO_BIAS: Mapping[int, float] = MappingProxyType({})
 
@@ -120,3 +120,27 @@ def _check_contents(params: SamplingParams) -> None:
     for token, bias in params.logit_bias.items():
         _check("logit_bias", token, 0, _ANY, "int")
         _check("logit_bias", bias, -_ANY, _ANY, "float")
+
+
+def check_lengths(tokens: Sequence[int], asked: int, vocabulary: int, context: int) -> None:
+    """Raises what is wrong with a prompt of which `asked` more tokens are to be generated.
+
+    Args:
+        tokens: the prompt's ids.
+        asked: tokens, 0 if none are to be generated.
+        vocabulary: ids are below it.
+        context: most tokens of both together.
+    """
+    if not len(tokens):
+        raise RequestError("the prompt is empty; give at least one token", "prompt")
+    if min(tokens) < 0 or max(tokens) >= vocabulary:
+        bad = next(token for token in tokens if not 0 <= token < vocabulary)
+        raise RequestError(
+            f"token {bad} of the prompt is outside the vocabulary of {vocabulary}", "prompt"
+        )
+    if len(tokens) + asked > context:
+        raise ContextLengthError(
+            f"{len(tokens)} prompt tokens and {asked} to generate do not fit the context of "
+            f"{context} tokens; shorten the prompt, lower max_tokens or raise context_length",
+            "prompt" if asked <= 1 else "max_tokens",
+        )
