@@ -18,7 +18,7 @@ from greenroom.layers.ledger import Ledger
 from greenroom.models import LoadOptions, load_model
 from greenroom.models.loader import read_config
 from greenroom.placement.budget import parse_size
-from greenroom.placement.hardware import Gpu, Hardware
+from greenroom.placement.hardware import Gpu, Hardware, probe
 from greenroom.placement.placement import Placement
 from greenroom.placement.planner import Wish, place
 from greenroom.placement.sizes import Sizes, step_bytes
@@ -204,3 +204,17 @@ def test_a_step_takes_no_more_than_was_planned(file) -> None:
         peaks.append(live.peak)
     planned = step_bytes(config, many) - step_bytes(config, few)
     assert 0.5 * planned < peaks[1] - peaks[0] <= planned
+
+
+def test_what_a_closed_model_left_is_given_back_before_free_vram_is_asked_for(monkeypatch) -> None:
+    held = [3 * GIB]
+    cuda = {
+        "is_available": lambda: True,
+        "get_device_capability": lambda: (9, 0),
+        "get_device_name": lambda: "a GPU",
+        "empty_cache": held.clear,
+        "mem_get_info": lambda: (8 * GIB - sum(held), 8 * GIB),
+    }
+    for name, function in cuda.items():
+        monkeypatch.setattr(torch.cuda, name, function)
+    assert probe() == Hardware(Gpu("a GPU", 8 * GIB, 8 * GIB))

@@ -263,9 +263,10 @@ class Engine:
         )
 
     def _submit(self, job: Job) -> Job:
-        if self._closed is not None:
-            raise EngineClosedError(str(self._closed))
-        self._call(partial(self._add, job))
+        with self._wake:  # or the thread could end between the question and the call
+            if self._closed is not None:
+                raise EngineClosedError(str(self._closed))
+            self._call(partial(self._add, job))
         return job
 
     def _call(self, action: Callable[[], None]) -> None:
@@ -284,12 +285,14 @@ class Engine:
                 self._step()
         except BaseException as error:
             log.exception("the engine stopped")
-            self._closed = EngineClosedError(f"the engine stopped after an error: {error}")
+            with self._wake:
+                self._closed = EngineClosedError(f"the engine stopped after an error: {error}")
         finally:
-            assert self._closed is not None
             self._runner.settle()
             self._deliver()
-            for action in self._inbox:
+            with self._wake:
+                actions, self._inbox = self._inbox, []
+            for action in actions:
                 action()
             for job in tuple(self._jobs.values()):
                 self._fail(job, EngineClosedError(str(self._closed)))

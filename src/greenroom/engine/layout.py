@@ -11,6 +11,7 @@ from torch import Tensor
 
 from greenroom.engine.kv_cache import BlockCache
 from greenroom.engine.scheduler import Chunk
+from greenroom.errors import GreenroomError
 from greenroom.layers.batch import Batch, KVGroup
 
 
@@ -28,7 +29,13 @@ class Layout:
         self._ahead: tuple[list[Chunk], int, Batch] | None = None
 
     def __call__(self, chunks: list[Chunk]) -> tuple[Batch, list[int]]:
-        """The batch, and the end of each chunk's output rows."""
+        """The batch, and the end of each chunk's output rows.
+
+        Raises:
+            GreenroomError: a sequence has no blocks any more.
+        """
+        if any(chunk.sequence.row < 0 for chunk in chunks):  # or the last row would be taken
+            raise GreenroomError("a request ended before its step could be computed again")
         return self._decoding(chunks) or self._batch(chunks)
 
     def ahead(self, chunks: Items[Chunk]) -> Batch | None:

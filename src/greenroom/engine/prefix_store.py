@@ -5,6 +5,7 @@ VRAM. Knows tensors; which blocks matter, and for whom, is the block cache's bus
 
 from collections import OrderedDict
 from collections.abc import Sequence as Items
+from contextlib import suppress
 
 import torch
 from torch import Tensor
@@ -52,7 +53,10 @@ class PrefixStore:
         parts = [tensor[block].reshape(-1).view(torch.uint8) for tensor in tensors]
         if any(part.device != parts[0].device for part in parts):  # layers on both processors
             parts = [part.cpu() for part in parts]
-        self._contents[key] = torch.cat(parts).cpu()
+        try:
+            self._contents[key] = torch.cat(parts).cpu()
+        except torch.OutOfMemoryError:
+            self._contents[key] = torch.cat([part.cpu() for part in parts])
         self.bytes += size
         self.kept += 1
 
@@ -65,7 +69,8 @@ class PrefixStore:
     def restore(self, key: Key, block: int, content: Tensor) -> None:
         """Writes a content from `take` into a block of the key's group."""
         tensors = self._groups[key[0]]
-        content = content.to(tensors[0].device)
+        with suppress(torch.OutOfMemoryError):  # then part by part
+            content = content.to(tensors[0].device)
         at = 0
         for tensor in tensors:
             target = tensor[block]

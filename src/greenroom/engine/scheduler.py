@@ -108,7 +108,8 @@ class Scheduler:
 
     def _prefills(self) -> list[Chunk]:
         """Half of the budget goes to the sequence that has waited longest, the rest to the
-        shortest first: a long prompt neither starves nor holds up short ones.
+        shortest first: a long prompt neither starves nor holds up short ones. Sequences with a
+        limit of their own share it, the oldest first.
         """
         pending = [sequence for sequence in self.running if sequence.remaining > 1]
         if not pending:
@@ -116,12 +117,13 @@ class Scheduler:
         oldest, budget = pending[0], self.prefill_chunk
         rest = sorted(pending[1:], key=lambda sequence: sequence.remaining)
         reserved = min(oldest.remaining, budget if not rest else max(1, budget // 2))
-        share = {}
-        left = budget - reserved
+        share = {oldest: _limited(oldest, reserved, 0)}
+        left, used = budget - reserved, share[oldest] if oldest.chunk_limit else 0
         for sequence in rest:
-            share[sequence] = _limited(sequence, left)
+            share[sequence] = _limited(sequence, left, used)
             left -= share[sequence]
-        share[oldest] = _limited(oldest, reserved + left)
+            used += share[sequence] if sequence.chunk_limit else 0
+        share[oldest] = _limited(oldest, reserved + left, used - share[oldest])
         chunks = []
         for sequence in pending:
             end = sequence.computed + share[sequence]
@@ -136,5 +138,7 @@ class Scheduler:
         self.waiting.appendleft(sequence)
 
 
-def _limited(sequence: Sequence, tokens: int) -> int:
-    return min(sequence.remaining, tokens, sequence.chunk_limit or tokens)
+def _limited(sequence: Sequence, tokens: int, used: int) -> int:
+    """Tokens of a sequence's next chunk; others have `used` so many of its limit."""
+    limit = sequence.chunk_limit
+    return min(sequence.remaining, tokens, tokens if limit is None else max(0, limit - used))

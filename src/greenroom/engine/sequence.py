@@ -23,7 +23,8 @@ class Sequence:
         want: which outputs the request needs.
         reuse: whether blocks of earlier requests may stand in for a part of the prompt;
             outputs of such tokens are not computed again.
-        chunk_limit: most tokens to compute in one step, None for no limit of its own.
+        chunk_limit: most tokens to compute in one step, of all sequences that have a limit
+            together; None for no limit of its own.
     """
 
     __slots__ = (

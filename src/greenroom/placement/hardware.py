@@ -1,5 +1,6 @@
 """What this machine has for a model: its GPU, if one can be used. Decides nothing."""
 
+import gc
 import importlib.util
 from dataclasses import dataclass
 
@@ -41,5 +42,7 @@ def probe() -> Hardware:
     name = torch.cuda.get_device_name()
     if capability < LEAST_CAPABILITY:
         return Hardware(None, f"{name} has compute capability {capability[0]}.{capability[1]}")
+    gc.collect()  # what a model closed before, and the allocator, still hold would count
+    torch.cuda.empty_cache()
     free, total = torch.cuda.mem_get_info()
     return Hardware(Gpu(name, free, total))
