@@ -314,6 +314,14 @@ def test_a_seed_gives_the_same_tokens_in_any_company() -> None:
     assert other != alone
 
 
+def test_the_largest_seed_is_followed_by_the_least() -> None:
+    with llm() as engine:
+        largest = SamplingParams(seed=2**64 - 1, max_tokens=9, ignore_eos=True)
+        answers = engine.generate([PROMPTS[2]] * 2, largest)
+        zero = engine.generate([PROMPTS[2]], replace(largest, seed=0))[0]
+    assert answers[1].token_ids == zero.token_ids
+
+
 def test_half_a_character_is_never_text() -> None:
     # Force the two bytes of 'é' one after the other, whatever the model wants.
     class Spell(Alternating):

@@ -9,7 +9,7 @@ from greenroom.convert.synth import Synthesis, write_synthetic
 from greenroom.convert.synth_shapes import shape_of
 from greenroom.engine.config import EngineConfig, resolve
 from greenroom.engine.load import _session, load_engine
-from greenroom.errors import BudgetError
+from greenroom.errors import BudgetError, NativeError
 from greenroom.models.config import ModelConfig
 
 
@@ -86,3 +86,26 @@ def test_vram_that_runs_out_while_loading_is_one_line(tmp_path, monkeypatch) -> 
     monkeypatch.setattr("greenroom.models.load_model", none)
     with pytest.raises(BudgetError, match=r"m\.gguf: VRAM ran out while loading"):
         load_engine(path)
+
+
+def test_threads_that_cannot_be_started_are_one_line(tmp_path, monkeypatch) -> None:
+    path = tmp_path / "m.gguf"
+    write_synthetic(Synthesis(shape_of("gpt-oss-20b-tiny", 1)), path)
+
+    def none(_: int) -> None:
+        raise RuntimeError("Resource temporarily unavailable")
+
+    monkeypatch.setattr("greenroom.layers.native_ops._lib", SimpleNamespace(Pool=none))
+    with pytest.raises(NativeError, match="1000 threads cannot be started"):
+        load_engine(path, EngineConfig(vram=0, threads=1000))
+
+
+def test_a_context_beyond_the_models_own_is_said(tmp_path, caplog) -> None:
+    path = tmp_path / "m.gguf"
+    write_synthetic(Synthesis(shape_of("gpt-oss-20b-tiny", 1)), path)
+    own = config_of("gpt-oss-20b-tiny").context_length
+    for context in (own, own + 1):
+        assert "was made for" not in caplog.text
+        settings = {"vram": 0, "threads": 1, "max_sequences": 1, "context_length": context}
+        load_engine(path, EngineConfig(**settings)).close()
+    assert f"{own + 1} tokens was asked for, but the model was made for {own}" in caplog.text

@@ -16,6 +16,7 @@ def test_values_at_the_borders_are_accepted() -> None:
     assert params.stop == ("end",)
     assert hash(SamplingParams(stop=["a", "b"]).stop)
     assert not params.penalised
+    assert SamplingParams(logit_bias={3: -float("inf")}).logit_bias[3] < 0
 
 
 @pytest.mark.parametrize(
@@ -44,6 +45,10 @@ def test_values_at_the_borders_are_accepted() -> None:
         ("logit_bias", {-2: 1.0}),
         ("logit_bias", {"a": 1.0}),
         ("logit_bias", {1: float("nan")}),
+        ("logit_bias", {1: 10**400}),
+        ("logit_bias", [1]),
+        ("stop", None),
+        ("stop_token_ids", 5),
     ],
 )
 def test_a_wrong_value_is_refused_by_name(field: str, value: Any) -> None:
@@ -61,6 +66,15 @@ def test_a_wrong_value_is_refused_by_name(field: str, value: Any) -> None:
         ("threads", 0),
         ("kv_type", "q4"),
         ("backend", "rocm"),
+        ("context_length", 10**12),
+        ("max_sequences", 10**6),
+        ("block_size", 10**12),
+        ("threads", 10**5),
+        ("prefill_chunk", 10**30),
+        ("cache_tokens", 10**30),
+        ("vram", "9" * 400 + "GiB"),
+        ("ram", float("inf")),
+        ("prefix_ram", "9" * 400),
     ],
 )
 def test_a_wrong_setting_is_refused_by_name(field: str, value: Any) -> None:
@@ -87,6 +101,11 @@ def test_the_context_shrinks_with_free_memory(monkeypatch: pytest.MonkeyPatch) -
     config = resolved(131072, 10**8, monkeypatch)
     assert 2048 <= config.context_length < 25_000  # a quarter of 100 MB, 1000 bytes a token
     assert config.cache_blocks[0] * 32 >= config.context_length
+
+
+def test_a_small_cache_has_a_small_context(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = resolved(8192, 10**10, monkeypatch, cache_tokens=1000)
+    assert (config.context_length, config.cache_blocks[0]) == (1000, 32)
 
 
 def test_a_context_that_cannot_fit_is_refused_with_both_sizes(

@@ -19,6 +19,7 @@ from greenroom.models import LoadOptions, load_model
 from greenroom.models.loader import read_config
 from greenroom.placement.budget import parse_size
 from greenroom.placement.hardware import Gpu, Hardware, probe
+from greenroom.placement.machine import container_free
 from greenroom.placement.placement import Placement
 from greenroom.placement.planner import Wish, place
 from greenroom.placement.sizes import Sizes, step_bytes
@@ -218,3 +219,22 @@ def test_what_a_closed_model_left_is_given_back_before_free_vram_is_asked_for(mo
     for name, function in cuda.items():
         monkeypatch.setattr(torch.cuda, name, function)
     assert probe() == Hardware(Gpu("a GPU", 8 * GIB, 8 * GIB))
+
+
+@pytest.mark.parametrize("version", [1, 2])
+def test_cached_files_are_free_memory_of_a_container(tmp_path, version: int) -> None:
+    names, prefix = ("memory.max", "memory.current"), ""
+    folder = tmp_path
+    if version == 1:
+        folder, prefix = tmp_path / "memory", "total_"
+        names = "memory.limit_in_bytes", "memory.usage_in_bytes"
+        folder.mkdir()
+    assert container_free(tmp_path) is None
+    for name, size in zip(names, (16 * GIB, 15 * GIB), strict=True):
+        (folder / name).write_text(f"{size}\n")
+    assert container_free(tmp_path) == GIB
+    stat = {"anon": 2 * GIB, f"{prefix}active_file": 5 * GIB, f"{prefix}inactive_file": 8 * GIB}
+    (folder / "memory.stat").write_text("".join(f"{k} {v}\n" for k, v in stat.items()))
+    assert container_free(tmp_path) == 14 * GIB
+    (folder / names[0]).write_text("max")
+    assert container_free(tmp_path) is None

@@ -4,7 +4,6 @@
 
 from collections.abc import Sequence as Items
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Literal
 
 import psutil
@@ -12,11 +11,20 @@ import psutil
 from greenroom import native
 from greenroom.errors import BudgetError, RequestError
 from greenroom.placement.budget import parse_size
+from greenroom.placement.machine import container_free
 from greenroom.placement.sizes import CacheShape
 
 _KV_SHARE = 0.25  # of the RAM that is free beside the model
 _LEAST_CONTEXT = 2048  # tokens; a shorter one is never chosen for lack of RAM
 _CHUNK = 512  # prompt tokens of a step on the CPU, where longer ones gain nothing
+_MOST = {  # beyond these the tables of blocks, or one block, would be what fills the RAM
+    "context_length": 2**25,
+    "max_sequences": 1024,
+    "prefill_chunk": 2**25,
+    "block_size": 2**14,
+    "cache_tokens": 2**36,
+    "threads": 1024,
+}
 _KV_TYPES = ("f16", "f32")
 _BACKENDS = ("auto", "cuda", "native", "reference")
 
@@ -69,14 +77,13 @@ class EngineConfig:
     trace: str | None = None
 
     def __post_init__(self) -> None:
-        counts = ("max_sequences", "block_size")
-        optional = ("context_length", "cache_tokens", "threads", "prefill_chunk")
-        for name in counts + optional:
+        for name, most in _MOST.items():
             value = getattr(self, name)
-            if value is None and name in optional:
+            if value is None and name not in ("max_sequences", "block_size"):
                 continue
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise RequestError(f"{name} must be a whole number from 1 on, not {value!r}", name)
+            if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= most:
+                message = f"{name} must be a whole number from 1 to {most}, not {value!r}"
+                raise RequestError(message, name)
         if self.kv_type not in _KV_TYPES:
             raise RequestError(f"kv_type must be f16 or f32, not {self.kv_type!r}", "kv_type")
         if self.backend not in _BACKENDS:
@@ -188,7 +195,8 @@ def _lengths(config: EngineConfig, model_context: int, fitting: int | None) -> t
         fitting = model_context * config.max_sequences
     context = config.context_length
     if context is None:
-        context = min(model_context, max(fitting, _LEAST_CONTEXT))
+        most = config.cache_tokens or model_context
+        context = min(model_context, most, max(fitting, _LEAST_CONTEXT))
     tokens = config.cache_tokens or max(context, min(config.max_sequences * context, fitting))
     if tokens < context:
         raise RequestError(
@@ -219,10 +227,5 @@ def default_threads() -> int:
 
 def available_memory() -> int:
     """Bytes of RAM that can still be used, by the machine and by the container's limit."""
-    free = int(psutil.virtual_memory().available)
-    try:
-        limit = Path("/sys/fs/cgroup/memory.max").read_text().strip()
-        used = Path("/sys/fs/cgroup/memory.current").read_text()
-    except OSError:
-        return free
-    return free if limit == "max" else max(0, min(free, int(limit) - int(used)))
+    free, granted = int(psutil.virtual_memory().available), container_free()
+    return free if granted is None else min(free, granted)

@@ -232,4 +232,7 @@ def _completion(prompt: Items[int], outputs: tuple[TokenOutput, ...]) -> Complet
 
 
 def _with_seed(params: SamplingParams, index: int) -> SamplingParams:
-    return params if params.seed is None or not index else replace(params, seed=params.seed + index)
+    if params.seed is None or not index:
+        return params
+    seed = params.seed + index
+    return replace(params, seed=seed if seed < 2**64 else seed - 2**64)

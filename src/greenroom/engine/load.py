@@ -76,6 +76,7 @@ def load_engine(
         config = _within_ram(config, placement, file, 0 if shelf is None else shelf.nbytes)
         config = _session(_decided(config, placement), read_config(file), file)
         config = with_threads(config)
+        _say_if_long(config, read_config(file))
         tokenizer = Tokenizer.from_gguf(file)
         chat = ChatFormat.from_gguf(file, tokenizer)
         options = _options(file, config, placement, shelf, progress)
@@ -196,6 +197,15 @@ def _session(config: EngineConfig, model: "ModelConfig", file: GGUFFile) -> Engi
     value = _TYPES[config.kv_type].itemsize
     context = fitting_context(config, model.context_length, model.cache_bytes(value), free)
     return replace(config, context_length=context)
+
+
+def _say_if_long(config: EngineConfig, model: "ModelConfig") -> None:
+    """Warns of a context beyond what the model has learnt."""
+    if (config.context_length or 0) > model.context_length:
+        log.warning(
+            "a context of %d tokens was asked for, but the model was made for %d: it may make no "
+            "sense beyond them", config.context_length, model.context_length,
+        )  # fmt: skip
 
 
 def planned(

@@ -4,9 +4,10 @@ Validated when constructed, frozen afterwards. Knows neither the model nor its v
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
+from typing import Any
 
 from greenroom.errors import ContextLengthError, RequestError
 
@@ -31,7 +32,7 @@ class SamplingParams:
         frequency_penalty: subtracted once for each time a token was generated before.
         repetition_penalty: divides positive, multiplies negative logits of every token in
             the prompt or generated before (Keskar et al. 2019, section 4.1).
-        logit_bias: added to the logits, by token id.
+        logit_bias: added to the logits, by token id; -inf rules a token out.
         seed: the same seed gives the same tokens whatever else is in the batch; None draws one.
         stop: texts that end the answer; they are not part of it. One string or several.
         stop_token_ids: tokens that end the answer, besides the model's own.
@@ -61,10 +62,14 @@ class SamplingParams:
     prompt_logprobs: int | None = None
 
     def __post_init__(self) -> None:
-        stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
-        object.__setattr__(self, "stop", stop)
-        object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids))
-        object.__setattr__(self, "logit_bias", MappingProxyType(dict(self.logit_bias)))
+        if isinstance(self.stop, str):
+            object.__setattr__(self, "stop", (self.stop,))
+        for name, (make, noun) in _MADE.items():
+            try:
+                made = make(getattr(self, name))
+            except (TypeError, ValueError):
+                raise RequestError(f"{name} must be {noun}", name) from None
+            object.__setattr__(self, name, made)
         for name, (low, high, kind) in _RANGES.items():
             _check(name, getattr(self, name), low, high, kind)
         _check_contents(self)
@@ -79,7 +84,13 @@ class SamplingParams:
         )
 
 
+_MADE: dict[str, tuple[Callable[[Any], Any], str]] = {
+    "stop": (tuple, "a text or several"),
+    "stop_token_ids": (tuple, "several token ids"),
+    "logit_bias": (lambda given: MappingProxyType(dict(given)), "numbers by token id"),
+}
 _ANY = math.inf
+_LARGEST = 3e38  # nearly the largest float32
 _RANGES: dict[str, tuple[float, float, str]] = {
     # name: least, most, kind; "?" allows None, "+" excludes the least value itself
     "max_tokens": (1, _ANY, "int?"),
@@ -119,7 +130,8 @@ def _check_contents(params: SamplingParams) -> None:
         _check("stop_token_ids", token, 0, _ANY, "int")
     for token, bias in params.logit_bias.items():
         _check("logit_bias", token, 0, _ANY, "int")
-        _check("logit_bias", bias, -_ANY, _ANY, "float")
+        if bias != -_ANY:
+            _check("logit_bias", bias, -_LARGEST, _LARGEST, "float")
 
 
 def check_lengths(tokens: Sequence[int], asked: int, vocabulary: int, context: int) -> None:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from greenroom import native
+from greenroom.errors import NativeError
 
 Pool = Any  # native.lib().Pool; its type exists only at run time
 RouterRule = Any  # native.lib().RouterRule
@@ -19,8 +20,16 @@ _lib = native.lib()
 
 
 def new_pool(threads: int | None = None) -> Pool:
-    """A thread pool; by default with as many threads as `native.lib().default_threads()` says."""
-    return _lib.Pool(_lib.default_threads()["threads"] if threads is None else threads)
+    """A thread pool; by default with as many threads as `native.lib().default_threads()` says.
+
+    Raises:
+        NativeError: the system starts no more threads.
+    """
+    wanted = _lib.default_threads()["threads"] if threads is None else threads
+    try:
+        return _lib.Pool(wanted)
+    except RuntimeError as error:
+        raise NativeError(f"{wanted} threads cannot be started ({error}); ask for fewer") from None
 
 
 def rms_norm(

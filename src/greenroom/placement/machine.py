@@ -180,6 +180,24 @@ def container_limit() -> int | None:
     return None
 
 
+def container_free(root: Path = Path("/sys/fs/cgroup")) -> int | None:
+    """Bytes of RAM the control group still grants (versions 2 and 1), None for no limit. Cached
+    files count as free, a model's own among them: the kernel drops them when it needs the room.
+    """
+    for folder, limit, used, prefix in (
+        (root, "memory.max", "memory.current", ""),
+        (root / "memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_"),
+    ):
+        most, taken = read_text(folder / limit), read_text(folder / used)
+        if most is None or taken is None or not (most.isdigit() and taken.isdigit()):
+            continue
+        lines = (read_text(folder / "memory.stat") or "").splitlines()
+        stat = dict(line.split(maxsplit=1) for line in lines if " " in line)
+        cached = sum(int(stat.get(f"{prefix}{kind}_file", 0)) for kind in ("active", "inactive"))
+        return max(0, int(most) - max(0, int(taken) - cached))
+    return None
+
+
 def chosen(text: str | None) -> str | None:
     """ "always" of "[always] madvise never"."""
     if text is None or "[" not in text:
