@@ -18,6 +18,8 @@ from greenroom.errors import ModelFileError, UnsupportedModelError
 from greenroom.experts.trace import Trace
 from greenroom.gguf import GGMLType, GGUFFile, TensorSpec, dequantize, write_gguf
 from greenroom.models import LoadOptions, load_model
+from greenroom.models.loader import read_config
+from greenroom.placement.sizes import Sizes
 
 from ..models.cases import CASES
 from ..models.hf_export import VOCABULARY
@@ -84,6 +86,21 @@ def test_the_engine_runs_a_mixed_file(tmp_path: Path, case: str) -> None:
     assert relative_error(logits(out, "reference"), expected) < 1e-5
     assert relative_error(logits(out, "native"), expected) < 0.05
     assert torch.equal(logits(out, "native"), logits(out, "native", mmap=True))
+
+
+@pytest.mark.parametrize("case", ["qwen3moe", "gpt-oss"])
+def test_what_a_mixed_file_needs_of_ram_is_known_before_it_is_loaded(
+    tmp_path: Path, case: str
+) -> None:
+    path, counts = source(tmp_path, case)
+    heat = Heat(trace(tmp_path / "t.npz", counts), "Q8_0", "Q4_0", share=2 / counts.shape[1])
+    out = tmp_path / "mixed.gguf"
+    quantise_file(Quantisation(path, "F16", heat=heat, threads=2), out)
+    with GGUFFile(out) as file:
+        sizes = Sizes.of(file.tensors, read_config(file))
+        model = load_model(file, LoadOptions(backend="native", threads=1))
+        assert sizes.experts == model.memory()["experts"] > 0
+    assert (sizes.slab, sizes.expert_count) == (0, 0)  # none of them leaves the RAM
 
 
 @pytest.mark.parametrize("seed", range(20))

@@ -2,6 +2,7 @@
 head, one expert, keys and values, what a step computes. Knows a file's tensors; decides nothing.
 """
 
+import itertools
 import re
 from bisect import bisect_left, insort
 from collections.abc import Iterable, Mapping
@@ -42,10 +43,10 @@ class Sizes:
         head: the head and the norm before it.
         tensors: the dense tensors one by one, of each layer, and of the head as the last.
         embedding: the table, as the file has it.
-        slab: the largest expert; 0 for a dense model.
+        slab: the largest expert of layers that may leave the RAM; 0 if there are none.
         expanded: two matrices of an expert in half precision.
         experts: all routed experts together.
-        expert_count: how many those are, over all layers.
+        expert_count: how many of them may leave the RAM, over all layers.
     """
 
     layers: tuple[int, ...]
@@ -89,7 +90,7 @@ class Sizes:
             embedding=table.nbytes,
             slab=max(slabs, default=0),
             expanded=4 * config.hidden_size * config.moe.width if config.moe else 0,
-            experts=sum(slabs) * experts,
+            experts=sum(slabs) * experts + mixed_bytes(tensors, config),
             expert_count=len(slabs) * experts,
         )
 
@@ -107,24 +108,41 @@ def placed_bytes(name: str, tensor: TensorInfo) -> int:
 
 
 def slab_bytes(tensors: Mapping[str, TensorInfo], config: ModelConfig) -> list[int]:
-    """Bytes of one expert of each layer that has experts."""
-    moe, found = config.moe, []
-    for layer in range(config.layers if moe is not None else 0):
-        assert moe is not None
+    """Bytes of one expert of each layer whose experts are all of one type."""
+    found = []
+    for layer in range(config.layers if config.moe is not None else 0):
         names = [_expert_name(tensors, layer, part) for part in ("gate", "up", "down")]
-        if None in names:
-            continue
-        types = [
-            stored_type(tensors[name].type, cols)
-            for name, cols in zip(names, (config.hidden_size,) * 2 + (moe.width,), strict=True)
-            if name is not None
-        ]
-        biases = any(f"blk.{layer}.ffn_{p}_exps.bias" in tensors for p in ("gate", "gate_up"))
-        layout = SlabLayout.plan(
-            (types[0], types[1], types[2]), config.hidden_size, moe.width, biases
-        )
-        found.append(layout.nbytes)
+        infos = [tensors[name] for name in names if name is not None]
+        if len(infos) == len(names):
+            found.append(_slab(tensors, config, layer, infos))
     return found
+
+
+def mixed_bytes(tensors: Mapping[str, TensorInfo], config: ModelConfig) -> int:
+    """Bytes of all experts of the layers that have them in several types (mixed precision)."""
+    total = 0
+    for layer in range(config.layers if config.moe is not None else 0):
+        for kind in itertools.count():
+            names = [f"blk.{layer}.ffn_{p}_exps.c{kind}.weight" for p in ("gate", "up", "down")]
+            if not all(name in tensors for name in names):
+                break
+            infos = [tensors[name] for name in names]
+            total += infos[0].shape[0] * _slab(tensors, config, layer, infos)
+    return total
+
+
+def _slab(
+    tensors: Mapping[str, TensorInfo], config: ModelConfig, layer: int, infos: list[TensorInfo]
+) -> int:
+    """Bytes of an expert whose gate, up and down are of the types of these tensors."""
+    assert config.moe is not None
+    hidden, width = config.hidden_size, config.moe.width
+    gate, up, down = (
+        stored_type(info.type, cols)
+        for info, cols in zip(infos, (hidden, hidden, width), strict=True)
+    )
+    biases = any(f"blk.{layer}.ffn_{p}_exps.bias" in tensors for p in ("gate", "gate_up"))
+    return SlabLayout.plan((gate, up, down), hidden, width, biases).nbytes
 
 
 def _expert_name(tensors: Mapping[str, TensorInfo], layer: int, part: str) -> str | None:
