@@ -50,7 +50,18 @@ def test_an_unknown_command_gets_a_hint(capsys: pytest.CaptureFixture[str]) -> N
 
 def test_a_wrong_call_is_explained(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["run", "model.gguf", "hi", "--no-such-option"]) == 2
-    assert "--no-such-option" in capsys.readouterr().err
+    line = "greenroom: run: no such option: --no-such-option; 'greenroom run --help' tells more\n"
+    assert capsys.readouterr().err == line
+    assert main(["plan"]) == 2
+    line = "greenroom: plan: missing argument 'model'; 'greenroom plan --help' tells more\n"
+    assert capsys.readouterr().err == line
+
+
+def test_help_tells_defaults_that_are_found_out(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["run", "--help"]) == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "[default: physical cores]" in shown
+    assert "unless --raw is given. Without --max-tokens an answer has at most 1024." in shown
 
 
 @pytest.mark.parametrize(

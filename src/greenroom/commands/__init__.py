@@ -13,6 +13,7 @@ from importlib import import_module
 from typing import Any
 
 from greenroom import __version__
+from greenroom.commands.interrupt import after_imports
 from greenroom.errors import GreenroomError
 
 # verb: its module, and what it does in a few words
@@ -72,7 +73,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         near = difflib.get_close_matches(verb, COMMANDS, 1)
         hint = f"did you mean '{near[0]}'?" if near else "see 'greenroom --help'"
         return _complain(f"there is no command '{verb}'; {hint}", 2)
-    status = guarded(lambda: _run(verb, rest))()
+    with after_imports():
+        status = guarded(lambda: _run(verb, rest))()
     return status if isinstance(status, int) else 0
 
 
@@ -98,6 +100,7 @@ def _run(verb: str, arguments: list[str]) -> int:
     app = typer.Typer(
         add_completion=False,
         pretty_exceptions_enable=False,
+        rich_markup_mode=None,  # boxes for a screen's width, and it takes [default: ...] for markup
         context_settings={"help_option_names": ["-h", "--help"]},
     )
 
@@ -111,11 +114,17 @@ def _run(verb: str, arguments: list[str]) -> int:
 
     function = getattr(import_module(COMMANDS[verb][0]), verb.replace("-", "_"))
     app.command(verb)(as_exit(function))
+    wrong_call: Any = typer.BadParameter.__bases__[0]  # typer does not export UsageError
     try:
-        app(args=arguments, prog_name=f"greenroom {verb}")
-    except SystemExit as done:
-        return done.code if isinstance(done.code, int) else 1
-    return 0
+        status = app(args=arguments, prog_name=f"greenroom {verb}", standalone_mode=False)
+    except typer.Abort:  # a question was not answered
+        return _complain("aborted", 1)
+    except wrong_call as error:
+        what = error.format_message().rstrip(".")
+        return _complain(
+            f"{verb}: {what[:1].lower()}{what[1:]}; 'greenroom {verb} --help' tells more", 2
+        )
+    return status if isinstance(status, int) else 0
 
 
 def guarded(function: Callable[..., Any]) -> Callable[..., Any]:

@@ -12,7 +12,8 @@ from greenroom.errors import ChatTemplateError, RequestError
 if TYPE_CHECKING:
     from greenroom.engine import LLM, SamplingParams
 
-HELP = "/reset starts over, /quit leaves (or Ctrl-D), Ctrl-C stops an answer."
+HELP = "/reset starts over, /bye leaves (or Ctrl-D), Ctrl-C stops an answer."
+LEAVE = ("/bye", "/exit", "/quit")
 
 
 def chat(
@@ -33,7 +34,7 @@ def chat(
     reference: options.Reference = False,
     explain: options.Explain = False,
 ) -> None:
-    """Talk with a model. /reset starts over, /quit leaves, Ctrl-C stops an answer."""
+    """Talk with a model. /reset starts over, /bye leaves, Ctrl-C stops an answer."""
     params = options.sampling(
         max_tokens, temperature, top_k, top_p, min_p, repetition_penalty, seed
     )
@@ -79,7 +80,7 @@ class Conversation:
         self.figures = {} if figures is None else figures
 
     def loop(self) -> None:
-        """Reads and answers until /quit or the end of the input."""
+        """Reads and answers until /bye or the end of the input."""
         with contextlib.suppress(ImportError):
             import readline  # noqa: F401  gives input() line editing and history
         while True:
@@ -90,10 +91,11 @@ class Conversation:
             except KeyboardInterrupt:
                 print()
                 continue
-            if text == "/quit":
+            if text in LEAVE:
                 return
             if text == "/reset":
                 self.messages = list(self.start)
+                print("starting over", file=sys.stderr)
             elif text.startswith("/"):
                 print(HELP, file=sys.stderr)
             elif text:

@@ -125,12 +125,13 @@ def show_figures(figures: dict[str, Any], memory: dict[str, int]) -> None:
     table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
     cached = figures["cached_tokens"]
     reused = f" ({cached} reused)" if cached else ""
+    reason = figures["finish_reason"]
+    ended = reason if reason == "interrupted" else f"ended by {reason}"
     rows = {
         "prompt": f"{figures['prompt_tokens']} tokens{reused}, "
         f"{_number(figures['prompt_tokens_per_s'])} tokens/s",
         "generated": f"{figures['generated_tokens']} tokens, "
-        f"{_number(figures['generation_tokens_per_s'])} tokens/s, "
-        f"ended by {figures['finish_reason']}",
+        f"{_number(figures['generation_tokens_per_s'])} tokens/s, {ended}",
         "first token": f"{_number(figures['time_to_first_token_s'], 3)} s",
         "memory": ", ".join(f"{name} {size(count)}" for name, count in memory.items()),
     }

@@ -67,7 +67,7 @@ def describe(
     facts["experts"] = _experts(_expert_tensors(file), config)
     facts["bytes_per_token"] = _touched(file, facts["bytes"], config)
     facts["kv_cache"] = _kv_cache(config)
-    facts["placement"] = _placement(facts) | _plan(file, vram, context)
+    facts["placement"] = _placement(facts, config, context) | _plan(file, vram, context)
     return facts
 
 
@@ -190,30 +190,35 @@ def _touched(file: "GGUFFile", stored: dict[str, int], config: "ModelConfig") ->
 
 def _kv_cache(config: "ModelConfig") -> dict[str, int]:
     """Bytes of keys and values in float16: per token, and for a full context."""
-    attention = config.attention
-    per_layer = 2 * attention.kv_heads * (attention.key_length + attention.value_length)
-    held = [
-        min(window or config.context_length, config.context_length) for window in config.windows
-    ]
     return {
-        "bytes_per_token": per_layer * config.layers,
-        "bytes_full_context": per_layer * sum(held),
+        "bytes_per_token": _kv_layer(config) * config.layers,
+        "bytes_full_context": _kv_bytes(config, config.context_length),
     }
 
 
-def _placement(facts: dict[str, Any]) -> dict[str, Any]:
+def _kv_layer(config: "ModelConfig") -> int:
+    """Bytes of one token's keys and values in one layer, float16."""
+    attention = config.attention
+    return 2 * attention.kv_heads * (attention.key_length + attention.value_length)
+
+
+def _kv_bytes(config: "ModelConfig", context: int) -> int:
+    """Bytes for `context` tokens; a layer with a window keeps no more than that."""
+    return _kv_layer(config) * sum(min(window or context, context) for window in config.windows)
+
+
+def _placement(facts: dict[str, Any], config: "ModelConfig", asked: int | None) -> dict[str, Any]:
     """Where the engine would put each part here, and whether there is room."""
     import psutil
 
-    needed = (
-        facts["bytes"]["all"]
-        + min(4096, facts["context_length"]) * (facts["kv_cache"]["bytes_per_token"])
-    )
+    context = asked or min(4096, config.context_length)
+    needed = facts["bytes"]["all"] + _kv_bytes(config, context)
     available = psutil.virtual_memory().available
     return {
         "experts": "RAM" if facts["experts"] else None,
         "rest": "RAM",
         "kv_cache": "RAM",
+        "context": context,
         "ram_needed": needed,
         "ram_available": available,
         "fits": needed + _RESERVE <= available,
@@ -237,8 +242,13 @@ def _rows(facts: dict[str, Any]) -> Iterable[tuple[str, str]]:
 
     stored = facts["bytes"]
     yield "model", f"{facts['name'] or Path(facts['files'][0]).name} ({facts['architecture']})"
-    yield "parameters", f"{facts['parameters'] / 1e9:.2f} billion"
-    yield "file", f"{size(stored['all'])} in {len(facts['files'])} file(s)"
+    count = facts["parameters"]
+    yield (
+        "parameters",
+        f"{count / 1e9:.2f} billion" if count >= 1e9 else f"{count / 1e6:.1f} million",
+    )
+    files = len(facts["files"])
+    yield "tensors", f"{size(stored['all'])} in {'one file' if files == 1 else f'{files} files'}"
     for name, entry in facts["types"].items():
         yield f"  {name}", f"{entry['tensors']} tensors, {size(entry['bytes'])}"
     if not facts["runs"]:
@@ -278,14 +288,14 @@ def _byte_rows(facts: dict[str, Any]) -> Iterable[tuple[str, str]]:
         f"{size(cache['bytes_full_context'])} for the full context",
     )
     place = facts["placement"]
-    yield "computed by", place["reason"]
+    yield "placement", place["reason"]
     for row in place["vram"]:
         yield f"  VRAM: {row['part']}", f"{size(row['bytes'])}  {row['remark']}"
     verdict = "fits" if place["fits"] else "does not fit; --mmap reads from the file instead"
     yield (
         "without a GPU",
-        f"everything in RAM: {size(place['ram_needed'])} with 4096 tokens of context, "
-        f"{size(place['ram_available'])} available: {verdict}",
+        f"everything in RAM: {size(place['ram_needed'])} with {place['context']} tokens of "
+        f"context, {size(place['ram_available'])} available: {verdict}",
     )
 
 

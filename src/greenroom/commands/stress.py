@@ -16,6 +16,7 @@ _QUICK = 4.0  # seconds for each of them
 Minutes = Annotated[float, Option(help="For the checks that last, all together.", min=0.05)]
 Quick = Annotated[bool, Option("--quick", help="Seconds instead of minutes.")]
 Context = Annotated[int, Option(help="Context in tokens.", min=32)]
+Seed = Annotated[int | None, Option(help="The same seed makes the same requests.", min=0)]
 Json = Annotated[bool, Option("--json", help="Print one JSON document.")]
 STATUS = {"passed": 0, "failed": 1, "interrupted": 130}
 
@@ -27,7 +28,7 @@ def stress(
     context: Context = 256,
     threads: options.Threads = None,
     vram: options.Vram = None,
-    seed: options.Seed = None,
+    seed: Seed = None,
     as_json: Json = False,
 ) -> int:
     """Treat the engine badly and see whether it keeps its promises.

@@ -14,7 +14,14 @@ from greenroom.commands import options
 if TYPE_CHECKING:
     from greenroom.bench.sweep import Memory
 
-Budgets = Annotated[str, Option(help="Budgets, the one to compare with first.")]
+Budgets = Annotated[
+    str,
+    Option(
+        help="Budgets, the one to compare with first.",
+        show_default="max, then 16GiB and less down to 0",
+    ),
+]
+Context = Annotated[int, Option(help="Context in tokens.", min=1)]
 Prompt = Annotated[int, Option(help="Tokens of the prompt.", min=1)]
 Generate = Annotated[int, Option(help="Tokens generated.", min=2)]
 Runs = Annotated[int, Option(help="Timed runs per budget.", min=1, max=1000)]
@@ -26,7 +33,7 @@ _BUDGETS = "max,16GiB,12GiB,8GiB,6GiB,4GiB,3GiB,2GiB,1GiB,0.5GiB,0.25GiB,0"
 def sweep(
     model: options.Model,
     vram: Budgets = _BUDGETS,
-    context: options.Context = 4096,
+    context: Context = 4096,
     prompt: Prompt = 16,
     generate: Generate = 48,
     runs: Runs = 5,

@@ -28,6 +28,7 @@ def synth(
     Shapes: gpt-oss-20b, gpt-oss-120b, phi-3.5-moe, grin-moe, deepseek-moe-16b, mixtral-8x7b,
     qwen3-30b-a3b; each also with -tiny behind it.
     """
+    from greenroom.commands.console import size
     from greenroom.commands.progress import bytes_progress
     from greenroom.convert.synth import Synthesis, write_synthetic
     from greenroom.convert.synth_shapes import shape_of
@@ -35,4 +36,4 @@ def synth(
     job = Synthesis(shape_of(shape, layers), mix=type, seed=seed, skew=skew)
     with bytes_progress(f"writing {out.name}") as progress:
         write_synthetic(job, out, progress)
-    typer.echo(f"{out}: {job.nbytes() / 2**30:.2f} GiB of tensors, {job.shape.layers} layers")
+    typer.echo(f"{out}: {size(job.nbytes())} of tensors, {job.shape.layers} layers")

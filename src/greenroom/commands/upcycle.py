@@ -31,6 +31,7 @@ def upcycle(
     """
     if exact == (deltas is not None):
         raise typer.BadParameter("give either --exact or --deltas FILE")
+    from greenroom.commands.console import size
     from greenroom.commands.progress import bytes_progress
     from greenroom.convert.upcycle import upcycle_exact, upcycle_sparse
 
@@ -39,4 +40,4 @@ def upcycle(
             upcycle_exact(dense, out, experts, progress)
         else:
             upcycle_sparse(dense, out, deltas, active, progress)
-    typer.echo(f"{out}: {out.stat().st_size / 2**20:.0f} MiB")
+    typer.echo(f"{out}: {size(out.stat().st_size)}")
