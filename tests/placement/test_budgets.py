@@ -13,7 +13,7 @@ from greenroom.models.config import ModelConfig
 from greenroom.placement.hardware import Gpu, Hardware
 from greenroom.placement.placement import Placement
 from greenroom.placement.planner import Plan, Wish, place
-from greenroom.placement.sizes import EXPERT_ROWS, Sizes, reserved, reserved_each
+from greenroom.placement.sizes import BESIDE_STAGED, EXPERT_ROWS, Sizes, reserved, reserved_each
 
 MIB, GIB = 1 << 20, 1 << 30
 GPU = Hardware(Gpu("a GPU", 78 * GIB, 80 * GIB))
@@ -126,7 +126,7 @@ def test_long_steps_stream_as_soon_as_two_experts_fit(name: str) -> None:
     sizes = Sizes.of(tensors, config)
     wish = Wish(vram=0, named=True, context=4096)
     plan = Plan(sizes, config, wish)
-    two = 2 * sizes.slab + sizes.expanded
+    two = 2 * sizes.slab + sizes.staged
     least = plan.need(True, config.layers) + plan.graphs + two
     assert placed(name, least, context=4096).staging == two
     assert placed(name, least - 1, context=4096).staging == 0
@@ -165,7 +165,28 @@ def test_what_the_next_step_needs_is_enough_for_it() -> None:
         assert placed(name, whole * MIB).layers_on_gpu == first.layers
 
 
-def test_rows_computed_at_a_time_are_planned_as_they_are_computed() -> None:
-    from greenroom.experts.stream import ROWS
+@settings(deadline=None, max_examples=60)
+@given(st.sampled_from(SHAPES), st.integers(50 * MIB, 3 * GIB), wishes)
+def test_the_next_step_is_next(name: str, budget: int, wish: dict) -> None:
+    """At any budget below the whole dense part: what is said to hold more does, a MiB less does
+    not."""
+    now = placed(name, budget, **wish)
+    if " all of it" not in now.reason and "hold not even" not in now.reason:
+        return
+    text = now.reason.split(" MiB hold more")[0] if now.backend == "cuda" else now.reason[:-3]
+    needed = int(text.removesuffix(" MiB").rsplit(" ", 1)[1]) * MIB
+    assert needed > budget
 
-    assert EXPERT_ROWS == ROWS
+    def there(found: Placement) -> int:
+        return found.parts.get("dense", 0)
+
+    assert there(placed(name, needed, **wish)) > there(now)
+    if needed - MIB > budget:
+        assert there(placed(name, needed - MIB, **wish)) == there(now)
+
+
+def test_rows_computed_at_a_time_are_planned_as_they_are_computed() -> None:
+    from greenroom.experts import stream, tiers
+
+    assert EXPERT_ROWS == stream.ROWS
+    assert BESIDE_STAGED == tiers.BESIDE_STAGED

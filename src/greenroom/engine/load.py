@@ -262,10 +262,11 @@ def assemble(
         _block_bytes(model, config.block_size, dtype, vram is not None),
         vram,
     )
+    # Asked before: it makes caches of a block, for which there is no room beside the real ones.
+    layers = _layers_of_groups(model, config.block_size, dtype) if resolved.prefix_ram else []
     caches = model.new_caches(resolved.cache_blocks, resolved.block_size, dtype)
     store = None
     if resolved.prefix_ram:
-        layers = _layers_of_groups(model, config.block_size, dtype)
         tensors = [[t for i in of for t in (caches[i].k, caches[i].v)] for of in layers]
         store = PrefixStore(resolved.prefix_ram, tensors)
     return Engine(model, caches, resolved, tokenizer, chat, store)

@@ -25,6 +25,7 @@ from greenroom.kernels.grouped import MOST
 log = logging.getLogger(__name__)
 
 LEAST_STAGED = 2  # pages: one arrives while the other is computed
+BESIDE_STAGED = 16  # bytes a layer's expert takes in the table of those that are there
 PAGES = 4
 PAGE_BYTES = 56 << 20  # about a millisecond on the bus
 
@@ -122,12 +123,13 @@ class Tiers:
         numbers = 2 * max(bank.layout.d * bank.layout.f for bank in banks)
         slab = max(bank.layout.nbytes for bank in banks)
         experts = max(bank.experts for bank in banks)
-        pages, slabs = pages_of(self._staging_bytes, slab, 2 * numbers, experts)
+        room = self._staging_bytes - BESIDE_STAGED * experts
+        pages, slabs = pages_of(room, slab, 2 * numbers, experts)
         if pages < LEAST_STAGED:
             return
         pages = min(pages, len(banks) * -(-experts // slabs) + 1)
         scratch = self._account.empty("staging", [slabs * numbers], torch.float16)
-        table = self._account.empty("staging", [4 * experts], torch.int32)
+        table = self._account.empty("staging", [BESIDE_STAGED // 4 * experts], torch.int32)
         self.share = self.share or Share(None)
         ring = Ring(self._account.empty("staging", [pages, slabs * slab], torch.uint8), slabs)
         self._staged = scratch.nbytes + table.nbytes + pages * slabs * slab

@@ -201,8 +201,9 @@ class Plan:
         return head, count
 
     def next_step(self, head: bool, count: int) -> int:
-        """Bytes with which more of the dense part would fit."""
-        steps = [] if head else [self.need(True, count)]
+        """Bytes with which more of the dense part would fit: the head, in place of layers if
+        need be, or a layer."""
+        steps = [] if head else [self.need(True, 0)]
         if count < self.config.layers:
             steps.append(self.need(head, count + 1))
         return min(steps)
@@ -232,7 +233,7 @@ class Plan:
         graphs = min(self.graphs, rest)
         rest -= graphs
         slab = self.sizes.slab
-        least = STAGED_EXPERTS * slab + self.sizes.expanded
+        least = STAGED_EXPERTS * slab + self.sizes.staged
         staging = min(max(MOST_STAGING, 2 * least), max(rest // 3, min(least, rest)))
         rest -= staging if slab else 0
         if staging < least or not slab:

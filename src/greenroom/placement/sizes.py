@@ -23,6 +23,7 @@ ALLOCATOR = 64 << 20
 GAPS = 1.5
 
 EXPERT_ROWS = 4608  # of a group of experts that a long step computes at a time
+BESIDE_STAGED = 16  # bytes of a table for each expert of a layer, as `experts.tiers` has it
 KEPT_GRAPHS, GRAPH_SEQUENCES = 8, 32  # as `layers.decode_graphs` has them
 GRAPH_RANGES = (512, 4)  # its first range of contexts, and the factor to the next
 
@@ -44,7 +45,7 @@ class Sizes:
         tensors: the dense tensors one by one, of each layer, and of the head as the last.
         embedding: the table, as the file has it.
         slab: the largest expert of layers that may leave the RAM; 0 if there are none.
-        expanded: two matrices of an expert in half precision.
+        staged: beside staged experts: two matrices of one in half precision, and a table.
         experts: all routed experts together.
         expert_count: how many of them may leave the RAM, over all layers.
     """
@@ -54,7 +55,7 @@ class Sizes:
     tensors: tuple[tuple[int, ...], ...]
     embedding: int
     slab: int
-    expanded: int
+    staged: int
     experts: int
     expert_count: int
 
@@ -89,7 +90,9 @@ class Sizes:
             tensors=tuple(tuple(part) for part in parts),
             embedding=table.nbytes,
             slab=max(slabs, default=0),
-            expanded=4 * config.hidden_size * config.moe.width if config.moe else 0,
+            staged=4 * config.hidden_size * config.moe.width + BESIDE_STAGED * experts
+            if config.moe
+            else 0,
             experts=sum(slabs) * experts + mixed_bytes(tensors, config),
             expert_count=len(slabs) * experts,
         )
