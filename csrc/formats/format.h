@@ -31,9 +31,12 @@ concept HasTable = requires { F::table(); };
 
 // Bytes to 4-bit codes as most ggml blocks store them: byte i holds element i in its low half
 // and element i + n in its high half.
-inline void split_nibbles(const std::uint8_t* bytes, int n, std::uint8_t* out) {
-    for (int i = 0; i < n; ++i) out[i] = bytes[i] & 15u;
-    for (int i = 0; i < n; ++i) out[n + i] = bytes[i] >> 4;
+inline void split_nibbles(const std::uint8_t* bytes, int n, std::uint32_t* out) {
+    for (int i = 0; i < n / 4; ++i) {
+        const std::uint32_t word = word_at(bytes + 4 * i);
+        out[i] = word & 0x0f0f0f0fu;
+        out[n / 4 + i] = (word >> 4) & 0x0f0f0f0fu;
+    }
 }
 
 inline void put_u16(std::uint8_t* plane, int row, const std::uint8_t* raw) {

@@ -24,8 +24,8 @@ struct MXFP4 {
     static constexpr bool has_min = false;
 
     static const std::uint8_t* table() { return e2m1_codes(); }
-    static void codes(const std::uint8_t* raw, int, std::uint8_t* out) {
-        split_nibbles(raw + 1, 16, out);
+    static void codes(const std::uint8_t* raw, int, Quads& out) {
+        split_nibbles(raw + 1, 16, out.data());
     }
     static void scales(const std::uint8_t* raw, std::uint8_t* record, int row) {
         record[row] = raw[0];
@@ -50,8 +50,8 @@ struct NVFP4 {
     static constexpr bool has_min = false;
 
     static const std::uint8_t* table() { return e2m1_codes(); }
-    static void codes(const std::uint8_t* raw, int b, std::uint8_t* out) {
-        for (int h = 0; h < 2; ++h) split_nibbles(raw + 4 + 8 * (2 * b + h), 8, out + 16 * h);
+    static void codes(const std::uint8_t* raw, int b, Quads& out) {
+        for (int h = 0; h < 2; ++h) split_nibbles(raw + 4 + 8 * (2 * b + h), 8, &out[4 * h]);
     }
     static void scales(const std::uint8_t* raw, std::uint8_t* record, int row) {
         for (int i = 0; i < 4; ++i) record[16 * i + row] = raw[i] == 0x7f ? 0 : raw[i] & 0x7f;

@@ -26,8 +26,8 @@ struct IQ4_XS {
     static constexpr bool has_min = false;
 
     static const std::uint8_t* table() { return IQ4_NL::table(); }
-    static void codes(const std::uint8_t* raw, int b, std::uint8_t* out) {
-        split_nibbles(raw + 8 + 16 * b, 16, out);
+    static void codes(const std::uint8_t* raw, int b, Quads& out) {
+        split_nibbles(raw + 8 + 16 * b, 16, out.data());
     }
     static void scales(const std::uint8_t* raw, std::uint8_t* record, int row) {
         const int high = u16_at(raw + 2);

@@ -38,7 +38,7 @@ void pack_quantised(const Shape& s, std::int64_t group, const std::uint8_t* src,
     constexpr int per_raw = F::raw_cols / block_cols;
     const std::int64_t raw_blocks = s.cols / F::raw_cols;
     std::uint8_t* records = dst + s.layout.payload_bytes(s.cols);
-    std::uint8_t codes[block_cols];
+    Quads codes;
     for (std::int64_t i = 0; i < raw_blocks; ++i)
         for (int row = 0; row < s.rows_in(group); ++row) {
             const std::int64_t at = (group * group_rows + row) * raw_blocks + i;

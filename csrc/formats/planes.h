@@ -3,6 +3,7 @@
 // truth used at load time, decode is what the kernels run. Knows nothing of scales.
 #pragma once
 
+#include <array>
 #include <cstdint>
 #include <cstring>
 #include <utility>
@@ -19,6 +20,10 @@ inline std::uint32_t word_at(const std::uint8_t* p) {
     return w;
 }
 
+// 32 codes of a row, four to a word. Codes stay words from the file to the lines: written as bytes
+// and read again as words they would wait for each other, and packing take ten times as long.
+using Quads = std::array<std::uint32_t, block_cols / 4>;
+
 // One plane of Bits bits per column, taken from bit Low of the code. A word has room for
 // 8 / Bits column quads; field j of byte b belongs to column 4j + b of that line's columns.
 template <int Bits, int Low>
@@ -26,14 +31,12 @@ struct Plane {
     static constexpr int lines = Bits, quads = 8 / Bits;
     static constexpr std::uint32_t mask = ((1u << Bits) - 1u) * 0x01010101u;
 
-    // codes: 32 bytes; dst: the row's word in the plane's first line.
-    static void put(const std::uint8_t* codes, std::uint8_t* dst) {
+    // dst: the row's word in the plane's first line.
+    static void put(const Quads& codes, std::uint8_t* dst) {
         for (int line = 0; line < lines; ++line) {
             std::uint32_t w = 0;
-            for (int j = 0; j < quads; ++j) {
-                const std::uint32_t quad = word_at(codes + 4 * (line * quads + j));
-                w |= ((quad >> Low) & mask) << (Bits * j);
-            }
+            for (int j = 0; j < quads; ++j)
+                w |= ((codes[line * quads + j] >> Low) & mask) << (Bits * j);
             std::memcpy(dst + line * line_bytes, &w, 4);
         }
     }
@@ -59,8 +62,8 @@ struct Plane {
 template <>
 struct Plane<8, 0> {
     static constexpr int lines = 8;
-    static void put(const std::uint8_t* codes, std::uint8_t* dst) {
-        for (int j = 0; j < 8; ++j) std::memcpy(dst + j * line_bytes, codes + 4 * j, 4);
+    static void put(const Quads& codes, std::uint8_t* dst) {
+        for (int j = 0; j < 8; ++j) std::memcpy(dst + j * line_bytes, &codes[j], 4);
     }
     static void get(const std::uint8_t* src, std::uint8_t* codes) {
         for (int j = 0; j < 8; ++j) std::memcpy(codes + 4 * j, src + j * line_bytes, 4);
@@ -76,7 +79,7 @@ template <class... Planes>
 struct Payload {
     static constexpr int lines = (Planes::lines + ...);
 
-    static void put(const std::uint8_t* codes, std::uint8_t* dst) {
+    static void put(const Quads& codes, std::uint8_t* dst) {
         ((Planes::put(codes, dst), dst += Planes::lines * line_bytes), ...);
     }
     static void get(const std::uint8_t* src, std::uint8_t* codes) {

@@ -7,9 +7,9 @@
 namespace greenroom::formats {
 
 // Q2_K and Q3_K keep the 2-bit values of columns l, l + 32, l + 64, l + 96 of a half in one byte.
-inline void split_pairs(const std::uint8_t* qs, int b, std::uint8_t* out) {
+inline void split_pairs(const std::uint8_t* qs, int b, Quads& out) {
     const std::uint8_t* half = qs + 32 * (b / 4);
-    for (int l = 0; l < 32; ++l) out[l] = (half[l] >> (2 * (b % 4))) & 3u;
+    for (int i = 0; i < 8; ++i) out[i] = (word_at(half + 4 * i) >> (2 * (b % 4))) & 0x03030303u;
 }
 
 struct Q2_K {
@@ -19,9 +19,7 @@ struct Q2_K {
     static constexpr int max_code = 3, zero = -1, parts = 2;
     static constexpr bool has_min = true;
 
-    static void codes(const std::uint8_t* raw, int b, std::uint8_t* out) {
-        split_pairs(raw + 16, b, out);
-    }
+    static void codes(const std::uint8_t* raw, int b, Quads& out) { split_pairs(raw + 16, b, out); }
     static void scales(const std::uint8_t* raw, std::uint8_t* record, int row) {
         put_u16(record, row, raw + 80);
         put_u16(record + 32, row, raw + 82);

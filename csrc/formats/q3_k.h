@@ -13,9 +13,9 @@ struct Q3_K {
     static constexpr int max_code = 7, zero = 2, parts = 2;
     static constexpr bool has_min = false;
 
-    static void codes(const std::uint8_t* raw, int b, std::uint8_t* out) {
+    static void codes(const std::uint8_t* raw, int b, Quads& out) {
         split_pairs(raw + 32, b, out);
-        for (int l = 0; l < 32; ++l) out[l] |= static_cast<std::uint8_t>(((raw[l] >> b) & 1u) << 2);
+        for (int i = 0; i < 8; ++i) out[i] |= ((word_at(raw + 4 * i) >> b) & 0x01010101u) << 2;
     }
     static void scales(const std::uint8_t* raw, std::uint8_t* record, int row) {
         const std::uint8_t* s = raw + 96;

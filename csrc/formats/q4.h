@@ -12,8 +12,8 @@ struct Q4_0 {
     static constexpr int max_code = 15, zero = 3, parts = 1;
     static constexpr bool has_min = false;
 
-    static void codes(const std::uint8_t* raw, int, std::uint8_t* out) {
-        split_nibbles(raw + 2, 16, out);
+    static void codes(const std::uint8_t* raw, int, Quads& out) {
+        split_nibbles(raw + 2, 16, out.data());
     }
     static void scales(const std::uint8_t* raw, std::uint8_t* record, int row) {
         put_u16(record, row, raw);
@@ -34,8 +34,8 @@ struct Q4_1 {
     static constexpr int max_code = 15, zero = -1, parts = 1;
     static constexpr bool has_min = true;
 
-    static void codes(const std::uint8_t* raw, int, std::uint8_t* out) {
-        split_nibbles(raw + 4, 16, out);
+    static void codes(const std::uint8_t* raw, int, Quads& out) {
+        split_nibbles(raw + 4, 16, out.data());
     }
     static void scales(const std::uint8_t* raw, std::uint8_t* record, int row) {
         put_u16(record, row, raw);

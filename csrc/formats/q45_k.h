@@ -13,13 +13,12 @@ struct Q4_K {
     static constexpr int max_code = 15, zero = -1, parts = 1;
     static constexpr bool has_min = true;
 
-    static void nibbles(const std::uint8_t* qs, int b, std::uint8_t* out) {
+    static void nibbles(const std::uint8_t* qs, int b, Quads& out) {
         const std::uint8_t* bytes = qs + 32 * (b / 2);
-        for (int l = 0; l < 32; ++l) out[l] = (bytes[l] >> (4 * (b % 2))) & 15u;
+        for (int i = 0; i < 8; ++i)
+            out[i] = (word_at(bytes + 4 * i) >> (4 * (b % 2))) & 0x0f0f0f0fu;
     }
-    static void codes(const std::uint8_t* raw, int b, std::uint8_t* out) {
-        nibbles(raw + 16, b, out);
-    }
+    static void codes(const std::uint8_t* raw, int b, Quads& out) { nibbles(raw + 16, b, out); }
     static void scales(const std::uint8_t* raw, std::uint8_t* record, int row) {
         const std::uint8_t* s = raw + 4;
         put_u16(record, row, raw);
@@ -48,11 +47,10 @@ struct Q5_K : Q4_K {
     using Payload = Bits5;
     static constexpr int type = 13, raw_bytes = 176, max_code = 31;
 
-    static void codes(const std::uint8_t* raw, int b, std::uint8_t* out) {
+    static void codes(const std::uint8_t* raw, int b, Quads& out) {
         nibbles(raw + 48, b, out);
         const std::uint8_t* high = raw + 16;
-        for (int l = 0; l < 32; ++l)
-            out[l] |= static_cast<std::uint8_t>(((high[l] >> b) & 1u) << 4);
+        for (int i = 0; i < 8; ++i) out[i] |= ((word_at(high + 4 * i) >> b) & 0x01010101u) << 4;
     }
 };
 

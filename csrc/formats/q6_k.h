@@ -10,13 +10,13 @@ struct Q6_K : Q3_K {
     using Payload = Bits6;
     static constexpr int type = 14, raw_bytes = 210, max_code = 63, zero = 5;
 
-    static void codes(const std::uint8_t* raw, int b, std::uint8_t* out) {
+    static void codes(const std::uint8_t* raw, int b, Quads& out) {
         const int half = b / 4, g = b % 4;
         const std::uint8_t* low = raw + 64 * half + 32 * (g % 2);
         const std::uint8_t* high = raw + 128 + 32 * half;
-        for (int l = 0; l < 32; ++l)
-            out[l] = static_cast<std::uint8_t>(((low[l] >> (4 * (g / 2))) & 15u) |
-                                               (((high[l] >> (2 * g)) & 3u) << 4));
+        for (int i = 0; i < 8; ++i)
+            out[i] = ((word_at(low + 4 * i) >> (4 * (g / 2))) & 0x0f0f0f0fu) |
+                     (((word_at(high + 4 * i) >> (2 * g)) & 0x03030303u) << 4);
     }
     static void scales(const std::uint8_t* raw, std::uint8_t* record, int row) {
         put_u16(record, row, raw + 208);

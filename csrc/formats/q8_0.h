@@ -9,8 +9,8 @@ struct Q8_0 : Q4_0 {
     using Payload = Bits8;
     static constexpr int type = 8, raw_bytes = 34, max_code = 255, zero = 7;
 
-    static void codes(const std::uint8_t* raw, int, std::uint8_t* out) {
-        for (int i = 0; i < 32; ++i) out[i] = raw[2 + i] ^ 0x80u;
+    static void codes(const std::uint8_t* raw, int, Quads& out) {
+        for (int i = 0; i < 8; ++i) out[i] = word_at(raw + 2 + 4 * i) ^ 0x80808080u;
     }
 };
 
