@@ -5,6 +5,7 @@
 #include <nanobind/stl/tuple.h>
 #include <nanobind/stl/vector.h>
 
+#include <cstring>
 #include <optional>
 #include <utility>
 
@@ -23,18 +24,42 @@ using Output = Array<float, 2>;
 using Bias = std::optional<Array<const float, 1>>;
 // One matrix of linears(): (type, rows, packed, out, bias, scale).
 using LinearArgs = std::tuple<int, std::int64_t, Bytes, Output, Bias, float>;
+// One matrix of pack_all(): (type, rows, cols, src, dst).
+using PackingArgs = std::tuple<int, std::int64_t, std::int64_t, Bytes, MutableBytes>;
 
 std::int64_t raw_bytes(int type, std::int64_t rows, std::int64_t cols) {
     packed_bytes(type, rows, cols);  // refuses impossible shapes
     return layout_of(type).raw_row_bytes(cols) * rows;
 }
 
-void pack_bytes(Pool& pool, int type, std::int64_t rows, std::int64_t cols, Bytes src,
-                MutableBytes dst) {
+Packing checked(const PackingArgs& args) {
+    const auto& [type, rows, cols, src, dst] = args;
     expect_size("src", static_cast<std::int64_t>(src.size()), raw_bytes(type, rows, cols));
     expect_at_least("dst", static_cast<std::int64_t>(dst.size()), packed_bytes(type, rows, cols));
+    return {type, rows, cols, src.data(), dst.data()};
+}
+
+void pack_all(Pool& pool, const std::vector<PackingArgs>& matrices) {
+    std::vector<Packing> found;
+    for (const PackingArgs& args : matrices) found.push_back(checked(args));
     nb::gil_scoped_release release;
-    pack(pool, type, rows, cols, src.data(), dst.data());
+    pack(pool, found);
+}
+
+void pack_one(Pool& pool, int type, std::int64_t rows, std::int64_t cols, Bytes src,
+              MutableBytes dst) {
+    pack_all(pool, {{type, rows, cols, src, dst}});
+}
+
+void copy(Pool& pool, Bytes src, MutableBytes dst) {
+    const auto count = static_cast<std::int64_t>(src.size());
+    expect_size("dst", static_cast<std::int64_t>(dst.size()), count);
+    const std::uint8_t* from = src.data();
+    std::uint8_t* to = dst.data();
+    nb::gil_scoped_release release;
+    pool.ranges(count, 1 << 21, [&](std::int64_t begin, std::int64_t end, int) {
+        std::memcpy(to + begin, from + begin, static_cast<std::size_t>(end - begin));
+    });
 }
 
 void unpack_floats(int type, std::int64_t rows, std::int64_t cols, Bytes packed, Output out) {
@@ -82,9 +107,15 @@ void bind_matmul(nb::module_& m) {
     m.def("native_types", &native_types, "Type numbers of the formats that have kernels.");
     m.def("packed_bytes", &packed_bytes, nb::arg("type"), nb::arg("rows"), nb::arg("cols"),
           "Bytes of a packed (rows, cols) matrix; a multiple of 64.");
-    m.def("pack", &pack_bytes, nb::arg("pool"), nb::arg("type"), nb::arg("rows"), nb::arg("cols"),
+    m.def("pack", &pack_one, nb::arg("pool"), nb::arg("type"), nb::arg("rows"), nb::arg("cols"),
           nb::arg("src").noconvert(), nb::arg("dst").noconvert(),
           "Packs the raw blocks of a file (uint8) into dst (uint8, packed_bytes).");
+    m.def(
+        "pack_all", &pack_all, nb::arg("pool"), nb::arg("matrices").noconvert(),
+        "Packs several matrices in one parallel region; matrices: list of (type, rows, cols, src, "
+        "dst).");
+    m.def("copy", &copy, nb::arg("pool"), nb::arg("src").noconvert(), nb::arg("dst").noconvert(),
+          "Copies bytes (uint8) with all threads.");
     m.def("unpack", &unpack_floats, nb::arg("type"), nb::arg("rows"), nb::arg("cols"),
           nb::arg("packed").noconvert(), nb::arg("out").noconvert(),
           "Dequantises a packed matrix into out (rows, cols) float32, as ggml would.");

@@ -1,5 +1,6 @@
 #include "formats/layout.h"
 
+#include <algorithm>
 #include <array>
 #include <limits>
 #include <stdexcept>
@@ -79,13 +80,19 @@ std::uint8_t* float_at(std::uint8_t* group, int row, std::int64_t col) {
     return group + line * line_bytes + 4 * row + within * F::bytes;
 }
 
+// Sixteen lines at a time, so that a row is read in whole cache lines.
 template <class F>
 void pack_floats(const Shape& s, std::int64_t group, const std::uint8_t* src, std::uint8_t* dst) {
-    for (std::int64_t col = 0; col < s.cols; ++col)
-        for (int row = 0; row < s.rows_in(group); ++row) {
-            const std::int64_t at = (group * group_rows + row) * s.cols + col;
-            std::memcpy(float_at<F>(dst, row, col), src + at * F::bytes, F::bytes);
-        }
+    const std::int64_t lines = s.cols / F::cols_per_line, row_bytes = s.cols * F::bytes;
+    src += group * group_rows * row_bytes;
+    for (std::int64_t begin = 0; begin < lines; begin += 16)
+        for (int row = 0; row < s.rows_in(group); ++row)
+            for (std::int64_t line = begin; line < std::min(lines, begin + 16); ++line)
+                std::memcpy(dst + line * line_bytes + 4 * row, src + row * row_bytes + 4 * line, 4);
+    if (s.cols % F::cols_per_line != 0)  // the last word is half full
+        for (int row = 0; row < s.rows_in(group); ++row)
+            std::memcpy(float_at<F>(dst, row, s.cols - 1), src + (row + 1) * row_bytes - F::bytes,
+                        F::bytes);
 }
 
 template <class F>
@@ -110,6 +117,34 @@ void pack_group(const Shape& s, std::int64_t group, const std::uint8_t* src, std
     with(Quantised{}, s.layout.type,
          [&](auto f) { pack_quantised<decltype(f)>(s, group, src, to); });
     with(Floating{}, s.layout.type, [&](auto f) { pack_floats<decltype(f)>(s, group, src, to); });
+}
+
+// Where a task begins.
+struct Cut {
+    std::size_t matrix;
+    std::int64_t group;
+};
+
+// Cuts matrices into tasks that write a huge page each: a page touched for the first time is zeroed
+// by every thread that comes upon it before that is done. Less where there is little to do.
+std::vector<Cut> cut(const std::vector<Packing>& matrices, int threads) {
+    std::int64_t total = 0;
+    for (const Packing& m : matrices) total += packed_bytes(m.type, m.rows, m.cols);
+    const std::int64_t least = 1 << 16, most = 1 << 21;
+    const auto bytes = static_cast<std::uintptr_t>(std::clamp(total / (4 * threads), least, most));
+    std::vector<Cut> found;
+    std::uintptr_t page = 0;
+    for (std::size_t i = 0; i < matrices.size(); ++i) {
+        const Packing& m = matrices[i];
+        const std::int64_t group_bytes = layout_of(m.type).group_bytes(m.cols);
+        for (std::int64_t group = 0; group < groups_of(m.rows); ++group) {
+            const auto at = reinterpret_cast<std::uintptr_t>(m.dst + group * group_bytes) / bytes;
+            if (at != page) found.push_back({i, group});
+            page = at;
+        }
+    }
+    found.push_back({matrices.size(), 0});
+    return found;
 }
 
 }  // namespace
@@ -141,10 +176,19 @@ std::int64_t packed_bytes(int type, std::int64_t rows, std::int64_t cols) {
     return group * groups_of(rows);
 }
 
-void pack(Pool& pool, int type, std::int64_t rows, std::int64_t cols, const std::uint8_t* src,
-          std::uint8_t* dst) {
-    const Shape shape{layout_of(type), rows, cols};
-    pool.run(groups_of(rows), [&](std::int64_t group, int) { pack_group(shape, group, src, dst); });
+void pack(Pool& pool, const std::vector<Packing>& matrices) {
+    const std::vector<Cut> cuts = cut(matrices, pool.size());
+    pool.run(static_cast<std::int64_t>(cuts.size()) - 1, [&](std::int64_t task, int) {
+        const auto [first, begin] = cuts[static_cast<std::size_t>(task)];
+        const auto [last, end] = cuts[static_cast<std::size_t>(task) + 1];
+        for (std::size_t i = first; i <= last && i < matrices.size(); ++i) {
+            const auto& [type, rows, cols, src, dst] = matrices[i];
+            const Shape shape{layout_of(type), rows, cols};
+            const std::int64_t stop = i == last ? end : groups_of(rows);
+            for (std::int64_t group = i == first ? begin : 0; group < stop; ++group)
+                pack_group(shape, group, src, dst);
+        }
+    });
 }
 
 void unpack(int type, std::int64_t rows, std::int64_t cols, const std::uint8_t* packed,

@@ -37,9 +37,16 @@ std::vector<int> native_types();
 // not whole blocks, or the size leaves 63 bits.
 std::int64_t packed_bytes(int type, std::int64_t rows, std::int64_t cols);
 
-// src: rows x raw_row_bytes as in the file; dst: packed_bytes.
-void pack(Pool& pool, int type, std::int64_t rows, std::int64_t cols, const std::uint8_t* src,
-          std::uint8_t* dst);
+// One matrix to pack. src: rows x raw_row_bytes as in the file; dst: packed_bytes.
+struct Packing {
+    int type;
+    std::int64_t rows, cols;
+    const std::uint8_t* src;
+    std::uint8_t* dst;
+};
+
+// Packs matrices side by side.
+void pack(Pool& pool, const std::vector<Packing>& matrices);
 
 // out: (rows, cols) float32, equal to ggml's dequantisation bit by bit.
 void unpack(int type, std::int64_t rows, std::int64_t cols, const std::uint8_t* packed, float* out);

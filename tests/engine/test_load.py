@@ -1,5 +1,7 @@
 """What is decided before a model is loaded."""
 
+import threading
+import time
 from types import SimpleNamespace
 
 import pytest
@@ -9,7 +11,7 @@ from greenroom.convert.synth import Synthesis, write_synthetic
 from greenroom.convert.synth_shapes import shape_of
 from greenroom.engine.config import EngineConfig, resolve
 from greenroom.engine.load import _session, load_engine
-from greenroom.errors import BudgetError, NativeError
+from greenroom.errors import BudgetError, NativeError, TokenizerError
 from greenroom.models.config import ModelConfig
 
 
@@ -109,3 +111,39 @@ def test_a_context_beyond_the_models_own_is_said(tmp_path, caplog) -> None:
         settings = {"vram": 0, "threads": 1, "max_sequences": 1, "context_length": context}
         load_engine(path, EngineConfig(**settings)).close()
     assert f"{own + 1} tokens was asked for, but the model was made for {own}" in caplog.text
+
+
+def test_an_error_in_the_vocabulary_ends_the_loading_of_weights(tmp_path, monkeypatch) -> None:
+    path = tmp_path / "m.gguf"
+    write_synthetic(Synthesis(shape_of("gpt-oss-20b-tiny", 1)), path)
+    failed = threading.Event()
+
+    def from_gguf(file):
+        failed.set()
+        raise TokenizerError("no such tokenizer")
+
+    seen = []
+
+    def progress(done: int, total: int) -> None:
+        assert failed.wait(60)
+        seen.append(done / total)
+        time.sleep(0.01)  # what runs beside is over by the next call
+
+    monkeypatch.setattr("greenroom.engine.load.Tokenizer.from_gguf", from_gguf)
+    with pytest.raises(TokenizerError, match="no such tokenizer"):
+        load_engine(path, EngineConfig(vram=0, threads=1), progress)
+    assert not seen or seen[-1] < 1
+
+
+def test_an_interrupt_while_loading_leaves_no_thread(tmp_path) -> None:
+    path = tmp_path / "m.gguf"
+    write_synthetic(Synthesis(shape_of("gpt-oss-20b-tiny", 1)), path)
+    before = set(threading.enumerate())
+
+    def progress(done: int, total: int) -> None:
+        if 2 * done > total:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        load_engine(path, EngineConfig(vram=0, threads=1), progress)
+    assert set(threading.enumerate()) == before

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 
+from greenroom import native
 from greenroom.gguf import GGMLType, random_blocks
 from greenroom.kernels.gather import KINDS
 from greenroom.layers.device_embedding import DeviceEmbedding
@@ -15,7 +16,9 @@ VOCABULARY, WIDTH = 23, 768
 def table(kind: int, device: torch.device, copy: bool = True) -> DeviceEmbedding:
     type, rng = GGMLType(kind), np.random.default_rng(kind)
     raw = random_blocks(type, VOCABULARY, WIDTH, rng).reshape(VOCABULARY, -1)
-    return DeviceEmbedding(Weight("token_embd.weight", type, raw), device, copy)
+    return DeviceEmbedding(
+        Weight("token_embd.weight", type, raw), device, native.lib().Pool(1) if copy else None
+    )
 
 
 @pytest.mark.parametrize("kind", sorted(KINDS))

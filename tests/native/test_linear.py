@@ -1,5 +1,7 @@
 """Packing and linear layers: every format, every usable tier, odd shapes, hostile arguments."""
 
+from itertools import pairwise
+
 import numpy as np
 import pytest
 
@@ -185,3 +187,34 @@ def test_hostile_arguments_raise(lib, pool) -> None:
         lib.pack(pool, q4_k, 16, 256, m.raw.reshape(-1)[:-1], m.packed)
     with pytest.raises(ValueError, match=REFUSED):
         lib.pack(pool, q4_k, 16, 256, m.raw.reshape(-1), m.packed[:-64])
+
+
+def test_matrices_packed_together_are_those_packed_alone(lib) -> None:
+    """Small and large, of several types, one behind the other in memory that is not empty."""
+    pool, rng = lib.Pool(3), np.random.default_rng(1)
+    shapes = [(GGMLType.MXFP4, 1500, 2880), (GGMLType.BF16, 19, 37), (GGMLType.Q6_K, 33, 256),
+              (GGMLType.Q8_0, 16, 32), (GGMLType.Q4_K, 3000, 1024)]  # fmt: skip
+    alone, matrices = [], []
+    for type, rows, cols in shapes:
+        raw = rng.integers(0, 256, rows * type.row_bytes(cols), np.uint8)
+        alone.append(np.full(lib.packed_bytes(int(type), rows, cols), 255, np.uint8))
+        lib.pack(lib.Pool(1), int(type), rows, cols, raw, alone[-1])
+        matrices.append((int(type), rows, cols, raw))
+    ends = np.cumsum([0, *(len(packed) for packed in alone)])
+    memory = np.full(ends[-1] + 64, 255, np.uint8)
+    parts = [memory[begin:end] for begin, end in pairwise(ends)]
+    lib.pack_all(pool, [(*m, part) for m, part in zip(matrices, parts, strict=True)])
+    np.testing.assert_array_equal(memory[:-64], np.concatenate(alone))
+    assert (memory[-64:] == 255).all()
+    lib.pack_all(pool, [])
+    with pytest.raises(ValueError, match=REFUSED):
+        lib.pack_all(pool, [(*matrices[0], parts[0]), (*matrices[1], parts[1][:-64])])
+
+
+def test_a_copy_is_the_same(lib, pool) -> None:
+    source = np.random.default_rng(2).integers(0, 256, (5 << 20) + 7, np.uint8)
+    copy = np.zeros_like(source)
+    lib.copy(pool, source, copy)
+    np.testing.assert_array_equal(copy, source)
+    with pytest.raises(ValueError, match=REFUSED):
+        lib.copy(pool, source, copy[:-1])

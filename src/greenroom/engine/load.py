@@ -5,6 +5,7 @@ of the engine that knows files; imported when something is loaded, not before.
 import logging
 import os
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, cast
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
     from greenroom.models.config import ModelConfig
     from greenroom.placement.hardware import Hardware
     from greenroom.placement.placement import Placement
+    from greenroom.tokenizer import ChatFormat
 
 log = logging.getLogger(__name__)
 
@@ -63,7 +65,6 @@ def load_engine(
     """
     from greenroom.models import load_model
     from greenroom.models.loader import read_config
-    from greenroom.tokenizer import ChatFormat
 
     config = config or EngineConfig()
     with GGUFFile(path) as file:
@@ -77,14 +78,35 @@ def load_engine(
         config = _session(_decided(config, placement), read_config(file), file)
         config = with_threads(config)
         _say_if_long(config, read_config(file))
-        tokenizer = Tokenizer.from_gguf(file)
-        chat = ChatFormat.from_gguf(file, tokenizer)
-        options = _options(file, config, placement, shelf, progress)
-        with _running_out_said(file.path.name):
+        with ThreadPoolExecutor(1, "tokenizer") as beside, _running_out_said(file.path.name):
+            text = beside.submit(_text, file)
+            options = _options(file, config, placement, shelf, _unless_failed(text, progress))
             model = load_model(file, options)
+            tokenizer, chat = text.result()
             engine = assemble(model, tokenizer, config, chat, placement.cache_room)
     engine.placement = placement
     return engine
+
+
+def _text(file: GGUFFile) -> "tuple[Tokenizer, ChatFormat]":
+    """What turns text into tokens. A large vocabulary takes one processor about a second, in which
+    the others pack weights."""
+    from greenroom.tokenizer import ChatFormat
+
+    tokenizer = Tokenizer.from_gguf(file)
+    return tokenizer, ChatFormat.from_gguf(file, tokenizer)
+
+
+def _unless_failed(beside: Future[Any], progress: Progress | None) -> Progress:
+    """`progress`, which raises at once what was raised beside the loading."""
+
+    def told(done: int, total: int) -> None:
+        if beside.done():
+            beside.result()
+        if progress is not None:
+            progress(done, total)
+
+    return told
 
 
 def _options(

@@ -19,12 +19,12 @@ from greenroom.experts.meter import Meter
 from greenroom.experts.slabs import (
     Bytes,
     Floats,
+    Packer,
     RawMatrices,
     SlabLayout,
     allocate,
     columns,
     note_requantised,
-    pack,
     stored_type,
     type_of,
 )
@@ -82,18 +82,20 @@ class CpuExperts:
         memory, end = allocate(sum(layout.nbytes for layout in self.layouts)), 0
         if self.uniform:
             self.block = memory.reshape(self.experts, -1)
+        packer = Packer(self.pool)
         for expert, layout in enumerate(self.layouts):
             start, end = end, end + layout.nbytes
-            self._load(expert, memory[start:end])
+            self._load(expert, memory[start:end], packer)
             if progress is not None:
                 progress(layout.nbytes)
+        packer.flush()
 
-    def _load(self, expert: int, slab: Bytes) -> None:
+    def _load(self, expert: int, slab: Bytes, packer: Packer) -> None:
         """Packs one expert into a slab and tells the native layer about it."""
         entries, layout = [], self.layouts[expert]
         for i, m in enumerate(self._matrices):
             part, type = layout.matrix(slab, i), type_of(m, expert)
-            packed = pack(self.pool, m.name, type, np.asarray(m.raw[expert]), into=part)
+            packed = packer.add(m.name, type, np.asarray(m.raw[expert]), into=part)
             bias = layout.bias(slab, i)
             if bias is not None:
                 bias[:] = self._biases[i][expert]
@@ -130,7 +132,9 @@ class CpuExperts:
     def slab(self, expert: int) -> Bytes:
         """One expert's bytes, (nbytes of its layout,) uint8; packed now if it is not yet."""
         if expert not in self._slabs:
-            self._load(expert, allocate(self.layouts[expert].nbytes))
+            packer = Packer(self.pool)
+            self._load(expert, allocate(self.layouts[expert].nbytes), packer)
+            packer.flush()
         return self._slabs[expert]
 
     def __call__(

@@ -150,17 +150,55 @@ class Packed:
     data: Bytes
 
 
-def pack(pool: Any, name: str, type: GGMLType, raw: Bytes, into: Bytes | None = None) -> Packed:
-    """Packs one matrix, (rows, row_bytes) uint8, into new memory or the given one."""
-    rows, cols = raw.shape[0], columns(type, raw)
-    lib = native.lib()
-    target = stored_type(type, cols)
-    if into is None:
-        note_requantised(name, type, cols)
-        into = allocate(lib.packed_bytes(int(target), rows, cols))
-    source = stored_rows(name, type, raw).reshape(-1)
-    lib.pack(pool, int(target), rows, cols, source, into)
-    return Packed(target, rows, cols, into)
+class Packer:
+    """Packs matrices side by side, many in one native call: each call ends with threads that wait
+    for others, and begins with waiting for the interpreter.
+
+    Args:
+        pool: the native thread pool.
+    """
+
+    AT_ONCE = 256 << 20  # bytes: a call lasts no longer than somebody waits after Ctrl-C
+
+    def __init__(self, pool: Any) -> None:
+        self._pool = pool
+        self._waiting: list[tuple[int, int, int, Bytes, Bytes]] = []
+        self._bytes = 0
+
+    def add(self, name: str, type: GGMLType, raw: Bytes, into: Bytes | None = None) -> Packed:
+        """Packs one matrix, (rows, row_bytes) uint8, into new memory or the given one; it is there
+        after `flush`."""
+        rows, cols = raw.shape[0], columns(type, raw)
+        target = stored_type(type, cols)
+        if into is None:
+            note_requantised(name, type, cols)
+            into = allocate(native.lib().packed_bytes(int(target), rows, cols))
+        source = stored_rows(name, type, raw).reshape(-1)
+        self._waiting.append((int(target), rows, cols, source, into))
+        self._bytes += source.nbytes
+        if self._bytes >= self.AT_ONCE or target != type:  # do not collect copies
+            self.flush()
+        return Packed(target, rows, cols, into)
+
+    def flush(self) -> None:
+        """Returns when all is packed."""
+        waiting, self._waiting, self._bytes = self._waiting, [], 0
+        native.lib().pack_all(self._pool, waiting)
+
+
+def pack(pool: Any, name: str, type: GGMLType, raw: Bytes) -> Packed:
+    """Packs one matrix, (rows, row_bytes) uint8, into new memory."""
+    packer = Packer(pool)
+    packed = packer.add(name, type, raw)
+    packer.flush()
+    return packed
+
+
+def copied(pool: Any, raw: Bytes) -> Bytes:
+    """A copy of any bytes that lie in one piece, in memory as of `allocate`."""
+    copy = allocate(raw.nbytes)
+    native.lib().copy(pool, raw.reshape(-1), copy)
+    return copy.reshape(raw.shape)
 
 
 @dataclass(frozen=True, slots=True)

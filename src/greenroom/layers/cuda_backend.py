@@ -113,7 +113,7 @@ class CudaBackend:
 
     def embedding(self, weight: Weight) -> DeviceEmbedding:
         """The table stays in RAM."""
-        return DeviceEmbedding(weight, self.device, copy=not self.mmap)
+        return DeviceEmbedding(weight, self.device, None if self.mmap else self.pool)
 
     def linear(self, weight: Weight, bias: Tensor | None = None) -> DeviceMatrix:
         """See `Backend.linear`."""

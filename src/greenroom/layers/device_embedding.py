@@ -3,6 +3,7 @@ device reads rows by itself if it can. Knows token ids and blocks, not what a to
 """
 
 import logging
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,13 +23,14 @@ class DeviceEmbedding(Embedding):
     Args:
         weight: (vocabulary, width).
         device: where the rows go.
-        copy: keep the bytes in memory of our own instead of in the mapped file.
+        pool: native threads that copy the bytes into memory of our own; None leaves them in the
+            mapped file.
     """
 
-    def __init__(self, weight: Weight, device: torch.device, copy: bool) -> None:
-        super().__init__(weight, copy)
+    def __init__(self, weight: Weight, device: torch.device, pool: Any) -> None:
+        super().__init__(weight, pool)
         self._device = device
-        self._table = self._reachable() if copy and int(self.type) in KINDS else None
+        self._table = self._reachable() if pool is not None and int(self.type) in KINDS else None
 
     def _reachable(self) -> Tensor | None:
         """The table as the device sees it, (vocabulary, row bytes) uint8; None if it cannot."""

@@ -3,10 +3,12 @@
 Knows token ids and blocks, not what a token is.
 """
 
-import numpy as np
+from typing import Any
+
 import torch
 from torch import Tensor
 
+from greenroom.experts.slabs import copied
 from greenroom.gguf import GGMLType, dequantize
 from greenroom.layers.weight import Weight
 
@@ -23,13 +25,14 @@ class Embedding:
 
     Args:
         weight: (vocabulary, width).
-        copy: keep the bytes in memory of our own instead of in the mapped file.
+        pool: native threads that copy the bytes into memory of our own; None leaves them in the
+            mapped file.
     """
 
-    def __init__(self, weight: Weight, copy: bool = False) -> None:
+    def __init__(self, weight: Weight, pool: Any = None) -> None:
         self.type = weight.type
         self.vocabulary, self.width = weight.shape
-        self.raw = np.array(weight.raw) if copy else weight.raw
+        self.raw = weight.raw if pool is None else copied(pool, weight.raw)
 
     @property
     def nbytes(self) -> int:

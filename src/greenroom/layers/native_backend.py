@@ -12,7 +12,7 @@ from torch import Tensor
 from greenroom import native
 from greenroom.experts.cpu import CpuExperts
 from greenroom.experts.shelf import Shelf
-from greenroom.experts.slabs import Packed, pack
+from greenroom.experts.slabs import Packed, Packer
 from greenroom.layers import native_ops
 from greenroom.layers.backend import AttentionSpec, ExpertWeights, InRam, Step
 from greenroom.layers.batch import Batch, KVCache
@@ -36,7 +36,9 @@ class NativeLinears:
     ) -> None:
         self._pool = pool
         self._linears = native.lib().linears
-        self._packed: list[Packed] = [pack(pool, w.name, w.type, w.raw) for w in weights]
+        packer = Packer(pool)
+        self._packed: list[Packed] = [packer.add(w.name, w.type, w.raw) for w in weights]
+        packer.flush()
         # NumPy arrays cross into native code in a third of the time torch tensors take.
         self._biases = [None if bias is None else bias.contiguous().numpy() for bias in biases]
 
@@ -162,7 +164,7 @@ class NativeBackend(InRam):
 
     def embedding(self, weight: Weight) -> Embedding:
         """Rows are decoded when they are looked up."""
-        return Embedding(weight, copy=not self.mmap)
+        return Embedding(weight, None if self.mmap else self.pool)
 
     def linear(self, weight: Weight, bias: Tensor | None = None) -> NativeLinear:
         """See `Backend.linear`."""

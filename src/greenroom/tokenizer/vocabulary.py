@@ -206,10 +206,11 @@ def _end_ids(
     Where `<|return|>` and `<|call|>` exist (gpt-oss; `<|calls|>` and `<|flush|>` elsewhere),
     `<|end|>` only closes a message: were it an end, the model would stop after its analysis.
     """
+    ends_by_text = END_TEXTS | _DOCUMENT_ENDS
     by_text = {
         text: token
         for token, text in enumerate(texts)
-        if text in END_TEXTS | _DOCUMENT_ENDS and kinds[token] == TokenKind.CONTROL
+        if text in ends_by_text and kinds[token] == TokenKind.CONTROL
     }
     ends = set(by_text.values()) | {special[role] for role in _END_KEYS if role in special}
     messages_end_otherwise = {"<|return|>", "<|call|>"} <= by_text.keys() or (
