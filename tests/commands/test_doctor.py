@@ -27,3 +27,8 @@ def test_doctor_measures_and_saves(tmp_path, monkeypatch, capsys) -> None:
     assert "| RAM read, GB/s |" in (report / "doctor.md").read_text()
     assert json.loads((report / "doctor.json").read_text())["profile"] == found["profile"]
     assert str(tmp_path) not in (report / "doctor.json").read_text()
+
+
+def test_a_disk_that_is_not_there_is_refused_before_measuring(tmp_path, capsys) -> None:
+    assert main(["doctor", "--disk", str(tmp_path / "none")]) == 1
+    assert "none: there is no such folder" in capsys.readouterr().err

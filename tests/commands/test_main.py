@@ -90,6 +90,22 @@ def test_a_missing_model_is_one_line(tmp_path: Path) -> None:
     assert "missing.gguf" in done.stderr
 
 
+def test_a_model_may_be_named_as_list_names_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    snapshot = tmp_path / "models--owner--tiny/snapshots/1"
+    snapshot.mkdir(parents=True)
+    assert main(["synth", "mixtral-8x7b-tiny", str(snapshot / "tiny-Q4_K_M.gguf")]) == 0
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
+    assert main(["list"]) == 0
+    assert "owner/tiny:Q4_K_M" in capsys.readouterr().out
+    assert main(["inspect", "owner/tiny:Q4_K_M"]) == 0
+    assert "Mixtral" in capsys.readouterr().out
+    assert main(["inspect", "nobody"]) == 1
+    line = "greenroom: nobody: no such file or model; see 'greenroom list', or "
+    assert capsys.readouterr().err == line + "'greenroom pull owner/repo'\n"
+
+
 def test_a_bad_parameter_is_refused_before_loading(tmp_path: Path) -> None:
     done = run("run", str(tmp_path / "missing.gguf"), "hello", "--top-p", "3")
     assert done.returncode == 1

@@ -286,3 +286,26 @@ def test_a_model_on_the_hub_is_planned_from_its_header(tmp_path) -> None:
     fetched = sum(size for _, size in kind.ranges)
     assert kind.ranges[0][0] == 0
     assert start <= fetched < len(kind.data) / 2
+
+
+def test_a_hub_out_of_reach_is_one_line_also_without_what_only_tests_install(tmp_path) -> None:
+    code = (
+        "import sys; sys.modules['httpx'] = None; from greenroom.commands import main;"
+        "sys.exit(main(sys.argv[1:]))"
+    )
+    machine = ("--machine", str(save_profile(GPU, tmp_path / "machine.json")))
+    for call in (["plan", "hf:owner/repo", *machine], ["pull", "owner/repo"]):
+        environment = os.environ | {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HUB_OFFLINE": "0"}
+        done = subprocess.run(
+            [sys.executable, "-c", code, *call],
+            env=environment, capture_output=True, text=True, check=False, timeout=120,
+        )  # fmt: skip
+        assert done.returncode == 1
+        assert done.stderr.startswith("greenroom: owner/repo: the ")
+        assert done.stderr.count("\n") == 1, done.stderr
+
+
+def test_what_is_neither_file_nor_shape_is_told_the_shapes(tmp_path, capsys) -> None:
+    machine = str(save_profile(GPU, tmp_path / "machine.json"))
+    assert main(["plan", "gpt-oss-20", "--machine", machine]) == 1
+    assert "gpt-oss-20: no such file or shape; shapes are gpt-oss-20b," in capsys.readouterr().err

@@ -120,7 +120,7 @@ def _run(verb: str, arguments: list[str]) -> int:
     except typer.Abort:  # a question was not answered
         return _complain("aborted", 1)
     except wrong_call as error:
-        what = error.format_message().rstrip(".")
+        what = error.format_message().removeprefix("Invalid value: ").rstrip(".")
         return _complain(
             f"{verb}: {what[:1].lower()}{what[1:]}; 'greenroom {verb} --help' tells more", 2
         )

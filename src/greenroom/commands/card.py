@@ -5,9 +5,11 @@ from typing import Annotated
 
 import typer
 
+from greenroom.commands import options
+
 
 def card(
-    model: Annotated[Path, typer.Argument(help="A GGUF file, or the first of a split set.")],
+    model: options.Model,
     results: Annotated[
         Path | None, typer.Option(help="Folder with JSON results of bench, eval, profile, stress.")
     ] = None,

@@ -19,7 +19,10 @@ PROMPTS = (
 )
 
 Prompt = Annotated[list[str] | None, Option(help="Ask this instead; may be given repeatedly.")]
-Active = Annotated[float, Option(help="Percent of the FFN active per token: 50, 62.5, 75, 87.5.")]
+Active = Annotated[
+    float,
+    Option(help="Percent of the FFN active per token: 50, 62.5, 75, 87.5, 100.", min=50, max=100),
+]
 MaxTokens = Annotated[int, Option(help="Most tokens of an answer.", min=1)]
 
 

@@ -38,12 +38,15 @@ def doctor(
     'greenroom plan' and by the engine's choice of a placement.
     """
     from greenroom.commands.console import errors
+    from greenroom.errors import RequestError
     from greenroom.placement.calibrate import save_profile, saved_profile
     from greenroom.placement.folder import cache_folder
     from greenroom.placement.machine import machine
     from greenroom.placement.problems import problems
 
     folder = disk or cache_folder()
+    if disk is not None and not disk.is_dir():
+        raise RequestError(f"--disk {disk}: there is no such folder", "disk")
     found = machine([folder, Path.cwd()])
     if no_measure:
         profile, path = saved_profile(found.fingerprint), None

@@ -9,13 +9,14 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-from typer import Argument, Option
+from typer import Option
+
+from greenroom.commands import options
 
 if TYPE_CHECKING:
     from greenroom.gguf import GGUFFile, TensorInfo
     from greenroom.models import ModelConfig
 
-Model = Annotated[Path, Argument(help="A GGUF file, or the first of a split set.")]
 Vram = Annotated[str | None, Option(help="Budget of a GPU to plan for, like 6GiB.  [default: max]")]
 Context = Annotated[int | None, Option(help="Context to plan for, in tokens.")]
 Json = Annotated[bool, Option("--json", help="Print one JSON document instead of tables.")]
@@ -28,7 +29,7 @@ _RESERVE = 1 << 30  # bytes of RAM left to everything else
 
 
 def inspect(
-    model: Model, vram: Vram = None, context: Context = None, as_json: Json = False
+    model: options.Model, vram: Vram = None, context: Context = None, as_json: Json = False
 ) -> None:
     """Describe a model file: experts, types, bytes per token, placement on this machine.
 

@@ -8,7 +8,20 @@ from typer import Argument, Option
 if TYPE_CHECKING:
     from greenroom.engine.params import SamplingParams
 
-Model = Annotated[Path, Argument(help="A GGUF file, or the first of a split set.")]
+
+def found(model: Path) -> Path:
+    """The file, or that of a model on this machine whose name was given."""
+    if model.suffix == ".gguf" or model.exists():
+        return model
+    from greenroom.server import stores
+
+    return stores.find(str(model)).path or model
+
+
+Model = Annotated[
+    Path,
+    Argument(help="A GGUF file (of a split set the first), or a name of 'list'.", callback=found),
+]
 System = Annotated[str | None, Option(help="System message of the chat template.")]
 MaxTokens = Annotated[
     int | None, Option(help="Most tokens to generate; 0: until the context is full.")

@@ -97,6 +97,7 @@ def _header(model: str, folder: Path) -> Path:
     """A file with the model's header; made in `folder` unless the model is a file."""
     from greenroom.convert.synth import Synthesis
     from greenroom.convert.synth_shapes import PUBLISHED, shape_of
+    from greenroom.errors import ModelFileError
     from greenroom.gguf.writer import write_header
 
     if model.startswith("hf:"):
@@ -106,18 +107,23 @@ def _header(model: str, folder: Path) -> Path:
         job = Synthesis(shape_of(model))
         path = folder / f"{model}.gguf"
         write_header(path, job.metadata(), job.specs())
+        return path
+    if path.suffix != ".gguf" and not path.exists():
+        raise ModelFileError(
+            f"{model}: no such file or shape; shapes are {', '.join(PUBLISHED)}, each also with "
+            "-tiny behind it, and a model on the hub is hf:owner/repo"
+        )
     return path
 
 
 def _from_hub(reference: str, folder: Path) -> Path:
     """Headers of a repository's model, fetched by ranges; its first file's path."""
-    import httpx
     from huggingface_hub import HfApi, hf_hub_url
-    from huggingface_hub.errors import HfHubHTTPError
     from huggingface_hub.utils._headers import build_hf_headers
+    from huggingface_hub.utils._http import get_session
 
     from greenroom.convert.remote import fetch_header
-    from greenroom.server.hub import HubError, choose, parse_reference, remote_models
+    from greenroom.server.hub import HubError, choose, parse_reference, remote_models, web_errors
 
     repo, quant = parse_reference(reference)
     try:
@@ -125,11 +131,11 @@ def _from_hub(reference: str, folder: Path) -> Path:
         listed = [(file.rfilename, file.size or 0) for file in info.siblings or ()]
         chosen = choose(remote_models(repo, listed), quant)
         paths = []
-        with httpx.Client(headers=build_hf_headers(), follow_redirects=True, timeout=30) as client:
-            for name in chosen.files:
-                paths.append(folder / Path(name).name)
-                fetch_header(client, hf_hub_url(repo, name, revision=info.sha), paths[-1])
-    except (HfHubHTTPError, httpx.HTTPError, OSError) as error:
+        for name in chosen.files:
+            paths.append(folder / Path(name).name)
+            url = hf_hub_url(repo, name, revision=info.sha)
+            fetch_header(get_session(), url, paths[-1], build_hf_headers())
+    except web_errors() as error:
         raise HubError(f"{repo}: the hub cannot be read: {error}") from None
     return paths[0]
 

@@ -2,13 +2,13 @@
 
 import json
 import sys
-from pathlib import Path
 from typing import Annotated
 
 import typer
 from typer import Argument, Option
 
-Model = Annotated[Path, Argument(help="A GGUF file, or the first of a split set.")]
+from greenroom.commands import options
+
 Text = Annotated[str | None, Argument(help="The text; '-' or nothing: standard input.")]
 Special = Annotated[bool, Option("--special", help="Read control tokens in the text as such.")]
 Add = Annotated[bool, Option("--add-special", help="Add BOS and EOS where the model wants them.")]
@@ -17,7 +17,7 @@ Json = Annotated[bool, Option("--json", help="Print one JSON document.")]
 
 
 def tokenize(
-    model: Model,
+    model: options.Model,
     text: Text = None,
     special: Special = False,
     add_special: Add = False,

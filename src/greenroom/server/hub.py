@@ -6,6 +6,7 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
+from typing import Any
 
 from greenroom.errors import GreenroomError, ModelFileError, RequestError
 from greenroom.server.registry import ModelSource
@@ -88,6 +89,14 @@ def choose(models: Sequence[RemoteModel], quant: str | None) -> RemoteModel:
     raise HubError(f"{models[0].repo} has several models; name one after a colon: {there}")
 
 
+def web_errors() -> tuple[type[Exception], ...]:
+    """What the hub's package raises when the network fails; its HTTP client has changed names."""
+    from huggingface_hub import errors
+
+    client: Any = vars(errors)["HTTPError"]
+    return (client, errors.HfHubHTTPError, OSError)
+
+
 def pull(reference: str, tell: Callable[[str], None]) -> Path:
     """Downloads a model; its first file's path.
 
@@ -98,7 +107,6 @@ def pull(reference: str, tell: Callable[[str], None]) -> Path:
     Raises:
         HubError, RequestError: it cannot be had.
     """
-    import httpx
     from huggingface_hub import HfApi, hf_hub_download
     from huggingface_hub.errors import HfHubHTTPError
 
@@ -115,7 +123,7 @@ def pull(reference: str, tell: Callable[[str], None]) -> Path:
         status = error.response.status_code if error.response is not None else "no answer"
         hint = "; a gated model needs HF_TOKEN" if status in (401, 403) else ""
         raise HubError(f"{repo}: the hub answered {status}{hint}") from None
-    except (httpx.HTTPError, OSError) as error:
+    except web_errors() as error:
         raise HubError(f"{repo}: the download failed: {error}; run it again to go on") from None
     return Path(paths[0])
 

@@ -17,6 +17,7 @@ _QUANT = re.compile(
     r"[-_.]((?:UD-)?(?:I?Q\d(?:_[A-Z0-9]+)*|MXFP4(?:_[A-Z]+)?|NVFP4|TQ\d_\d|BF16|F16|F32))$",
     re.IGNORECASE,
 )
+_ON_HUB = re.compile(r"\w[\w.-]*/\w[\w.-]*(:[\w.-]+)?")
 _MODEL_LAYER = "application/vnd.ollama.image.model"
 
 
@@ -190,8 +191,9 @@ def find(name: str, folders: Iterable[Path] = ()) -> ModelSource:
     if len(fitting) == 1:
         return fitting[0]
     if not fitting:
+        wanted = name if _ON_HUB.fullmatch(name) else "owner/repo"
         raise ModelFileError(
-            f"{name}: no such file or model; see 'greenroom list', or 'greenroom pull {name}'"
+            f"{name}: no such file or model; see 'greenroom list', or 'greenroom pull {wanted}'"
         )
     names = ", ".join(source.name for source in fitting[:10])
     raise ModelFileError(f"{name}: several models fit: {names}; name one")
