@@ -2,6 +2,7 @@
 
 import io
 import json
+import subprocess
 import sys
 from pathlib import Path
 
@@ -42,6 +43,19 @@ def test_inspect_says_it_in_words(model: str, capsys: pytest.CaptureFixture[str]
     words = " ".join(capsys.readouterr().out.split())
     assert "16 in each of 4 layers, 4 per token; width 288, stacked" in words
     assert "everything in RAM" in words
+
+
+def test_inspect_waits_for_no_torch_where_no_gpu_is(model: str) -> None:
+    code = (
+        "import sys; sys.modules['torch'] = None\n"  # importing it fails
+        "from greenroom.commands import main\n"
+        "from greenroom.placement import hardware\n"
+        "hardware._DRIVERS = ()\n"
+        "sys.exit(main(['inspect', sys.argv[1]]))"
+    )
+    done = subprocess.run([sys.executable, "-c", code, model], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "everything in RAM" in " ".join(done.stdout.split())
 
 
 def test_inspect_plans_for_a_budget(model: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -18,7 +18,7 @@ from greenroom.errors import ModelFileError, UnsupportedModelError
 from greenroom.experts.trace import Trace
 from greenroom.gguf import GGMLType, GGUFFile, TensorSpec, dequantize, write_gguf
 from greenroom.models import LoadOptions, load_model
-from greenroom.models.loader import read_config
+from greenroom.models.registry import read_config
 from greenroom.placement.sizes import Sizes
 
 from ..models.cases import CASES

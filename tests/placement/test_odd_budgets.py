@@ -17,7 +17,7 @@ from greenroom.engine.load import _decided, _options, assemble, planned
 from greenroom.experts.shelf import Shelf
 from greenroom.gguf import GGUFFile
 from greenroom.models import load_model
-from greenroom.models.loader import read_config
+from greenroom.models.registry import read_config
 from greenroom.placement.hardware import Gpu, Hardware
 from greenroom.placement.planner import Plan, Wish
 from greenroom.placement.sizes import Sizes

@@ -16,7 +16,7 @@ from greenroom.gguf import GGUFFile
 from greenroom.layers.batch import Batch, KVGroup
 from greenroom.layers.ledger import Ledger
 from greenroom.models import LoadOptions, load_model
-from greenroom.models.loader import read_config
+from greenroom.models.registry import read_config
 from greenroom.placement.budget import parse_size
 from greenroom.placement.hardware import Gpu, Hardware, probe
 from greenroom.placement.machine import container_free
@@ -218,6 +218,7 @@ def test_what_a_closed_model_left_is_given_back_before_free_vram_is_asked_for(mo
     }
     for name, function in cuda.items():
         monkeypatch.setattr(torch.cuda, name, function)
+    monkeypatch.setattr("greenroom.placement.hardware._DRIVERS", (os.devnull,))
     assert probe() == Hardware(Gpu("a GPU", 8 * GIB, 8 * GIB))
 
 

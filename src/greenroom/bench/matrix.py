@@ -19,7 +19,7 @@ from greenroom.bench.workloads import Case
 from greenroom.engine.llm import plan
 from greenroom.errors import BudgetError, GreenroomError
 from greenroom.gguf import GGUFFile
-from greenroom.models.loader import read_config
+from greenroom.models.registry import read_config
 from greenroom.placement import predict
 from greenroom.placement.placement import Placement
 

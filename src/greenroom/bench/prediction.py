@@ -11,7 +11,7 @@ from typing import Any
 from greenroom.bench.statistics import relative_error
 from greenroom.bench.workloads import Case, run_case
 from greenroom.gguf import GGUFFile
-from greenroom.models.loader import read_config
+from greenroom.models.registry import read_config
 from greenroom.placement import predict
 from greenroom.placement.calibrate import MachineProfile
 from greenroom.placement.placement import Placement

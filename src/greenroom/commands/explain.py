@@ -97,7 +97,7 @@ def rooflines(
 ) -> list[str]:
     """Lines that hold the measured rates against the bound of the machine's rates."""
     from greenroom.gguf import GGUFFile
-    from greenroom.models.loader import read_config
+    from greenroom.models.registry import read_config
     from greenroom.placement import predict
     from greenroom.placement.calibrate import saved_profile
     from greenroom.placement.machine import machine

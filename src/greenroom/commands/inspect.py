@@ -56,11 +56,11 @@ def describe(
     """
     from greenroom.errors import GreenroomError
     from greenroom.models import ModelConfig
-    from greenroom.models.loader import find_family
+    from greenroom.models.registry import place_of
 
     facts = _stored(file)
     try:
-        find_family(file)
+        place_of(file)
         config = ModelConfig.from_metadata(file.metadata, file.tensors)
     except GreenroomError as error:
         return facts | {"runs": False, "problem": str(error)}
@@ -75,7 +75,7 @@ def describe(
 def _plan(file: "GGUFFile", vram: str | None, context: int | None) -> dict[str, Any]:
     """What an engine would put where; a budget on a machine without a GPU supposes one."""
     from greenroom.engine.config import EngineConfig
-    from greenroom.engine.load import planned
+    from greenroom.engine.planning import planned
     from greenroom.placement.budget import parse_size
     from greenroom.placement.hardware import Gpu, Hardware, probe
 

@@ -150,12 +150,12 @@ def predicted(
     file: "GGUFFile", profile: "MachineProfile", vram: int | None, context: int, batch: int
 ) -> dict[str, Any]:
     """One budget: placement, memory by tier, prefill and decode with their bounds."""
-    from greenroom.models.loader import find_family, read_config
+    from greenroom.models.registry import place_of, read_config
     from greenroom.placement import predict
     from greenroom.placement.hardware import Gpu, Hardware
     from greenroom.placement.planner import Wish, place
 
-    find_family(file)
+    place_of(file)
     config = read_config(file)
     gpu = None
     if profile.gpu is not None and profile.vram:

@@ -2,14 +2,19 @@
 
 Servers, commands and benchmarks need `load_engine(path, config)` and `Engine.stream`;
 programs without an event loop need `LLM`. Nothing here knows architectures or devices.
+Each name is imported when it is first asked for, as most need torch.
 """
 
-from greenroom.engine.config import EngineConfig
-from greenroom.engine.engine import Engine
-from greenroom.engine.llm import LLM
-from greenroom.engine.load import assemble, load_engine
-from greenroom.engine.output import Completion, Constraint, TokenLogprob, TokenOutput
-from greenroom.engine.params import SamplingParams
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from greenroom.engine.config import EngineConfig
+    from greenroom.engine.engine import Engine
+    from greenroom.engine.llm import LLM
+    from greenroom.engine.load import assemble, load_engine
+    from greenroom.engine.output import Completion, Constraint, TokenLogprob, TokenOutput
+    from greenroom.engine.params import SamplingParams
 
 __all__ = [
     "LLM",
@@ -23,3 +28,22 @@ __all__ = [
     "assemble",
     "load_engine",
 ]
+
+_HOME = {
+    "Completion": "greenroom.engine.output",
+    "Constraint": "greenroom.engine.output",
+    "Engine": "greenroom.engine.engine",
+    "EngineConfig": "greenroom.engine.config",
+    "LLM": "greenroom.engine.llm",
+    "SamplingParams": "greenroom.engine.params",
+    "TokenLogprob": "greenroom.engine.output",
+    "TokenOutput": "greenroom.engine.output",
+    "assemble": "greenroom.engine.load",
+    "load_engine": "greenroom.engine.load",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'greenroom.engine' has no attribute {name!r}")
+    return getattr(import_module(_HOME[name]), name)

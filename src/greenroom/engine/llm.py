@@ -18,9 +18,10 @@ from numpy.typing import NDArray
 from greenroom.engine.config import EngineConfig
 from greenroom.engine.engine import Engine
 from greenroom.engine.jobs import Job
-from greenroom.engine.load import Progress, load_engine, planned
+from greenroom.engine.load import Progress, load_engine
 from greenroom.engine.output import Completion, TokenOutput
 from greenroom.engine.params import SamplingParams
+from greenroom.engine.planning import planned
 from greenroom.errors import RequestError
 from greenroom.gguf import GGUFFile
 from greenroom.placement.placement import Placement

@@ -20,6 +20,7 @@ from greenroom.engine.config import (
     with_threads,
 )
 from greenroom.engine.engine import Engine
+from greenroom.engine.planning import planned
 from greenroom.engine.prefix_store import PrefixStore
 from greenroom.engine.runner import ModelLike
 from greenroom.errors import BudgetError
@@ -33,7 +34,6 @@ if TYPE_CHECKING:
     from greenroom.experts.shelf import Shelf
     from greenroom.models import LoadOptions
     from greenroom.models.config import ModelConfig
-    from greenroom.placement.hardware import Hardware
     from greenroom.placement.placement import Placement
     from greenroom.tokenizer import ChatFormat
 
@@ -64,7 +64,7 @@ def load_engine(
         BudgetError: the cache does not fit into RAM.
     """
     from greenroom.models import load_model
-    from greenroom.models.loader import read_config
+    from greenroom.models.registry import read_config
 
     config = config or EngineConfig()
     with GGUFFile(path) as file:
@@ -140,7 +140,7 @@ def _options(
 
 def _rates(file: GGUFFile, threads: int | None) -> "Rates | None":
     """What bus and CPU do in a second on this machine, if it was measured."""
-    from greenroom.models.loader import read_config
+    from greenroom.models.registry import read_config
     from greenroom.placement.calibrate import saved_profile
     from greenroom.placement.machine import machine
     from greenroom.placement.predict import Work
@@ -185,7 +185,7 @@ def _within_ram(
     Raises:
         BudgetError: `config.ram` is too small; the message says what is needed.
     """
-    from greenroom.models.loader import read_config
+    from greenroom.models.registry import read_config
     from greenroom.placement.sizes import Sizes
 
     if placement.backend == "reference":
@@ -228,42 +228,6 @@ def _say_if_long(config: EngineConfig, model: "ModelConfig") -> None:
             "a context of %d tokens was asked for, but the model was made for %d: it may make no "
             "sense beyond them", config.context_length, model.context_length,
         )  # fmt: skip
-
-
-def planned(
-    file: GGUFFile, config: EngineConfig, hardware: "Hardware | None" = None
-) -> "Placement":
-    """Which backend an engine would take, and what would go to VRAM; loads nothing.
-
-    Args:
-        file: the model.
-        config: the settings.
-        hardware: instead of this machine's.
-
-    Raises:
-        BudgetError, RequestError: see `placement.planner.place`.
-    """
-    from greenroom.models.loader import find_family, read_config
-    from greenroom.placement.hardware import Hardware, probe
-    from greenroom.placement.planner import Wish, place
-
-    find_family(file)  # an unknown architecture is a better complaint than a missing key
-    vram = None if config.vram is None else parse_size(config.vram, "vram")
-    wish = Wish(
-        backend=config.backend,
-        vram=vram,
-        named=config.vram is not None,
-        sequences=config.max_sequences,
-        chunk=config.prefill_chunk,
-        context=config.context_length,
-        cache_tokens=config.cache_tokens,
-        block_size=config.block_size,
-        value_bytes=_TYPES[config.kv_type].itemsize,
-    )
-    wanted = config.backend in ("auto", "cuda") and vram != 0
-    if hardware is None:
-        hardware = probe() if wanted else Hardware(None, "not asked for")
-    return place(file.tensors, read_config(file), wish, hardware)
 
 
 def assemble(

@@ -1,11 +1,30 @@
 """Models: from GGUF metadata and tensors to a forward pass; one file per family.
 
-Adding an architecture adds one file, one line in `registry.py` and one test.
+Adding an architecture adds one file, one line in `registry.py` and one test. What computes, and
+needs torch, is imported when it is first asked for: a file's header is read without it.
 """
 
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
 from greenroom.models.config import ModelConfig
-from greenroom.models.loader import LoadOptions, load_model
-from greenroom.models.model import KVSpec, Model
 from greenroom.models.registry import ARCHITECTURES
 
+if TYPE_CHECKING:
+    from greenroom.models.loader import LoadOptions, load_model
+    from greenroom.models.model import KVSpec, Model
+
 __all__ = ["ARCHITECTURES", "KVSpec", "LoadOptions", "Model", "ModelConfig", "load_model"]
+
+_HOME = {
+    "KVSpec": "greenroom.models.model",
+    "LoadOptions": "greenroom.models.loader",
+    "Model": "greenroom.models.model",
+    "load_model": "greenroom.models.loader",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'greenroom.models' has no attribute {name!r}")
+    return getattr(import_module(_HOME[name]), name)

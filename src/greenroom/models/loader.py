@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from os import PathLike
 from typing import Any
 
-from greenroom.errors import ModelFileError, UnsupportedModelError
+from greenroom.errors import UnsupportedModelError
 from greenroom.experts.share import Rates, Share
 from greenroom.experts.shelf import Shelf
 from greenroom.gguf import GGUFFile
@@ -18,7 +18,7 @@ from greenroom.layers.ledger import SCRATCH_BYTES, Ledger
 from greenroom.models.config import ModelConfig
 from greenroom.models.model import Model
 from greenroom.models.parts import Parts
-from greenroom.models.registry import ARCHITECTURES
+from greenroom.models.registry import place_of, read_config
 from greenroom.models.tensors import Tensors
 
 
@@ -98,24 +98,9 @@ def load_model(file: GGUFFile, options: LoadOptions | None = None) -> Model:
     return model
 
 
-def read_config(file: GGUFFile) -> ModelConfig:
-    """The configuration of an open file; errors name the file."""
-    try:
-        return ModelConfig.from_metadata(file.metadata, file.tensors)
-    except (ModelFileError, UnsupportedModelError) as error:
-        raise type(error)(f"{file.path.name}: {error}") from None
-
-
 def find_family(file: GGUFFile) -> type[Model]:
     """The class of the file's architecture."""
-    architecture = file.metadata.get("general.architecture")
-    place = ARCHITECTURES.get(architecture) if isinstance(architecture, str) else None
-    if place is None:
-        raise UnsupportedModelError(
-            f"{file.path.name}: architecture {architecture!r:.40} is not implemented; "
-            f"implemented: {', '.join(ARCHITECTURES)}"
-        )
-    module, name = place.split(":")
+    module, name = place_of(file).split(":")
     found: type[Model] = getattr(importlib.import_module(module), name)
     return found
 

@@ -6,8 +6,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
 _NVIDIA = "0x10de"
 _DISPLAY = ("0x0300", "0x0302")  # PCI classes of VGA and 3D controllers
 
@@ -57,6 +55,8 @@ def nvml() -> Iterator[Any]:
 
 def gpu_facts() -> tuple[tuple[GpuFacts, ...], str | None]:
     """Every GPU, and the CUDA version PyTorch was built for (None: a build without)."""
+    import torch  # see `hardware.probe`
+
     build: str | None = torch.version.cuda
     with nvml() as lib:
         if lib is not None:
@@ -70,6 +70,8 @@ def gpu_facts() -> tuple[tuple[GpuFacts, ...], str | None]:
 
 def nvml_handle(lib: Any, index: int = 0) -> Any:
     """NVML's handle of PyTorch's device `index`, which CUDA_VISIBLE_DEVICES may have moved."""
+    import torch
+
     with contextlib.suppress(Exception):
         bus: Any = torch.cuda.get_device_properties(index)
         name = f"{bus.pci_domain_id:08x}:{bus.pci_bus_id:02x}:{bus.pci_device_id:02x}.0"
@@ -78,6 +80,8 @@ def nvml_handle(lib: Any, index: int = 0) -> Any:
 
 
 def _from_nvml(lib: Any, index: int) -> GpuFacts:
+    import torch
+
     handle = lib.nvmlDeviceGetHandleByIndex(index)
     memory = lib.nvmlDeviceGetMemoryInfo(handle)
     usable = torch.cuda.is_available() and index < torch.cuda.device_count()
@@ -103,6 +107,8 @@ def _from_nvml(lib: Any, index: int) -> GpuFacts:
 
 
 def _from_torch(index: int) -> GpuFacts:
+    import torch
+
     free, total = torch.cuda.mem_get_info(index)
     major, minor = torch.cuda.get_device_capability(index)
     name = torch.cuda.get_device_name(index)

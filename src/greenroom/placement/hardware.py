@@ -2,9 +2,12 @@
 
 import gc
 import importlib.util
+import sys
 from dataclasses import dataclass
+from pathlib import Path
 
-import torch
+# What NVIDIA's driver for Linux, that of WSL and that of Jetson boards put there.
+_DRIVERS = ("/dev/nvidiactl", "/dev/dxg", "/dev/nvmap", "/dev/nvhost-ctrl")
 
 LEAST_CAPABILITY = (7, 5)  # what current PyTorch and Triton builds support
 
@@ -34,6 +37,10 @@ class Hardware:
 
 def probe() -> Hardware:
     """Looks for a GPU; creates the driver's context if there is one."""
+    if sys.platform == "linux" and not any(Path(name).exists() for name in _DRIVERS):
+        return Hardware(None, "there is no driver of an NVIDIA GPU")
+    import torch  # a second; who only reads a header on a machine without a GPU need not wait
+
     if not torch.cuda.is_available():
         return Hardware(None, "PyTorch finds no CUDA GPU")
     if importlib.util.find_spec("triton") is None:
