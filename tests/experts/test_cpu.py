@@ -10,7 +10,7 @@ import torch
 from greenroom import native
 from greenroom.errors import NativeError
 from greenroom.experts.cpu import CpuExperts
-from greenroom.experts.slabs import SlabLayout, SplitMatrices, allocate, pack
+from greenroom.experts.slabs import Packer, SlabLayout, SplitMatrices, allocate
 from greenroom.gguf import GGMLType, dequantize, quantize, random_blocks, repack_pairs
 
 D, F, EXPERTS = 64, 96, 5
@@ -173,7 +173,9 @@ def test_allocated_memory_is_zero_and_aligned() -> None:
 
 def test_pack_of_one_matrix(pool) -> None:
     raw = random_blocks(GGMLType.Q6_K, 40, 256, np.random.default_rng(0))
-    packed = pack(pool, "w", GGMLType.Q6_K, raw)
+    packer = Packer(pool)
+    packed = packer.add("w", GGMLType.Q6_K, raw)
+    packer.flush()
     out = np.empty((40, 256), np.float32)
     native.lib().unpack(int(packed.type), packed.rows, packed.cols, packed.data, out)
     np.testing.assert_array_equal(out, dequantize(GGMLType.Q6_K, raw))

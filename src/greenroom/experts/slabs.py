@@ -186,14 +186,6 @@ class Packer:
         native.lib().pack_all(self._pool, waiting)
 
 
-def pack(pool: Any, name: str, type: GGMLType, raw: Bytes) -> Packed:
-    """Packs one matrix, (rows, row_bytes) uint8, into new memory."""
-    packer = Packer(pool)
-    packed = packer.add(name, type, raw)
-    packer.flush()
-    return packed
-
-
 def copied(pool: Any, raw: Bytes) -> Bytes:
     """A copy of any bytes that lie in one piece, in memory as of `allocate`."""
     copy = allocate(raw.nbytes)

@@ -13,7 +13,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from greenroom.experts.slabs import pack, stored_rows, stored_type
+from greenroom import native
+from greenroom.experts.slabs import (
+    Bytes,
+    Packer,
+    allocate,
+    note_requantised,
+    stored_rows,
+    stored_type,
+)
 from greenroom.gguf import GGMLType
 from greenroom.kernels.dequantise import dequantise
 from greenroom.kernels.matvec import matvec
@@ -96,7 +104,7 @@ class DeviceMatrix:
         self.bench = bench
         self.rows, self.cols = sum(w.shape[0] for w in weights), weights[0].shape[1]
         self.type = stored_type(weights[0].type, self.cols)
-        self.data = bench.ledger.place("dense", torch.cat([self._bytes(w) for w in weights]))
+        self.data = bench.ledger.place("dense", torch.from_numpy(self._bytes(weights)))
         if self.type in _FLOATS:
             self.data = self.data.view(_FLOATS[self.type]).view(self.rows, self.cols)
         self.bias: Tensor | None = None
@@ -107,12 +115,20 @@ class DeviceMatrix:
             ]
             self.bias = bench.ledger.place("dense", torch.cat(parts))
 
-    def _bytes(self, weight: Weight) -> Tensor:
+    def _bytes(self, weights: Sequence[Weight]) -> Bytes:
+        """All rows one behind the other, packed unless they are floats."""
         if self.type in _FLOATS:
-            rows = stored_rows(weight.name, weight.type, weight.raw)
-            return torch.from_numpy(np.array(rows).view(np.uint8).reshape(-1))
-        packed = pack(self.bench.pool, weight.name, weight.type, weight.raw)
-        return torch.from_numpy(packed.data)
+            rows = [stored_rows(w.name, w.type, w.raw).view(np.uint8) for w in weights]
+            return np.concatenate([part.reshape(-1) for part in rows])
+        kind, packed_bytes = int(self.type), native.lib().packed_bytes
+        sizes = [packed_bytes(kind, weight.shape[0], self.cols) for weight in weights]
+        memory, packer, end = allocate(sum(sizes)), Packer(self.bench.pool), 0
+        for weight, size in zip(weights, sizes, strict=True):
+            note_requantised(weight.name, weight.type, self.cols)
+            packer.add(weight.name, weight.type, weight.raw, memory[end : end + size])
+            end += size
+        packer.flush()
+        return memory
 
     @property
     def nbytes(self) -> int:
