@@ -21,7 +21,7 @@ inline std::uint32_t word_at(const std::uint8_t* p) {
 }
 
 // 32 codes of a row, four to a word. Codes stay words from the file to the lines: written as bytes
-// and read again as words they would wait for each other, and packing take ten times as long.
+// and read again as words packing MXFP4 takes eight times as long.
 using Quads = std::array<std::uint32_t, block_cols / 4>;
 
 // One plane of Bits bits per column, taken from bit Low of the code. A word has room for
