@@ -143,6 +143,17 @@ def test_run_prints_json_and_reads_a_pipe(model: Path) -> None:
     assert result["memory_bytes"]["kv_cache"] > 0
 
 
+def test_an_empty_prompt_and_a_wrong_trace_are_one_line(model: Path, tmp_path: Path) -> None:
+    done = run("run", str(model), " ", *SMALL)
+    assert done.returncode == 1
+    assert done.stderr.startswith("greenroom: the prompt is empty; give one")
+    (tmp_path / "trace.npz").write_text("no trace")
+    done = run("run", str(model), "hello", "--trace", str(tmp_path / "trace.npz"), *SMALL)
+    assert done.returncode == 1
+    assert "trace.npz: this is no trace" in done.stderr
+    assert done.stderr.count("\n") == 1
+
+
 def test_a_prompt_beyond_the_context_is_refused_with_both_numbers(model: Path) -> None:
     done = run("run", str(model), "word " * 400, "--raw", *SMALL)
     assert done.returncode == 1

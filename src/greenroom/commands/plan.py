@@ -141,9 +141,9 @@ def _from_hub(reference: str, folder: Path) -> Path:
 
 
 def budgets(total: int, model: int) -> list[int]:
-    """Bytes of VRAM for a sweep: 0, and eighths of what the model could use."""
+    """Bytes of VRAM for a sweep: 0, and eighths of what the model could use; none without a GPU."""
     most = min(total, model + model // 4)
-    return [most * i // 8 for i in range(9)] if most else [0]
+    return [most * i // 8 for i in range(9)] if most else []
 
 
 def predicted(
@@ -161,7 +161,7 @@ def predicted(
     if profile.gpu is not None and profile.vram:
         gpu = Gpu(profile.gpu, profile.vram_total, profile.vram_total)
     wish = Wish(vram=vram, named=vram is not None, sequences=batch, context=context)
-    found = place(file.tensors, config, wish, Hardware(gpu, f"{profile.name} has none"))
+    found = place(file.tensors, config, wish, Hardware(gpu, f"{profile.name} has no GPU"))
     work = predict.Work.of(file.tensors, config)
     there = sum(found.parts.values())
     cache = 0 if found.layers_on_gpu else work.cache * context * batch
@@ -189,8 +189,9 @@ def _show(document: dict[str, Any]) -> None:
     console.print(chosen["reason"])
     verdict = "fits" if document["fits_ram"] else "does NOT fit"
     console.print(f"RAM: {size(chosen['memory']['ram'])} of {size(document['ram'])}: {verdict}")
-    head = ("VRAM", "used", "experts there", "prefill tokens/s", "decode tokens/s", "limited by")
-    table = Table(*head, box=None, padding=(0, 2, 0, 0))
+    console.print(f"tokens/s of a prompt of {document['prompt']} tokens (prefill) and of decode")
+    head = ("VRAM", "used", "experts", "prefill", "decode", "limited by: prefill; decode")
+    table = Table(*head, box=None, padding=(0, 1, 0, 0))
     for row in _rows(document):
         table.add_row(*row)
     console.print(table)
@@ -223,11 +224,15 @@ def draw(document: dict[str, Any], path: Path) -> None:
         errors.print("matplotlib is missing, so no plot was drawn")
         return
     rows = [row for row in document["sweep"] if row["vram"] is not None]
+    if not rows:
+        errors.print("this machine has no VRAM to draw speed over; --machine names another")
+        return
     figure, axis = pyplot.subplots(figsize=(5, 3))
     axis.plot([r["vram"] / 2**30 for r in rows], [r["decode"]["rate"] for r in rows], marker="o")
     axis.set_xlabel("VRAM, GiB")
     axis.set_ylabel("decode, tokens/s (predicted)")
     axis.set_ylim(bottom=0)
+    axis.set_title(f"{document['model']['name']}\n{document['machine']['name']}", fontsize=8)
     figure.tight_layout()
     figure.savefig(path, dpi=90)
     pyplot.close(figure)

@@ -9,6 +9,7 @@ import typer
 from typer import Argument, Option
 
 from greenroom.commands import options
+from greenroom.errors import RequestError
 
 if TYPE_CHECKING:
     from greenroom.engine import LLM, SamplingParams
@@ -54,13 +55,18 @@ def run(
         max_tokens, temperature, top_k, top_p, min_p, repetition_penalty, seed, tuple(stop or ())
     )
     text = _prompt(prompt)
-    from greenroom.commands.console import loaded, show_placement
+    if not text.strip():
+        raise RequestError("the prompt is empty; give one, or talk with 'greenroom chat'", "prompt")
+    from greenroom.commands.console import errors, loaded, show_placement
     from greenroom.commands.explain import explained
 
     settings = options.engine(threads, context, vram, mmap, reference, ram)
     opened = loaded(model, max_sequences=1, trace=trace, **settings)
     with opened as llm, explained(llm, model, explain) as found:
         show_placement(llm)
+        placed = llm.engine.placement
+        if trace and placed is not None and placed.backend != "cuda" and errors.is_terminal:
+            errors.print("the trace makes no difference without experts in VRAM", style="dim")
         tokens, parser = _tokens(llm, text, system, raw)
         if max_tokens is None:
             params = _bounded(params, llm.engine.config.context_length - len(tokens))

@@ -80,6 +80,8 @@ def load_model(file: GGUFFile, options: LoadOptions | None = None) -> Model:
     options = options or LoadOptions()
     family = find_family(file)
     config = read_config(file)
+    if options.trace is not None and options.backend != "cuda":
+        read_heat(options.trace, config)  # without VRAM nothing uses it; a wrong one is said
     tensors = Tensors(file, options.progress)
     backends = make_backends(options, config)
     parts = Parts(
