@@ -18,8 +18,9 @@ SOURCES := pyproject.toml CMakeLists.txt $(shell find src csrc -type f -not -nam
 demo: $(INSTALLED)
 	$(BIN)/greenroom demo
 
+# Two processes: as many as have room in 24 GiB.
 test: $(TESTED)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2
 
 lint: $(LINTED)
 	$(BIN)/ruff check
