@@ -8,7 +8,7 @@ import pytest
 from greenroom.placement import calibrate
 from greenroom.placement.calibrate import MachineProfile, ProfileError
 from greenroom.placement.machine import machine
-from greenroom.placement.problems import problems
+from greenroom.placement.problems import busy, problems
 
 PROFILE = MachineProfile(
     fingerprint="f" * 16,
@@ -81,3 +81,12 @@ def test_problems_are_named_with_their_fix() -> None:
     assert problems(slow)[0].grave
     assert here.fingerprint == replace(here, memory=slow.memory).fingerprint
     assert here.fingerprint != slow.fingerprint
+
+
+def test_programs_beside_a_measurement_are_a_problem() -> None:
+    assert busy(0.4, 2) == []
+    (note,) = busy(0.6, 2)
+    assert (note.grave, note.what) == (
+        False, "other programs kept 0.6 of 2 processors busy before it measured"
+    )  # fmt: skip
+    assert busy(1.5, 2)[0].grave

@@ -142,11 +142,19 @@ def show_figures(figures: dict[str, Any], memory: dict[str, int]) -> None:
     errors.print(table)
 
 
-def show_placement(llm: "LLM") -> None:
+def tell(line: str) -> None:
+    """What a command is at, dim, on standard error, if somebody is looking."""
+    if errors.is_terminal:
+        errors.print(line, style="dim", markup=False)
+
+
+def show_placement(llm: "LLM", trace: str | None = None) -> None:
     """Says on standard error who computes what, and why, if somebody is looking."""
     placement = llm.engine.placement
     if placement is not None and errors.is_terminal:
         errors.print(placement.reason, style="dim")
+        if trace is not None and placement.backend != "cuda":
+            errors.print("the trace makes no difference without experts in VRAM", style="dim")
 
 
 def size(count: int) -> str:

@@ -1,6 +1,7 @@
 """`greenroom doctor`: what this machine has, how fast it is, and what is wrong with it."""
 
 import json
+import os
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -42,12 +43,13 @@ def doctor(
     from greenroom.placement.calibrate import save_profile, saved_profile
     from greenroom.placement.folder import cache_folder
     from greenroom.placement.machine import machine
-    from greenroom.placement.problems import problems
+    from greenroom.placement.problems import busy, problems
 
     folder = disk or cache_folder()
     if disk is not None and not disk.is_dir():
         raise RequestError(f"--disk {disk}: there is no such folder", "disk")
     found = machine([folder, Path.cwd()])
+    load = os.getloadavg()[0]
     if no_measure:
         profile, path = saved_profile(found.fingerprint), None
     else:
@@ -57,6 +59,8 @@ def doctor(
             profile = measure(found, quick, folder, small, status.update)
         path = save_profile(profile)
     wrong = problems(found, profile)
+    if path is not None:
+        wrong = busy(load, found.processor.threads) + wrong
     if report is not None:
         _write(found, profile, wrong, report)
     if as_json:

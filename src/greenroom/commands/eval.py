@@ -38,7 +38,7 @@ def eval(
     likeliest token is the same, and the largest difference of a logit.
     """
     from greenroom.bench.quality_report import Evaluation, markdown, run_evaluation, write_report
-    from greenroom.commands.console import errors
+    from greenroom.commands.console import errors, tell
     from greenroom.commands.progress import count_progress
 
     job = Evaluation(
@@ -51,7 +51,7 @@ def eval(
         threads=threads,
     )
     with count_progress("tokens") as progress:
-        document = run_evaluation(job, errors.print, progress)
+        document = run_evaluation(job, tell, progress)
     if report is not None:
         for line in write_report(document, report):
             errors.print(line)

@@ -45,7 +45,7 @@ def profile(
     from greenroom.bench.quality import read_text, windows_of
     from greenroom.bench.routing_report import analyse, record, summary, write_profile
     from greenroom.bench.sensitivity import measure
-    from greenroom.commands.console import errors, loaded
+    from greenroom.commands.console import errors, loaded, tell
     from greenroom.commands.progress import count_progress
 
     words = read_text(text)
@@ -61,7 +61,7 @@ def profile(
         if sensitivity:
             with count_progress("tokens, layer by layer") as progress:
                 trace = replace(trace, sensitivity=measure(llm, windows, progress))
-    document = analyse(trace, lambda line: errors.print(line, style="dim"))
+    document = analyse(trace, tell)
     for line in write_profile(document, trace, out):
         errors.print(line)
     print(json.dumps(document) if as_json else summary(document))

@@ -55,18 +55,13 @@ def run(
         max_tokens, temperature, top_k, top_p, min_p, repetition_penalty, seed, tuple(stop or ())
     )
     text = _prompt(prompt)
-    if not text.strip():
-        raise RequestError("the prompt is empty; give one, or talk with 'greenroom chat'", "prompt")
-    from greenroom.commands.console import errors, loaded, show_placement
+    from greenroom.commands.console import loaded, show_placement
     from greenroom.commands.explain import explained
 
     settings = options.engine(threads, context, vram, mmap, reference, ram)
     opened = loaded(model, max_sequences=1, trace=trace, **settings)
     with opened as llm, explained(llm, model, explain) as found:
-        show_placement(llm)
-        placed = llm.engine.placement
-        if trace and placed is not None and placed.backend != "cuda" and errors.is_terminal:
-            errors.print("the trace makes no difference without experts in VRAM", style="dim")
+        show_placement(llm, trace)
         tokens, parser = _tokens(llm, text, system, raw)
         if max_tokens is None:
             params = _bounded(params, llm.engine.config.context_length - len(tokens))
@@ -80,11 +75,12 @@ def _bounded(params: "SamplingParams", room: int) -> "SamplingParams":
 
 
 def _prompt(prompt: str | None) -> str:
-    if prompt is not None and prompt != "-":
-        return prompt
     if prompt is None and sys.stdin.isatty():
         raise typer.BadParameter("give a prompt, or pipe one into standard input")
-    return sys.stdin.read()
+    text = sys.stdin.read() if prompt in (None, "-") else str(prompt)
+    if not text.strip():
+        raise RequestError("the prompt is empty; give one, or talk with 'greenroom chat'", "prompt")
+    return text
 
 
 def _tokens(llm: "LLM", text: str, system: str | None, raw: bool) -> tuple[list[int], Any]:

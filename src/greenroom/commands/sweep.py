@@ -54,7 +54,7 @@ def sweep(
     case = Case(prompt, 1, generate)
     one: dict[str, Any] = {"max_sequences": 1, "prefix_cache": False}
     settings = one | {"context_length": context, "threads": threads}
-    budgets = [budget.strip() for budget in vram.split(",")]
+    budgets = _budgets(vram)
     document = {
         "kind": bench.KIND, "version": bench.VERSION, "model": model.name,
         "date": datetime.now(UTC).isoformat(timespec="seconds"), "command": command_line(),
@@ -70,6 +70,22 @@ def sweep(
                 bench.write_report(document, points, report)
     _show(bench.HEAD, bench.rows(points))
     print(json.dumps({**document, "points": [asdict(point) for point in points]}), flush=True)
+
+
+def _budgets(text: str) -> list[str]:
+    """The budgets to measure; without a GPU there is but one."""
+    import torch
+
+    from greenroom.commands.console import errors
+    from greenroom.placement.budget import parse_size
+
+    budgets = [budget.strip() for budget in text.split(",")]
+    for budget in budgets:
+        parse_size(budget, "vram")
+    if torch.cuda.is_available():
+        return budgets
+    errors.print("PyTorch finds no CUDA GPU: the CPU alone is measured")
+    return ["0"]
 
 
 def _show(head: Sequence[str], rows: Iterable[Sequence[str]]) -> None:

@@ -35,6 +35,24 @@ def problems(machine: Machine, profile: MachineProfile | None = None) -> list[Pr
     return sorted(found, key=lambda problem: not problem.grave)
 
 
+def busy(load: float, threads: int) -> list[Problem]:
+    """What other programs did to the rates measured beside them.
+
+    Args:
+        load: runnable threads before measuring, as the system averages them over a minute.
+        threads: that measured.
+    """
+    if load < threads / 4:
+        return []
+    return [
+        Problem(
+            load > threads / 2,
+            f"other programs kept {load:.1f} of {threads} processors busy before it measured",
+            "end them and run 'greenroom doctor' again; plan and placement go by these rates",
+        )
+    ]
+
+
 def _processor(machine: Machine) -> Iterator[Problem]:
     cpu = machine.processor
     missing = [tier for tier in cpu.runnable if tier not in cpu.tiers]
