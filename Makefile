@@ -42,7 +42,7 @@ $(BIN)/python:
 # torch first and by itself: a build of it that is already chosen is then kept.
 $(INSTALLED): $(SOURCES) | $(BIN)/python
 	$(BIN)/python -c 'import torch' 2>/dev/null || $(BIN)/pip install -q "$(TORCH)"
-	$(BIN)/pip install -q .
+	$(BIN)/pip install -q '.[server,plots,gpu]'
 	@touch $@
 
 $(TESTED): $(INSTALLED)

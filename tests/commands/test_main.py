@@ -106,6 +106,26 @@ def test_a_model_may_be_named_as_list_names_it(
     assert capsys.readouterr().err == line + "'greenroom pull owner/repo'\n"
 
 
+def test_without_the_server_s_packages_models_are_listed_and_serve_says_what_to_install(
+    model: Path, tmp_path: Path
+) -> None:
+    code = (
+        "import sys; sys.modules |= dict.fromkeys(('fastapi', 'starlette', 'uvicorn'));"
+        "from greenroom.commands import main; sys.exit(main(sys.argv[1:]))"
+    )
+
+    def bare(*arguments: str) -> "subprocess.CompletedProcess[str]":
+        call = [sys.executable, "-c", code, *arguments]
+        return subprocess.run(call, capture_output=True, text=True, timeout=60, check=False)
+
+    assert bare("list").returncode == bare("show", str(model)).returncode == 0
+    done = bare("serve", str(model))
+    assert done.returncode == 1
+    assert done.stderr.startswith("greenroom: the server needs ")
+    assert "pip install 'greenroom[server]'" in done.stderr
+    assert done.stderr.count("\n") == 1
+
+
 def test_a_bad_parameter_is_refused_before_loading(tmp_path: Path) -> None:
     done = run("run", str(tmp_path / "missing.gguf"), "hello", "--top-p", "3")
     assert done.returncode == 1

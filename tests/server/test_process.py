@@ -23,7 +23,7 @@ from greenroom.commands import serve
 from greenroom.errors import GreenroomError, ModelFileError, RequestError
 from greenroom.server.launch import Listen, bind
 from greenroom.server.logs import JsonFormatter, LineFormatter
-from greenroom.server.registry import ModelSource
+from greenroom.server.source import ModelSource
 
 FAKE = Path(__file__).with_name("serve_fake.py")
 BODY = {"messages": [{"role": "user", "content": "x"}]}

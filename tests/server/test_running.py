@@ -9,7 +9,8 @@ import pytest
 
 from greenroom.errors import ModelFileError
 from greenroom.server import ServerSettings
-from greenroom.server.registry import ModelSource, Registry
+from greenroom.server.registry import Registry
+from greenroom.server.source import ModelSource
 
 from .heavy import scope_of
 

@@ -53,6 +53,9 @@ COMMANDS: dict[str, tuple[str, str]] = {
 }
 
 
+_SERVER = ("fastapi", "llguidance", "prometheus_client", "starlette", "uvicorn")
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command.
 
@@ -147,6 +150,14 @@ def guarded(function: Callable[..., Any]) -> Callable[..., Any]:
         except OSError as error:
             where = f"{error.filename}: " if error.filename else ""
             return _complain(f"{where}{error.strerror or error}", 1)
+        except ModuleNotFoundError as error:
+            if error.name not in _SERVER:
+                raise
+            return _complain(
+                f"the server needs {error.name}, which is not installed; "
+                "pip install 'greenroom[server]' brings it",
+                1,
+            )
         except MemoryError:
             return _complain("out of memory; choose a smaller model or context", 1)
 

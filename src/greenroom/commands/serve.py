@@ -11,8 +11,8 @@ from typer import Argument, Option
 
 if TYPE_CHECKING:
     from greenroom.server.launch import Listen
-    from greenroom.server.registry import ModelSource
     from greenroom.server.settings import ServerSettings
+    from greenroom.server.source import ModelSource
 
 
 def _option(variable: str, text: str, **more: Any) -> Any:

@@ -7,11 +7,13 @@ import asyncio
 from collections import Counter
 from concurrent.futures import Executor
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from greenroom.errors import GreenroomError
-from greenroom.server.registry import ModelSource
-from greenroom.server.served import Served
+from greenroom.server.source import ModelSource
+
+if TYPE_CHECKING:
+    from greenroom.server.served import Served
 
 _LONGEST = 4096  # characters of a metadata value that is shown; the template is shown whole
 _known: dict[tuple[str, float, int], "Description"] = {}
@@ -38,7 +40,7 @@ class Description:
         return str(self.parameters) if self.parameters else ""
 
 
-async def describe(source: ModelSource, served: Served | None, workers: Executor) -> Description:
+async def describe(source: ModelSource, served: "Served | None", workers: Executor) -> Description:
     """The description of a model; never raises for a damaged file."""
     if source.path is None:
         config = getattr(served.engine, "model_config", None) if served else None

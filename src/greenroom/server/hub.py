@@ -9,7 +9,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from greenroom.errors import GreenroomError, ModelFileError, RequestError
-from greenroom.server.registry import ModelSource
+from greenroom.server.source import ModelSource
 from greenroom.server.stores import parts, quantization
 
 _REFERENCE = re.compile(r"(?P<repo>\w[\w.-]*/\w[\w.-]*?)(?::(?P<quant>[\w.-]+))?")

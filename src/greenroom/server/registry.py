@@ -9,27 +9,15 @@ import logging
 import time
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from greenroom.server.errors import ApiError
 from greenroom.server.served import Served
 from greenroom.server.settings import ServerSettings
+from greenroom.server.source import ModelSource
 
 log = logging.getLogger("greenroom.server")
 WAIT_SECONDS = 30.0  # for a place when every loaded model is busy
-
-
-@dataclass(frozen=True, slots=True)
-class ModelSource:
-    """A model that can be loaded."""
-
-    name: str
-    path: Path | None  # None: it was given to us loaded
-    size: int = 0  # bytes on disk, all parts
-    modified: float = 0.0  # seconds since the epoch
-    origin: str = "given"  # which store it was found in
 
 
 class Registry:

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from greenroom.errors import ModelFileError
-from greenroom.server.registry import ModelSource
+from greenroom.server.source import ModelSource
 
 _SPLIT = re.compile(r"-(\d{5})-of-(\d{5})$")
 _QUANT = re.compile(

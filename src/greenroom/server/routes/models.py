@@ -15,9 +15,10 @@ from greenroom.server.body import read, takes
 from greenroom.server.describe import Description, describe
 from greenroom.server.errors import ApiError
 from greenroom.server.protocol.ollama import ShowRequest
-from greenroom.server.registry import ModelSource, Registry
+from greenroom.server.registry import Registry
 from greenroom.server.responder import Json, state
 from greenroom.server.served import Served
+from greenroom.server.source import ModelSource
 
 router = APIRouter()
 
