@@ -44,7 +44,7 @@ inline Vec load(const float* from) {
 
 inline void store(float* to, Vec v) { std::memcpy(to, &v, sizeof v); }
 
-inline Vec splat(float x) { return Vec{} + x; }
+inline Vec splat(float x) { return x - Vec{}; }  // x + 0 would be an addition: -0 + 0 is 0
 
 // a * b + c: rounded once where the tier has the instruction, twice where it has not. Everything
 // else is rounded as it is written (-ffp-contract=off).
