@@ -15,7 +15,8 @@ constexpr float largest_code = 127 * 256;
 
 // 16 values times `inverse` as bytes; returns the sum of their codes. A low part of 128, exactly
 // between two high ones, becomes 127: bytes of -128 would overflow in the AVX2 dot product.
-int split(simd::Floats x, float inverse, std::int8_t* high, std::int8_t* low) {
+[[gnu::always_inline]] inline int split(simd::Floats x, float inverse, std::int8_t* high,
+                                        std::int8_t* low) {
     using namespace simd;
     const Floats code = x * splat(inverse);
     const Ints upper = round(code * splat(1.0f / 256));
@@ -23,7 +24,7 @@ int split(simd::Floats x, float inverse, std::int8_t* high, std::int8_t* low) {
     const Ints lower = round(min(splat(127.0f), max(splat(-127.0f), rest)));
     store_i8(high, upper);
     store_i8(low, lower);
-    return 256 * sum(upper) + sum(lower);
+    return sum(shift_left<8>(upper) + lower);
 }
 
 // The scale is the largest magnitude / 32512; blocks below 1e-30 count as zeros. What is not
@@ -84,8 +85,8 @@ Activations Activations::take(Arena& arena, Forms forms, std::int64_t tokens, st
     return a;
 }
 
-void Activations::put(std::int64_t first, int width, int i, std::int64_t block,
-                      const float* x) const {
+void Activations::put(const Place& place, std::int64_t block, const float* x) const {
+    const auto [first, width, i] = place;
     if (quantised) {
         XBlock& to = quantised[first * blocks + block * width + i];
         quantise(x, to);
@@ -98,12 +99,13 @@ void Activations::put(std::int64_t first, int width, int i, std::int64_t block,
     if (bf16 && first + i < tokens) amx::put(*this, first + i, block, x);
 }
 
-void Activations::put_token(std::int64_t first, int width, int i, const float* x) const {
+void Activations::put_token(std::int64_t token, const float* x) const {
+    const Place place = place_of(token, tokens);
     float last[32] = {};
     const std::int64_t whole = x ? cols / 32 : 0;
-    for (std::int64_t b = 0; b < whole; ++b) put(first, width, i, b, x + 32 * b);
+    for (std::int64_t b = 0; b < whole; ++b) put(place, b, x + 32 * b);
     if (x && cols % 32) std::memcpy(last, x + 32 * whole, (cols % 32) * sizeof(float));
-    for (std::int64_t b = whole; b < blocks; ++b) put(first, width, i, b, last);
+    for (std::int64_t b = whole; b < blocks; ++b) put(place, b, last);
 }
 
 }  // namespace greenroom

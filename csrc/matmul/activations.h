@@ -1,5 +1,5 @@
 // The right-hand side of a product: float32 rows (tokens), stored once in the forms the weights
-// ask for and cut into tiles of 1, 4 or simd::wide_tile tokens that one kernel call handles.
+// ask for and cut into tiles of at most simd::wide_tile tokens that one kernel call handles.
 //   quantised  16-bit integers with one scale per 32 columns (XBlock), [tile][block][token]
 //   floats     float32, [tile][column][token]
 //   bf16       bfloat16 and the bfloat16 of what it leaves over, AMX's tiles of 16 tokens x 32
@@ -7,6 +7,7 @@
 // Knows nothing of weights; does not own its memory (see Arena).
 #pragma once
 
+#include <algorithm>
 #include <cstddef>
 #include <cstdint>
 
@@ -38,9 +39,12 @@ struct Forms {
     }
 };
 
-// Tokens of the next tile when `remaining` are left. A tile may be wider than that; its last
-// tokens are then zeros.
+// Tokens of the next tile when `remaining` are left: any number where the tier has tiles of every
+// width, else 1, 4 or simd::wide_tile. A tile may be wider than what is left; its last tokens are
+// then zeros.
 inline int tile_width(std::int64_t remaining) {
+    if (simd::any_width)
+        return static_cast<int>(std::min<std::int64_t>(simd::wide_tile, remaining));
     if (remaining >= simd::wide_tile || (simd::wide_tile > 4 && remaining > 12))
         return simd::wide_tile;
     return remaining == 1 ? 1 : 4;
@@ -51,6 +55,18 @@ inline std::int64_t padded_tokens(std::int64_t tokens) {
     std::int64_t padded = 0;
     while (padded < tokens) padded += tile_width(tokens - padded);
     return padded;
+}
+
+// Where a token (a padding one, too) lies: its tile's first token and width, its place in that.
+struct Place {
+    std::int64_t first;
+    int width, i;
+};
+inline Place place_of(std::int64_t token, std::int64_t tokens) {
+    std::int64_t first = token / simd::wide_tile * simd::wide_tile;
+    int width = tile_width(tokens - first);
+    for (; first + width <= token; width = tile_width(tokens - first)) first += width;
+    return {first, width, static_cast<int>(token - first)};
 }
 
 // One AMX tile.
@@ -95,10 +111,10 @@ struct Activations {
         return bf16 + first / 16 * blocks * 2 * tile_bytes;
     }
 
-    // Stores 32 columns of token first + i of a tile of `width` in every form there is.
-    void put(std::int64_t first, int width, int i, std::int64_t block, const float* x) const;
+    // Stores 32 columns of a token in every form there is.
+    void put(const Place& place, std::int64_t block, const float* x) const;
     // Stores a whole token; x: cols floats, or null for zeros.
-    void put_token(std::int64_t first, int width, int i, const float* x) const;
+    void put_token(std::int64_t token, const float* x) const;
 };
 
 }  // namespace greenroom

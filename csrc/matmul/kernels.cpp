@@ -9,6 +9,7 @@ namespace {
 using namespace formats;
 
 constexpr int type_limit = 64;
+constexpr int four = simd::any_width ? simd::wide_tile : 4;
 
 struct Table {
     Kernels of[type_limit];
@@ -16,7 +17,7 @@ struct Table {
 
 template <class F>
 void add_quantised(Table& table) {
-    table.of[F::type] = {tile_quantised<F, 1>, tile_quantised<F, 4>,
+    table.of[F::type] = {tile_quantised<F, 1>, tile_quantised<F, four>,
                          tile_quantised<F, simd::wide_tile>, expand_of<F>, expanded_parts<F>};
 }
 

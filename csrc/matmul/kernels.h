@@ -10,10 +10,10 @@
 namespace greenroom {
 
 // out[t * ld + row] for t < width, 16 rows. group: one packed group; blocks: columns / 32;
-// first: the tile's first token; next: the group that will be read after this one (this one, if
-// that is not known), or null if this one is in the cache.
+// first: the tile's first token; width: its tokens; next: the group that will be read after this
+// one (this one, if that is not known), or null if this one is in the cache.
 using TileKernel = void (*)(const std::uint8_t* group, std::int64_t blocks, const Activations& x,
-                            std::int64_t first, const std::uint8_t* next, float* out,
+                            std::int64_t first, int width, const std::uint8_t* next, float* out,
                             std::int64_t ld);
 
 // Some blocks of 32 columns of one group as tiles of bfloat16, tile_bytes for each of one or two

@@ -103,22 +103,16 @@ class Pass {
 }  // namespace
 
 void fill(Pool& pool, const Activations& to, const float* x) {
-    const auto tile = [&](std::int64_t first) {
-        const int width = tile_width(to.tokens - first);
-        for (int i = 0; i < width; ++i)
-            to.put_token(first, width, i,
-                         first + i < to.tokens ? x + (first + i) * to.cols : nullptr);
+    constexpr std::int64_t step = 16;
+    const std::int64_t padded = padded_tokens(to.tokens);
+    const auto some = [&](std::int64_t i, int) {
+        for (std::int64_t t = i * step; t < std::min((i + 1) * step, padded); ++t)
+            to.put_token(t, t < to.tokens ? x + t * to.cols : nullptr);
     };
-    if (to.tokens <= simd::wide_tile) {  // one region less; a token takes about a microsecond
-        for (std::int64_t first = 0; first < to.tokens; first += tile_width(to.tokens - first))
-            tile(first);
-        return;
-    }
-    const std::int64_t step = simd::wide_tile, whole = to.tokens / step;
-    pool.run(whole + (to.tokens % step != 0), [&](std::int64_t i, int) {
-        const std::int64_t end = std::min((i + 1) * step, to.tokens);
-        for (std::int64_t t = i * step; t < end; t += tile_width(to.tokens - t)) tile(t);
-    });
+    if (padded <= step)
+        some(0, 0);  // one region less; a token takes about a microsecond
+    else
+        pool.run((padded + step - 1) / step, some);
 }
 
 void linears(Pool& pool, std::span<const Linear> layers, const float* x, std::int64_t tokens) {

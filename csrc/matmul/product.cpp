@@ -32,7 +32,8 @@ void multiply(const Matrix& m, std::int64_t first, std::int64_t groups, const Ac
         for (std::int64_t g = 0; g < groups; ++g) {
             const std::uint8_t* group = m.data + (first + g) * bytes;
             const std::uint8_t* ahead = g + 1 < groups ? group + bytes : next ? next : group;
-            run(group, x.blocks, x, token, token ? nullptr : ahead, out + token * ld + g * 16, ld);
+            run(group, x.blocks, x, token, width, token ? nullptr : ahead,
+                out + token * ld + g * 16, ld);
         }
         token += width;
     }

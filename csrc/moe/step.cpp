@@ -138,14 +138,12 @@ void MoeStep::lay_out(Arena& arena) {
     }
 }
 
-void MoeStep::fill_tile(const Tile& tile) {
-    const Job& job = jobs_[tile.job];
-    const int width = tile_width(job.count - tile.first);
-    for (int i = 0; i < width; ++i) {
+void MoeStep::fill(const Piece& piece) {
+    const Job& job = jobs_[piece.job];
+    for (std::int64_t t = piece.first; t < piece.end; ++t) {
         const float* x = nullptr;
-        if (tile.first + i < job.count)
-            x = routes_.hidden + slots_[job.first + tile.first + i] / routes_.k * layer_.d;
-        job.x.put_token(tile.first, width, i, x);
+        if (t < job.count) x = routes_.hidden + slots_[job.first + t] / routes_.k * layer_.d;
+        job.x.put_token(t, x);
     }
 }
 
@@ -154,20 +152,22 @@ void MoeStep::run() {
         std::memset(out_, 0, routes_.tokens * layer_.d * sizeof(float));
         return;
     }
-    std::vector<Tile> tiles;
+    constexpr std::int64_t step = 16;
+    std::vector<Piece> pieces;
     for (int j = 0; j < (share_x() ? 1 : job_count_); ++j) {
-        const std::int64_t count = share_x() ? 1 : jobs_[j].count;
-        for (std::int64_t t = 0; t < count; t += tile_width(count - t)) tiles.push_back({j, t});
+        const std::int64_t padded = padded_tokens(jobs_[j].count);
+        for (std::int64_t t = 0; t < padded; t += step)
+            pieces.push_back({j, t, std::min(t + step, padded)});
     }
-    const bool together = tiles.size() == 1;  // no region of its own for one tile
+    const bool together = pieces.size() == 1;  // no region of its own for one piece
     if (!together)
-        pool_.run(static_cast<std::int64_t>(tiles.size()),
-                  [&](std::int64_t i, int) { fill_tile(tiles[i]); });
+        pool_.run(static_cast<std::int64_t>(pieces.size()),
+                  [&](std::int64_t i, int) { fill(pieces[i]); });
     unfilled_ = together;
     std::atomic<std::int64_t> queue{0};
     pool_.run(pool_.size(), [&](std::int64_t task, int thread) {
         if (together && task == 0) {
-            fill_tile(tiles[0]);
+            fill(pieces[0]);
             unfilled_.store(0, std::memory_order_release);
         }
         work_off(queue, thread);
@@ -228,21 +228,20 @@ void MoeStep::store_hidden(const Job& job, std::int64_t row, std::int64_t groups
     using namespace simd;
     const Expert& e = *job.expert;
     const Floats gate_scale = splat(e.gate.scale), up_scale = splat(e.up.scale);
-    for (std::int64_t first = 0; first < job.count; first += tile_width(job.count - first)) {
-        const int width = tile_width(job.count - first);
-        for (int i = 0; i < width; ++i) {
-            float h[rows_at_once] = {};
-            const std::int64_t at = (first + i) * groups * 16;
-            for (std::int64_t g = 0; g < groups && first + i < job.count; ++g) {
-                const std::int64_t r = row + 16 * g;
-                const Floats a = load(gate + at + 16 * g) * gate_scale;
-                const Floats b = load(up + at + 16 * g) * up_scale;
-                store(h + 16 * g, activate(layer_.activation, a + bias_at(e.gate_bias, r, layer_.f),
-                                           b + bias_at(e.up_bias, r, layer_.f)));
-            }
-            for (std::int64_t block = 0; 2 * block < groups; ++block)
-                job.h.put(first, width, i, row / 32 + block, h + 32 * block);
+    const std::int64_t padded = padded_tokens(job.count);
+    for (std::int64_t t = 0; t < padded; ++t) {
+        float h[rows_at_once] = {};
+        const std::int64_t at = t * groups * 16;
+        for (std::int64_t g = 0; g < groups && t < job.count; ++g) {
+            const std::int64_t r = row + 16 * g;
+            const Floats a = load(gate + at + 16 * g) * gate_scale;
+            const Floats b = load(up + at + 16 * g) * up_scale;
+            store(h + 16 * g, activate(layer_.activation, a + bias_at(e.gate_bias, r, layer_.f),
+                                       b + bias_at(e.up_bias, r, layer_.f)));
         }
+        const Place place = place_of(t, job.count);
+        for (std::int64_t block = 0; 2 * block < groups; ++block)
+            job.h.put(place, row / 32 + block, h + 32 * block);
     }
 }
 

@@ -22,9 +22,10 @@ class MoeStep {
         Activations x, h;
         std::atomic<int> pending{0};  // gate/up chunks not yet done
     };
-    struct Tile {
+    // Some tokens of a job, to be quantised.
+    struct Piece {
         int job;
-        std::int64_t first;
+        std::int64_t first, end;
     };
     // Rows of a matrix cut into chunks of `rows`.
     struct Chunks {
@@ -36,7 +37,7 @@ class MoeStep {
     void group_by_expert();
     void reserve();
     void lay_out(Arena& arena);
-    void fill_tile(const Tile& tile);
+    void fill(const Piece& piece);
     void work_off(std::atomic<std::int64_t>& queue, int thread);
     const std::uint8_t* start_of(std::int64_t index) const;
     void item(std::int64_t index, const std::uint8_t* next, int thread);

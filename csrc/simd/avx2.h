@@ -1,6 +1,6 @@
 // The vector language on AVX2, two registers per vector; with AVX-VNNI (-mavxvnni) a dot product
-// and its sum are one instruction. One token: byte products of both planes of its codes, without
-// VNNI summed in 16-bit lanes first. Several tokens: products of 16 bits, codes widened once.
+// and its sum are one instruction. Tiles of one token: byte products of both planes of its codes,
+// without VNNI summed in 16-bit lanes first. Wider ones: products of 16 bits, codes widened once.
 #pragma once
 
 #include <immintrin.h>
@@ -10,7 +10,8 @@
 
 namespace greenroom::simd {
 
-constexpr int wide_tile = 16;  // tokens that share the decoding and widening of a block
+constexpr int wide_tile = 48;  // tokens that share the decoding and widening of a block
+constexpr bool any_width = true;
 constexpr int float_tile = 4;  // of float weights: their sums stay in registers
 
 struct Floats {
@@ -104,6 +105,9 @@ inline Floats load_i8(const std::uint8_t* p) {
 }
 inline Floats load_f16(const std::uint8_t* p) {
     return {_mm256_cvtph_ps(load16(p)), _mm256_cvtph_ps(load16(p + 16))};
+}
+inline Ints operator+(Ints x, Ints y) {
+    return {_mm256_add_epi32(x.a, y.a), _mm256_add_epi32(x.b, y.b)};
 }
 inline Ints operator&(Ints x, int y) {
     const __m256i m = _mm256_set1_epi32(y);
@@ -253,16 +257,24 @@ template <int MaxCode, int Zero, int N, int Tokens>
     out[0] = dot<MaxCode, Zero, N>(codes, x + 4 * first, neg_sum);
 }
 
-// A quad of codes as 16-bit words: columns 0 and 2 of each row, then 1 and 3.
+// A quad of codes as 16-bit words, zero points taken off: columns 0 and 2 of each row, then 1
+// and 3.
 struct Words {
     Codes even, odd;
 };
 
 constexpr int interleave = 4;  // 8 registers of sums, 2 of codes
 
+template <int Zero>
 inline Words widen(Codes c) {
     const Codes low = {_mm256_set1_epi16(255), _mm256_set1_epi16(255)};
-    return {c & low, {_mm256_srli_epi16(c.a, 8), _mm256_srli_epi16(c.b, 8)}};
+    const Words w = {c & low, {_mm256_srli_epi16(c.a, 8), _mm256_srli_epi16(c.b, 8)}};
+    if constexpr (Zero < 0) return w;
+    const __m256i zero = _mm256_set1_epi16(1 << (Zero < 0 ? 0 : Zero));
+    const auto less = [&](Codes x) -> Codes {
+        return {_mm256_sub_epi16(x.a, zero), _mm256_sub_epi16(x.b, zero)};
+    };
+    return {less(w.even), less(w.odd)};
 }
 
 // 32 columns in two planes of bytes to 16-bit values, each quad as widen() orders it.
@@ -300,21 +312,18 @@ template <int Tokens>
 // Codes of up to 8 bits times values of up to 16: 32 products stay below 2^29.
 template <int MaxCode, int Zero, int N, int Tokens>
 [[gnu::always_inline]] inline void dots(const Words* codes, const std::int8_t* x, int first,
-                                        const std::int32_t* neg_sum, Ints* out) {
+                                        const std::int32_t*, Ints* out) {
 #pragma GCC unroll 4
-    for (int t = 0; t < Tokens; ++t) {
-        __m256i start = _mm256_setzero_si256();
-        if constexpr (Zero >= 0)
-            start = _mm256_slli_epi32(splat_word(neg_sum + token_bytes / 4 * t), Zero);
-        out[t] = {start, start};
-    }
+    for (int t = 0; t < Tokens; ++t) out[t] = {_mm256_setzero_si256(), _mm256_setzero_si256()};
     x += 8 * first;
-#pragma GCC unroll 1  // unrolled, GCC forms all products first and puts them on the stack
-    for (int i = 0; i < N; ++i, x += 8) {
+    const auto add_quad = [&](int i) __attribute__((always_inline)) {
         const Words quad = codes[i];
-        add_columns<Tokens>(quad.even, x, out);
-        add_columns<Tokens>(quad.odd, x + 4, out);
-    }
+        add_columns<Tokens>(quad.even, x + 8 * i, out);
+        add_columns<Tokens>(quad.odd, x + 8 * i + 4, out);
+    };
+    add_quad(0);      // apart: its first products need no additions
+#pragma GCC unroll 1  // unrolled, GCC forms all products first and puts them on the stack
+    for (int i = 1; i < N; ++i) add_quad(i);
 }
 
 // Only for measuring what the dot product's instructions can do: acc + 4 products per lane, and

@@ -8,7 +8,8 @@
 
 namespace greenroom::simd {
 
-constexpr int wide_tile = 16;   // tokens whose sums fit the register file with 8 code lines
+constexpr int wide_tile = 16;  // tokens whose sums fit the register file with 8 code lines
+constexpr bool any_width = false;
 constexpr int float_tile = 16;  // of float weights
 
 struct Floats {
@@ -58,6 +59,7 @@ inline Floats load_i8(const std::uint8_t* p) {
 inline Floats load_f16(const std::uint8_t* p) {
     return {_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)))};
 }
+inline Ints operator+(Ints a, Ints b) { return {_mm512_add_epi32(a.v, b.v)}; }
 inline Ints operator&(Ints a, int b) { return {_mm512_and_si512(a.v, _mm512_set1_epi32(b))}; }
 template <int N>
 Ints shift_left(Ints a) {
@@ -96,7 +98,10 @@ inline int word(const std::int8_t* p) {
 }
 
 using Words = Codes;  // dots() takes bytes for any number of tokens
-inline Words widen(Codes c) { return c; }
+template <int>
+inline Words widen(Codes c) {
+    return c;
+}
 inline void planes_to_words(std::int8_t*) {}
 
 constexpr int interleave = 16;

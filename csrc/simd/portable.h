@@ -10,6 +10,7 @@
 namespace greenroom::simd {
 
 constexpr int wide_tile = 4;
+constexpr bool any_width = false;
 constexpr int float_tile = 4;
 
 struct Floats {
@@ -113,6 +114,9 @@ inline Floats load_i8(const std::uint8_t* p) {
 inline Floats load_f16(const std::uint8_t* p) {
     return each([&](int i) { return f16_at(p + 2 * i); });
 }
+inline Ints operator+(Ints a, Ints b) {
+    return each_int([&](int i) { return a.v[i] + b.v[i]; });
+}
 inline Ints operator&(Ints a, int b) {
     return each_int([&](int i) { return a.v[i] & b; });
 }
@@ -185,7 +189,10 @@ Ints dot(const Codes* codes, const std::int8_t* x, const std::int32_t* neg_sum) 
 }
 
 using Words = Codes;  // dots() takes bytes for any number of tokens
-inline Words widen(Codes c) { return c; }
+template <int>
+inline Words widen(Codes c) {
+    return c;
+}
 inline void planes_to_words(std::int8_t*) {}
 
 constexpr int interleave = 1;

@@ -9,9 +9,13 @@
 // each of the 16 rows it forms the sum over 4N columns of (code - 2^Zero) * x, exactly, where codes
 // are at most MaxCode and *neg_sum is minus the sum of those x. Zero < 0 means that no zero point
 // is subtracted. x holds 32 values in 64 bytes (XBlock), of which quads first .. first + N - 1 are
-// meant. Tokens lie token_bytes apart and are at most simd::interleave. For one token the quads
-// are Codes and x is two planes: 256 times the byte at x plus the byte plane_bytes further on. For
-// several they are what widen() makes of them, and x what planes_to_words() makes of it.
+// meant. Tokens lie token_bytes apart and are at most simd::interleave. In tiles of one token the
+// quads are Codes and x is two planes: 256 times the byte at x plus the byte plane_bytes further
+// on. In wider ones they are what widen<Zero>() makes of them, and x what planes_to_words() makes
+// of it.
+//
+// wide_tile is the most tokens a tile has, float_tile how many of them meet float weights at once;
+// any_width says whether there are tiles of every width up to it, or of 1, 4 and wide_tile only.
 #pragma once
 
 #include <utility>

@@ -12,7 +12,7 @@ from .twins import FLOATING, NATIVE, Matrix, tiles
 
 REFUSED = "are needed|must lie|not a multiple|no native kernel"
 ROWS = (1, 15, 17, 100)
-TOKENS = (1, 2, 3, 7, 17, 65)
+TOKENS = (1, 2, 3, 7, 17, 49, 65)
 formats = pytest.mark.parametrize("type", NATIVE, ids=lambda t: t.name)
 
 
@@ -85,7 +85,7 @@ def test_a_token_does_not_feel_its_neighbours(lib, pool, type: GGMLType) -> None
 @formats
 def test_tiers_agree(type: GGMLType) -> None:
     results = []
-    x = tokens_of(21, 768)  # tiles of 16, 4 and 1
+    x = tokens_of(21, 768)  # tiles of 16, 4 and 1, or of 21
     for tier in native.usable_tiers():
         lib = native.module(tier)
         pool = lib.Pool(1)
