@@ -166,7 +166,7 @@ def test_places_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.Monke
         write_gguf(tmp_path / "none" / "model.gguf", {}, [])
     usage = collections.namedtuple("usage", "total used free")(10, 10, 100)
     monkeypatch.setattr("shutil.disk_usage", lambda _: usage)
-    with pytest.raises(ModelFileError, match="GiB are needed"):
+    with pytest.raises(ModelFileError, match=r"MiB are needed, but only 0\.0 MiB"):
         write_gguf(tmp_path / "model.gguf", {}, specs())
     assert os.listdir(tmp_path) == []
 

@@ -18,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from greenroom.errors import BudgetError, RequestError
+from greenroom.placement.budget import mib
 
 if TYPE_CHECKING:
     from greenroom.engine import LLM
@@ -200,8 +201,8 @@ class Spool:
         free = shutil.disk_usage(folder).free
         if need > free:
             raise BudgetError(
-                f"{folder}: the reference's logits need {need / 2**30:.1f} GiB, but only "
-                f"{free / 2**30:.1f} GiB are free; lower --max-tokens or set TMPDIR"
+                f"{folder}: the reference's logits need {mib(need)}, but only "
+                f"{free >> 20} MiB are free; lower --max-tokens or set TMPDIR"
             )
         self._file = tempfile.TemporaryFile(prefix="greenroom-eval-")  # noqa: SIM115
         self._shape = (windows.positions, vocabulary)

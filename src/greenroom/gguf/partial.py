@@ -216,6 +216,9 @@ def _check_space(target: Path, size: int, file: IO[bytes]) -> None:
     free = shutil.disk_usage(target.parent).free
     if size > free + there:
         raise ModelFileError(
-            f"{target}: {size / 2**30:.2f} GiB are needed, but only "
-            f"{(free + there) / 2**30:.2f} GiB are free there"
+            f"{target}: {_amount(size)} are needed, but only {_amount(free + there)} are free there"
         )
+
+
+def _amount(count: int) -> str:
+    return f"{count / 2**30:.2f} GiB" if count >= 2**30 else f"{count / 2**20:.1f} MiB"
