@@ -174,6 +174,16 @@ def test_an_empty_prompt_and_a_wrong_trace_are_one_line(model: Path, tmp_path: P
     assert done.stderr.count("\n") == 1
 
 
+@pytest.mark.parametrize("verb", ["run", "tokenize", "chat"])
+@pytest.mark.parametrize("how", ["strict", "surrogateescape"])
+def test_input_of_another_encoding_is_one_line(model: Path, verb: str, how: str) -> None:
+    call = [sys.executable, "-m", "greenroom", verb, str(model)]
+    env = os.environ | {"PYTHONIOENCODING": f"utf-8:{how}"}
+    done = subprocess.run(call, input=b"caf\xe9\n", capture_output=True, env=env, check=False)
+    assert done.returncode == 1
+    assert done.stderr == b"greenroom: standard input is not UTF-8 text; convert it\n"
+
+
 def test_a_prompt_beyond_the_context_is_refused_with_both_numbers(model: Path) -> None:
     done = run("run", str(model), "word " * 400, "--raw", *SMALL)
     assert done.returncode == 1

@@ -85,7 +85,7 @@ class Conversation:
             import readline  # noqa: F401  gives input() line editing and history
         while True:
             try:
-                text = input("> " if sys.stdin.isatty() else "").strip()
+                text = options.read_text(lambda: input("> " if sys.stdin.isatty() else "")).strip()
             except EOFError:
                 return
             except KeyboardInterrupt:

@@ -1,9 +1,12 @@
 """Options that several commands share, and what they turn into. Imports nothing heavy."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 from typer import Argument, Option
+
+from greenroom.errors import RequestError
 
 if TYPE_CHECKING:
     from greenroom.engine.params import SamplingParams
@@ -45,6 +48,16 @@ Reference = Annotated[bool, Option("--reference", help="Plain float32 torch: slo
 Explain = Annotated[
     bool, Option("--explain", help="Say where the time went, layer by layer, and how near it was.")
 ]
+
+
+def read_text(read: Callable[[], str]) -> str:
+    """What `read` returns of standard input, if it is UTF-8."""
+    try:
+        text = read()
+        text.encode()  # Python stands in for bytes of another encoding what cannot be encoded
+    except UnicodeError:
+        raise RequestError("standard input is not UTF-8 text; convert it", "prompt") from None
+    return text
 
 
 def engine(

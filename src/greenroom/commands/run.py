@@ -77,7 +77,7 @@ def _bounded(params: "SamplingParams", room: int) -> "SamplingParams":
 def _prompt(prompt: str | None) -> str:
     if prompt is None and sys.stdin.isatty():
         raise typer.BadParameter("give a prompt, or pipe one into standard input")
-    text = sys.stdin.read() if prompt in (None, "-") else str(prompt)
+    text = options.read_text(sys.stdin.read) if prompt in (None, "-") else str(prompt)
     if not text.strip():
         raise RequestError("the prompt is empty; give one, or talk with 'greenroom chat'", "prompt")
     return text

@@ -31,7 +31,7 @@ def tokenize(
 
     tokenizer = Tokenizer.from_gguf(model)
     if text is None or text == "-":
-        text = sys.stdin.read()
+        text = options.read_text(sys.stdin.read)
     ids = tokenizer.encode(text, add_special=add_special, parse_special=special)
     # A token may be half a character: its bytes are what is certain.
     pieces = [tokenizer.token_bytes(token).decode(errors="backslashreplace") for token in ids]
