@@ -90,8 +90,11 @@ class Tiers:
         self._stage(banks)
 
     def begin(self, tokens: int) -> None:
-        """A step of so many tokens begins: if it is a long one, its first experts set off."""
+        """A step of so many tokens begins, but for one that is replayed: if it is a long one, its
+        first experts set off."""
         self.settle()
+        if self.slots is not None:
+            self.slots.log.begin()
         stream = self._layers[0].stream if self._layers else None
         if isinstance(stream, LayerStream) and tokens > ExpertsBeside.FEW:
             stream.begin(tokens)
@@ -111,6 +114,8 @@ class Tiers:
         freed = 0 if self.slots is None else self.slots.shrink()
         if freed or not self._staged:
             return freed
+        if self._account.device.type == "cuda":  # copies of the step that failed may be under way
+            torch.cuda.synchronize(self._account.device)
         for layer in self._layers:
             layer.stream = None
         self._errands = None
