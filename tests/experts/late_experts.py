@@ -1,12 +1,16 @@
 """Experts, memory and stand-ins for kernels on a late device: what each reads, and when, is what
 the real ones read. A slab tells whose it is, so that a result tells which slabs were read."""
 
+import os
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # for tests that come later
 
 from greenroom.experts import ring, slots, stream, tiers, uselog
 from greenroom.experts.slabs import SlabLayout

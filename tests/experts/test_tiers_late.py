@@ -2,6 +2,7 @@
 shrunk, switched off or given up meanwhile, every step gives the plain sum, every slot has one
 holder, and the host's table is the device's."""
 
+import os
 import random
 
 import numpy as np
@@ -10,6 +11,9 @@ import torch
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # for tests that come later
 
 from greenroom.experts.beside import ExpertsBeside
 from greenroom.experts.residency import EMPTY
@@ -66,9 +70,13 @@ class Machine(RuleBasedStateMachine):
         courier = Courier(self.device)
         self.layers = [ExpertsBeside(bank, courier) for bank in self.banks]
         for layer in self.layers:
-            if layer.cpu.uniform:
-                self.tiers.add(layer)
+            self.tiers.add(layer)
         self.tiers.complete()
+        if known and self.tiers.slots is not None:
+            for arena in self.tiers.slots.arenas:
+                rows = [self.layers.index(self.tiers._layers[i]) for i in arena.layers]
+                wanted = heat[rows, : arena.banks[0].experts]
+                assert np.array_equal(arena.residency.heat, wanted)
         self.device.freed = self.spoil
         if self.tiers.slots is not None:
             observe = self.tiers.slots.observe

@@ -59,6 +59,8 @@ class Tiers:
         self._used, self.share, self._chunk = used, share, chunk
         self._slot_bytes, self._staging_bytes = slot_bytes, staging_bytes
         self._layers: list[ExpertsBeside] = []
+        self._places: list[int] = []  # of each, among all that were added
+        self._added = 0
         self._pins: list[Future[None]] = []
         self._worker: ThreadPoolExecutor | None = None
         self._staged = 0  # bytes of staging slabs and their scratch
@@ -66,7 +68,12 @@ class Tiers:
         self.slots: Slots | None = None
 
     def add(self, experts: ExpertsBeside) -> None:
-        """Takes in the next layer; its slabs are pinned in the background."""
+        """Takes in the next layer, unless its slabs differ in size or layout: such a layer stays
+        in RAM. Slabs are pinned in the background."""
+        self._added += 1
+        if not experts.cpu.uniform:
+            return
+        self._places.append(self._added - 1)
         self._layers.append(experts)
         moving = self._slot_bytes or self._staging_bytes
         if self._account.device.type == "cuda" and moving and experts.cpu.block is not None:
@@ -83,7 +90,7 @@ class Tiers:
         if not banks:
             return
         if self._slot_bytes >= min(bank.layout.nbytes for bank in banks):
-            heat = None if self._heat is None else self._heat[-len(banks) :]
+            heat = None if self._heat is None else self._heat[-self._added :][self._places]
             self.slots = Slots(self._account, banks, self._slot_bytes, heat, self._chunk)
             for layer, slots in zip(self._layers, self.slots.layers, strict=True):
                 layer.slots = slots

@@ -147,8 +147,7 @@ class CudaBackend:
         cpu = cpu_experts(self.pool, weights, self.mmap, self.shelf)
         beside = ExpertsBeside(cpu, self._courier)
         self._beside.append(beside)
-        if cpu.uniform:  # slots and staging hold slabs of one size: mixed layers stay in RAM
-            self.tiers.add(beside)
+        self.tiers.add(beside)
         return beside
 
     def complete(self) -> None:
