@@ -2,6 +2,7 @@
 run under the interpreter; the native thread that answers is the real one."""
 
 import os
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -66,6 +67,19 @@ def test_memory_grows_with_the_rows(banks, monkeypatch) -> None:
         found, wanted = run(errands, 0, size, list(range(EXPERTS)), size)
         assert len(found) == size * K
         assert torch.equal(found, wanted)
+
+
+def test_memory_that_could_not_grow_is_asked_for_again(banks, monkeypatch) -> None:
+    errands = Errands(DEVICE, banks)
+    run(errands, 0, 1, [0])
+    errands.settle()
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "zeros", Mock(side_effect=RuntimeError("no memory")))
+        with pytest.raises(RuntimeError, match="no memory"):
+            errands._reserve(1 << 12, D)
+    found, wanted = run(errands, 0, 2, [0])
+    assert torch.equal(found, wanted)
+    errands.settle()
 
 
 def test_meters_are_told_once_an_errand(banks) -> None:

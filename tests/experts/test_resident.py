@@ -18,6 +18,7 @@ from test_experts import bank, routes
 from greenroom.experts import resident
 from greenroom.experts.reference import ReferenceExperts
 from greenroom.experts.resident import ResidentMlp
+from greenroom.placement import predict
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
@@ -60,3 +61,7 @@ def test_packed_experts_of_few_rows_are_multiplied_from_their_blocks() -> None:
     assert not ResidentMlp(floats, "silu", 3, 0).takes(1)
     assert ResidentMlp(packed, "silu", 3, 0).takes(3 * resident.FEW_ROWS)
     assert not ResidentMlp(packed, "silu", 3, 0).takes(3 * resident.FEW_ROWS + 1)
+
+
+def test_predictions_know_from_how_many_rows_on_experts_are_expanded() -> None:
+    assert predict.FEW_ROWS == resident.FEW_ROWS

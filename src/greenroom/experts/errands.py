@@ -132,7 +132,7 @@ class Errands:
         pin = self._device.type == "cuda"
         if pin:  # the device may still read the old
             torch.cuda.synchronize(self._device)
-        self._native = None
+        self._native, self._room = None, 0  # as long as there is none
         self._hidden, self._result = torch.zeros(2, rows, d, pin_memory=pin)
         self._sources = torch.zeros(rows, dtype=torch.int32, pin_memory=pin)
         self._ring, self._done = bells = torch.zeros(2, WORDS, dtype=torch.int32, pin_memory=pin)
