@@ -112,6 +112,7 @@ class Machine(RuleBasedStateMachine):
         values = {e: int(v) for e, v in enumerate(layer.cpu.values)}
         wanted = summed(ids.numpy(), weights.numpy(), values)
         hidden = torch.zeros(len(ids), 1, dtype=torch.float64)
+        self.exact &= layer.stream is not None or ids.numel() <= SEEN  # else it is not logged
         layer.start(hidden, ids, weights)
         found = layer.finish()
 
