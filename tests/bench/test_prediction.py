@@ -6,7 +6,7 @@ from greenroom.bench import prediction
 from greenroom.bench.ceilings import output_seconds
 from greenroom.placement.calibrate import MachineProfile
 from greenroom.placement.placement import Placement
-from greenroom.placement.predict import Work
+from greenroom.placement.work import Work
 
 
 def test_the_line_through_two_models() -> None:
@@ -17,11 +17,10 @@ def test_the_line_through_two_models() -> None:
 def test_errors_are_relative_to_what_was_measured() -> None:
     machine = MachineProfile(
         fingerprint="f", name="m", date="-", threads=1, ram=1, dram={1: 10.0}, dense={"X": 10.0},
-        dense_batch={"X": 100.0},
     )  # fmt: skip
     work = Work(
-        experts={}, dense={"X": 10**9}, expert_values=0, dense_values=10**9, share=0.0, count=0,
-        layers=0, cache=0,
+        experts={}, dense={"X": 10**9}, expert_values={}, dense_values={"X": 10**9}, share=0.0,
+        count=0, layers=0, cache=0,
     )  # fmt: skip
     case = {"prompt": 100, "batch": 1, "generate": 4, "decode": {"median": 8.0}, "prefill": None}
     place = {"backend": "native", "reason": "", "layers": 2}

@@ -43,7 +43,7 @@ def test_run_explains_against_the_measured_machine(
     profile = MachineProfile(
         fingerprint="", name="a machine", date="2026-11-24", threads=1, ram=1 << 34,
         dram={1: 1000.0}, experts={"MXFP4": 1000.0}, dense={"Q8_0": 1000.0},
-        experts_batch={"MXFP4": 1e6}, dense_batch={"Q8_0": 1e6},
+        experts_batch={"MXFP4": 1e6, "Q8_0": 1e6},
     )  # fmt: skip
     command = ["run", model, "hello", "--raw", "--max-tokens", "4", "--vram", "0", "--explain"]
     monkeypatch.setattr(calibrate, "saved_profile", lambda fingerprint: None)

@@ -18,19 +18,21 @@ from greenroom.convert.synth_shapes import shape_of
 from greenroom.errors import ModelFileError
 from greenroom.gguf import GGUFFile
 from greenroom.gguf.header import read_header
+from greenroom.models.loader import read_config
 from greenroom.placement import predict
 from greenroom.placement.calibrate import MachineProfile, save_profile
+from greenroom.placement.cpu_seconds import CpuSeconds, routed, tiles
 from greenroom.placement.placement import Placement
+from greenroom.placement.work import Work
 
 GPU = MachineProfile(
     fingerprint="f" * 16, name="cpu + gpu", date="-", threads=4, ram=64 << 30, gpu="gpu",
     vram_total=80 << 30, dram={4: 100.0}, experts={"X": 50.0}, dense={"X": 100.0},
-    experts_batch={"X": 1000.0}, dense_batch={"X": 2000.0}, vram=1000.0, gpu_bf16=1e5,
-    pcie_up={64: 50.0},
+    experts_batch={"X": 1000.0}, vram=1000.0, gpu_bf16=1e5, pcie_up={64: 50.0},
 )  # fmt: skip
-WORK = predict.Work(
-    experts={"X": 10 * 10**9}, dense={"X": 10**9}, expert_values=20 * 10**9,
-    dense_values=2 * 10**9, share=0.1, count=10, layers=10, cache=0,
+WORK = Work(
+    experts={"X": 10 * 10**9}, dense={"X": 10**9}, expert_values={"X": 20 * 10**9},
+    dense_values={"X": 2 * 10**9}, share=0.1, count=10, layers=10, cache=0,
 )  # fmt: skip
 
 
@@ -51,12 +53,29 @@ def test_a_step_and_its_matrices_take_time_of_their_own() -> None:
     assert roofline.rate == pytest.approx(1 / 0.03)
 
 
+def both(computing: float, reading: float) -> float:
+    """Seconds of computing and reading at once."""
+    return float((computing**3 + reading**3) ** (1 / 3))
+
+
 def test_prefill_computes_the_head_once() -> None:
-    # No experts, 0.5 GB of body: one token 5 ms, 512 tokens 2 * 512 * 1e9 operations at 2e12 =
-    # 512 ms, 100 tokens on the line between; 0.5 GB of head at 100 GB/s = 5 ms
-    work = replace(WORK, experts={}, expert_values=0, head={"X": 5 * 10**8}, head_values=10**9)
+    # No experts, 1e9 weights of body: six tiles of 16 tokens take 32 ms each at 1e12 operations,
+    # one of 4 takes 8 ms; the first reads 0.5 GB besides, 5 ms, and the head 0.5 GB as well
+    work = replace(
+        WORK, experts={}, expert_values={}, head={"X": 5 * 10**8}, head_values={"X": 10**9}
+    )
     found = predict.prefill(work, Placement("native", "", layers=10), GPU, 100)
-    assert found.rate == pytest.approx(100 / (0.005 + 99 / 511 * 0.507 + 0.005))
+    assert found.rate == pytest.approx(100 / (both(0.032, 0.005) + 5 * 0.032 + 0.008 + 0.005))
+
+
+def test_a_long_prompt_takes_several_steps() -> None:
+    # 512, 512 and 176 tokens: 32, 32 and 11 tiles of 64 ms over 2e9 weights, 10 ms to read each
+    # time; a step has 1 ms, the first 2 more, a token 1 us
+    machine = replace(GPU, step_seconds=1e-3, prompt_seconds=2e-3, token_seconds=1e-6)
+    work = replace(WORK, experts={}, expert_values={})
+    found = predict.prefill(work, Placement("native", "", layers=10), machine, 600, 2)
+    seconds = 72 * 0.064 + 3 * both(0.064, 0.010) + 5e-3 + 1200 * 1e-6
+    assert found.rate == pytest.approx(1200 / seconds)
 
 
 def test_decode_with_half_of_the_experts_in_vram() -> None:
@@ -67,46 +86,72 @@ def test_decode_with_half_of_the_experts_in_vram() -> None:
     assert found.rate == pytest.approx(1 / (0.001 + 0.010 + 10 * (11e-6 + 43e-6)))
 
 
+def test_tiles_of_tokens() -> None:
+    counts = (1, 2, 5, 12, 13, 16, 31, 100)
+    assert [tiles(n) for n in counts] == [
+        (1, 0, 0), (0, 1, 0), (1, 1, 0), (0, 3, 0), (0, 0, 1), (0, 0, 1), (0, 0, 2), (0, 1, 6),
+    ]  # fmt: skip
+
+
 def test_decode_batches_share_experts() -> None:
     # 2 tokens with 0.1 each meet 1 - 0.9 * 0.9 of the experts, which have 0.2 / 0.19 tokens each
     assert WORK.touched(2) == pytest.approx(0.19)
     assert WORK.per_expert(2) == pytest.approx(0.2 / 0.19)
+    assert routed(2, 0.1) == pytest.approx({1: 0.18, 2: 0.01})
+    assert (routed(3, 1.0), routed(3, 0.0)) == ({3: 1.0}, {})
 
 
-def test_a_batch_takes_the_kernels_time_at_few_tokens() -> None:
-    # dense at 4 tokens: 8 * 2e9 operations at 200e9 = 80 ms; experts: 1 - 0.9**4 = 0.3439 of
-    # them, 0.4 / 0.3439 tokens each, between 200 ms at one and 8 * 20e9 / 500e9 = 320 ms at 4
-    machine = replace(GPU, dense_few={"X": 200.0}, experts_few={"X": 500.0})
+def test_a_batch_takes_the_kernels_time_of_its_tiles() -> None:
+    # 4 tokens: dense 8 * 2e9 operations at 200e9 = 80 ms and 10 ms of reading. Experts: 0.2916 of
+    # them have one token, 40e9 operations at 400e9 = 100 ms; 0.0523 two to four, 160e9 at 200e9 =
+    # 800 ms; reading all of them takes 200 ms. A further sequence costs 1 ms.
+    given = {"tile_one": 400.0, "tile_four": 200.0, "tile_wide": 300.0, "tile_further": 300.0}
+    machine = replace(GPU, **{name: {"X": rate} for name, rate in given.items()})
+    machine = replace(machine, sequence_seconds=1e-3)
     found = predict.decode(WORK, Placement("native", "", layers=10), machine, 0, batch=4)
-    whole = 0.2 + (0.4 / 0.3439 - 1) / 3 * 0.12
-    assert found.rate == pytest.approx(4 / (0.080 + 0.3439 * whole))
+    experts = 0.2916 * both(0.1, 0.2) + 0.0523 * both(0.8, 0.2)
+    assert found.rate == pytest.approx(4 / (both(0.08, 0.01) + experts + 0.003))
 
 
-def test_a_kernel_is_never_faster_with_more_tokens() -> None:
-    # at 4 tokens 8 * 2e9 / 4e12 = 4 ms were less than the 10 ms of one
-    machine = replace(GPU, dense_few={"X": 4000.0})
-    assert machine.dense_seconds({"X": 10**9}, 3, 2 * 10**9) == pytest.approx(0.010)
+def test_a_model_in_the_cache_is_read_faster() -> None:
+    # 1 GB at 100 GB/s from RAM; what is 8 GB or less is read at twice the rate, with keys and
+    # values of 4 GB, half of the way to 32 GB by logarithms, at 1 / 1.5
+    work = replace(WORK, experts={}, expert_values={}, dense={"X": 8 << 30})
+    machine = replace(GPU, reads={8 << 10: 200.0, 32 << 10: 100.0})
+    seconds = (8 << 30) / 100e9
+    reading = CpuSeconds(machine, work).dense(work.dense, 1, work.dense_values)
+    assert reading == pytest.approx(seconds / 2)
+    reading = CpuSeconds(machine, work, 8 << 30).dense(work.dense, 1, work.dense_values)
+    assert reading == pytest.approx(seconds * 0.75)
 
 
 def test_numbers_of_narrow_matrices_cost_besides_their_products() -> None:
-    # 1e9 weights and 1e7 rows: 2e9 operations of wide matrices give 488,281 numbers; 1 us each for
-    # the others and 10 tokens: 95.1 s. Experts: 2e9 * 3,584 / 9,437,184 = 759,548 are free
+    # 2e9 weights and 2e7 rows: 4e9 operations of wide matrices give 976,562.5 numbers; 1 us each
+    # for the others and 10 tokens. Each row of an expert's down matrix takes 1 us for each of the
+    # 10 * 0.1 tokens, of an MLP for each of 10.
     machine = replace(GPU, dense_output_seconds=1e-6, expert_output_seconds=1e-6)
-    given = ({"X": 10**9}, 10, 10**9)
-    more = machine.dense_seconds(*given, 10**7) - machine.dense_seconds(*given)
-    assert more == pytest.approx(10 * 1e-6 * (10**7 - 488_281.25))
-    more = machine.expert_seconds(*given, 10**7) - machine.expert_seconds(*given)
-    assert more == pytest.approx(10 * 1e-6 * (10**7 - 759_548.6), rel=1e-6)
-    assert machine.dense_seconds(*given, 10**5) == machine.dense_seconds(*given)  # wide
+    work = replace(WORK, expert_outputs=10**6, mlp_outputs=10**5)
+    free, paid = CpuSeconds(GPU, work), CpuSeconds(machine, work)
+    given = (work.dense, 10, work.dense_values)
+    more = paid.dense(*given, 2 * 10**7) - free.dense(*given, 2 * 10**7)
+    assert more == pytest.approx(10e-6 * (2 * 10**7 - 976_562.5))
+    assert paid.dense(*given, 10**5) == free.dense(*given)  # wide
+    assert paid.experts(10) - free.experts(10) == pytest.approx(1.0)
+    assert paid.between(10) == pytest.approx(1.0)
 
 
-def test_attention_scores_half_a_tile_in_vain() -> None:
-    # measured over 512 tokens: 256.5 keys and 32 in vain for each query
+def test_attention_scores_half_a_tile_in_vain_at_either_end() -> None:
+    # measured over 512 tokens: 256.5 keys and 32 in vain for each query, 10 operations each
     machine = replace(GPU, attention_prompt=100.0)
-    whole = machine.prompt_attention_seconds(512 * 256.5 * 1e6, 512 * 1e6)
-    assert whole == pytest.approx(512 * 256.5 * 1e6 / 100e9)
-    short = machine.prompt_attention_seconds(64 * 32.5 * 1e6, 64 * 1e6)
-    assert short == pytest.approx(64 * (32.5 + 32) / (512 * 288.5) * whole)
+    cpu = CpuSeconds(machine, replace(WORK, windows=(None,), scores=10))
+    whole = cpu.attention_prompt(1, 512)
+    assert whole == pytest.approx(512 * 256.5 * 10 / 100e9)
+    short = 64 * (32.5 + 32) / (512 * 288.5) * whole
+    assert cpu.attention_prompt(2, 64) == pytest.approx(2 * short)
+    # 512 queries with a window of 2 see 1,023 keys, and two half tiles each
+    windowed = CpuSeconds(machine, replace(WORK, windows=(2,), scores=10))
+    expected = (1023 + 512 * 64) / (512 * 288.5) * whole
+    assert windowed.attention_prompt(1, 512) == pytest.approx(expected)
 
 
 def test_norms_take_time_for_every_number() -> None:
@@ -120,21 +165,42 @@ def test_norms_take_time_for_every_number() -> None:
 
 def test_attention_counts_pairs_within_the_window() -> None:
     # 4 queries see 1 + 2 + 3 + 4 keys, with a window of 2 only 1 + 2 + 2 + 2; 10 operations each
-    work = replace(WORK, windows=(None, 2), scores=10)
+    work = replace(WORK, windows=(None, 2), scores=10, kv_heads=3, kv=100)
     assert work.attended(0, 4) == 170
     assert work.attended(3, 4) == 10 * (4 + 2)
-    # 60 operations at 1e-6 GOP/s are 60 ms beside the 30 ms of reading
-    machine = replace(GPU, attention_step=1e-6)
+    assert work.cached(4) == 600
+    # 60 operations of 1 ms beside the 30 ms of reading
+    machine = replace(GPU, attention_prompt=1e-6 * 256.5 / 288.5)
     found = predict.decode(work, Placement("native", "", layers=10), machine, 4)
     assert found.rate == pytest.approx(1 / 0.090)
+    # 4 queries of 256 and 512 operations take 1,024 and 2,048 ms of a key's 1,124 and 2,248: with
+    # every 256 bytes 100 ms, for 6 keys of 100 bytes 234.375 ms
+    machine = replace(machine, attention_step=1.024e-6 / 1.124)
+    found = predict.decode(work, Placement("native", "", layers=10), machine, 4)
+    assert found.rate == pytest.approx(1 / (0.090 + 0.234375))
 
 
 def test_the_last_layer_of_a_prompt_serves_its_last_token() -> None:
-    # experts at 32 tokens each, all of them: 64 * 20e9 operations at 1e12 = 1.28 s, half of it;
-    # the other half is read for one token: 10 GB / 50 = 200 ms, half of it
-    work = replace(WORK, dense={}, dense_values=0, late=0.5, share=1.0)
+    # experts with 32 tokens each, all of them: two tiles of 640 ms, the first with 200 ms of
+    # reading, half of it; the other half is read for one token
+    work = replace(WORK, dense={}, dense_values={}, late=0.5, share=1.0)
     found = predict.prefill(work, Placement("native", "", layers=10), GPU, 32)
-    assert found.rate == pytest.approx(32 / (0.64 + 0.1))
+    assert found.rate == pytest.approx(32 / ((0.64 + both(0.64, 0.2)) / 2 + 0.1))
+
+
+def test_work_is_read_off_the_tensors(tmp_path) -> None:
+    path = tmp_path / "m.gguf"
+    write_synthetic(Synthesis(shape_of("deepseek-moe-16b-tiny", 3)), path)
+    with GGUFFile(path) as file:
+        work = Work.of(file.tensors, read_config(file))
+    # 256 wide, 16 experts of 288 in two layers, shared ones, a dense layer of 544
+    assert sum(work.expert_values.values()) == 2 * 16 * 3 * 256 * 288
+    assert work.expert_outputs == 2 * 16 * 256
+    assert work.mlp_outputs == 2 * 256  # the last layer's serves the last token alone
+    assert work.head_outputs == 4096 + 16  # and its router
+    # q, k, v, output; gate, up, down; twice the router, three of experts and of the shared ones
+    assert work.matrices == 1 + 3 * 4 + 3 + 2 * 7
+    assert (work.heads, work.kv_heads, work.kv) == (4, 4, 4 * 2 * 64 * 2)
 
 
 def test_prefill_streams_experts() -> None:

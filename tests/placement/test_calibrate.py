@@ -32,9 +32,41 @@ def test_a_profile_survives_the_disk(tmp_path, monkeypatch) -> None:
 
 def test_rates_of_formats_that_were_not_measured() -> None:
     assert (PROFILE.dram_best, PROFILE.pcie) == (18, 50)
-    assert PROFILE.expert_rate("MXFP4") == 15
-    assert PROFILE.expert_rate("Q2_K") == 12  # the slowest that was measured
-    assert PROFILE.dense_rate("Q4_K") == 18  # none was: the ceiling
+    assert PROFILE.rate(PROFILE.experts, "MXFP4") == 15
+    assert PROFILE.rate(PROFILE.experts, "Q2_K") == 12  # the slowest that was measured
+    assert PROFILE.rate(PROFILE.dense, "Q4_K") == 18  # none was: the ceiling
+
+
+def test_a_file_of_an_earlier_version_is_read(tmp_path) -> None:
+    path, earlier = tmp_path / "m.json", PROFILE.json()
+    for name in ("reads", "tile_one", "tile_four", "attention_wide", "token_seconds"):
+        del earlier[name]
+    path.write_text(json.dumps({**earlier, "dense_few": {"Q8_0": 9.0}, "dense_batch": {}}))
+    assert calibrate.load_profile(path) == PROFILE
+
+
+def test_small_models_are_read_at_the_rate_of_the_cache() -> None:
+    profile = replace(PROFILE, reads={16: 40.0, 64: 20.0})
+    rates = [profile.read_rate(mib << 20) for mib in (1, 16, 32, 64, 999)]
+    # in the middle of the logarithms a byte takes the mean: 1 / 40 and 1 / 20
+    assert rates == pytest.approx([40, 40, 2 / (1 / 40 + 1 / 20), 20, 20])
+    assert PROFILE.read_rate(1 << 20) == 18  # not measured
+
+
+def test_attention_from_heads_of_two_widths() -> None:
+    # A query and a key of 64 numbers take 2 ns, of 128 3 ns: 1/256 ns for each of 256 more
+    # operations, 1 ns besides. The measured prompt scored 288.5 keys for the 256.5 that count.
+    useful = 256.5 / 288.5
+    half = replace(PROFILE, attention_prompt=256 * useful / 2)
+    assert half.score_seconds == pytest.approx((2e-9 / 256, 0))
+    profile = replace(half, attention_wide=512 * useful / 3)
+    assert profile.score_seconds == pytest.approx((1e-9 / 256, 1e-9))
+    assert profile.key_seconds == (0, 0)
+    # A step's key with 4 queries: 8 and 40 ns, 12 and 60 ns: 20 ns for 256 more bytes, 20 besides
+    profile = replace(profile, attention_step=4 * 256 / 48, attention_step_wide=4 * 512 / 72)
+    assert profile.key_seconds == pytest.approx((20e-9, 20e-9 / 256))
+    profile = replace(profile, attention_step_wide=0.0)
+    assert profile.key_seconds == pytest.approx((0, 40e-9 / 256))
 
 
 @pytest.mark.parametrize(

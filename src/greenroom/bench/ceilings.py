@@ -4,6 +4,7 @@ Knows native kernels, torch's copies and files; no model and no engine.
 """
 
 import contextlib
+import math
 import mmap
 import os
 import statistics
@@ -11,7 +12,7 @@ import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
@@ -24,7 +25,8 @@ from greenroom.bench import kernels
 from greenroom.bench.prediction import host_seconds, profile_of
 from greenroom.experts.slabs import Bytes, allocate
 from greenroom.layers import native_ops
-from greenroom.placement.calibrate import DENSE_DENSITY, EXPERT_DENSITY, FEW, MachineProfile
+from greenroom.placement.calibrate import SCORED, MachineProfile
+from greenroom.placement.cpu_seconds import DENSITY
 from greenroom.placement.machine import Machine
 
 Tell = Callable[[str], None]
@@ -34,6 +36,11 @@ _FULL_FORMATS = ("MXFP4", "Q4_K", "Q5_K", "Q6_K", "Q8_0", "Q4_0", "BF16", "F16",
 _QUICK_FORMATS = ("MXFP4", "Q4_K", "Q8_0")
 _BATCH = 512  # tokens of the products that compute rather than read
 _ANY, _NARROW, _NARROW_MIB = "Q8_0", (512, 64), 8  # what takes longer does so in every format
+_CACHED_MIB = 16  # of weights whose products are timed without waiting for RAM
+_HEADS, _SHARED, _KEYS = 32, 8, 16  # of attention; keys of a block
+_KEYS_MIB = 128  # of keys and values, more than stays in a cache
+_READ_MIB = (4, 16, 64, 256)  # read over and over, besides all there is
+_TILES = {"tile_one": 1, "tile_four": 4, "tile_wide": 16, "tile_further": 128}  # tokens
 _PIECES = (1, 4, 16)  # MiB of a disk read
 _READERS = 4  # reads under way at once, as the experts' loader has
 
@@ -104,36 +111,51 @@ def processor_rates(threads: int, much: Effort) -> dict[str, Any]:
     limits = kernels.ceiling(tier, plan, memory)
     found: dict[str, Any] = {
         "dram": limits.read,
+        "reads": read_rates(memory, threads),
         "int8": limits.int8,
         "float32": limits.float32,
-        **{part + size: {} for part in ("experts", "dense") for size in ("", "_few", "_batch")},
+        "experts": {},
+        "dense": {},
+        "experts_batch": {},
+        **{tile: {} for tile in _TILES},
         **attention_rates(threads, much.repeats),
     }
+    often = replace(plan, repeats=3 * plan.repeats)
     for name in much.formats:
         bank = kernels.ExpertBank(name, memory)
         found["experts"][name] = kernels.moe_figure(bank, limits, 1, plan).gigabytes
         found["dense"][name] = kernels.linear_figure(bank, limits, 1, plan).gigabytes
-        each = FEW * min(kernels.EXPERTS, bank.count) // kernels.ROUTES
-        found["experts_few"][name] = kernels.moe_figure(bank, limits, each, plan).gigaops
-        found["dense_few"][name] = kernels.linear_figure(bank, limits, FEW, plan).gigaops
         found["experts_batch"][name] = kernels.moe_figure(bank, limits, _BATCH, plan).gigaops
-        found["dense_batch"][name] = kernels.linear_figure(bank, limits, _BATCH, plan).gigaops
-    return found | narrow_rates(memory, limits, plan)
+        cached = kernels.ExpertBank(name, memory[: _CACHED_MIB * MIB])
+        for tile, tokens in _TILES.items():
+            found[tile][name] = kernels.linear_figure(cached, limits, tokens, often).gigaops
+    return found | narrow_rates(memory, limits, often)
+
+
+def read_rates(memory: Bytes, threads: int) -> dict[int, float]:
+    """GB/s of reading parts of `memory` over and over, by MiB, the fastest of ten times."""
+    pool = native.lib().Pool(threads)
+    sizes = {*_READ_MIB, memory.nbytes // MIB}
+    parts = {size: memory[: size * MIB] for size in sorted(sizes) if size * MIB <= memory.nbytes}
+    return {
+        size: part.nbytes / 1e9 / min(native.lib().read_seconds(pool, part) for _ in range(10))
+        for size, part in parts.items()
+    }
 
 
 def narrow_rates(memory: Bytes, limits: kernels.Ceiling, plan: kernels.Plan) -> dict[str, float]:
     """Seconds of a number that matrices give, from wide and narrow ones, and of one in a norm."""
     d, f = _NARROW
-    pieces = memory[: _NARROW_MIB * MIB]
-    wide, narrow = kernels.ExpertBank(_ANY, memory), kernels.ExpertBank(_ANY, pieces, d, f)
-    densities = {
-        "expert": (kernels.moe_figure, EXPERT_DENSITY, 6 * d * f / (2 * f + d)),
-        "dense": (kernels.linear_figure, DENSE_DENSITY, 2 * d),
+    narrow = kernels.ExpertBank(_ANY, memory[: _NARROW_MIB * MIB], d, f)
+    wide = kernels.ExpertBank(_ANY, memory[: _CACHED_MIB * MIB])
+    usual = kernels.linear_figure(wide, limits, _BATCH, plan).gigaops * 1e9
+    # Twice as many tokens as of a step: what lies between an expert's matrices leaves the cache.
+    experts = kernels.moe_figure(narrow, limits, 2 * _BATCH, plan).gigaops * 1e9
+    dense = kernels.linear_figure(narrow, limits, _BATCH, plan).gigaops * 1e9
+    found = {
+        "expert_output_seconds": max(0.0, 1 / experts - 1 / usual) * 6 * f,
+        "dense_output_seconds": output_seconds((DENSITY, 2 * d), (usual, dense)),
     }
-    found = {}
-    for name, (figure, usual, less) in densities.items():
-        rates = [figure(bank, limits, _BATCH, plan).gigaops * 1e9 for bank in (wide, narrow)]
-        found[f"{name}_output_seconds"] = output_seconds((usual, less), (rates[0], rates[1]))
     pool, x = native.lib().Pool(plan.threads), torch.randn(_BATCH, 2048)
     norm = partial(native_ops.rms_norm, pool, x, torch.ones(2048), 1e-5, torch.zeros_like(x))
     return found | {"norm_seconds": statistics.median(kernels.timed(norm, 20)) / x.numel()}
@@ -147,23 +169,34 @@ def output_seconds(densities: tuple[float, float], rates: tuple[float, float]) -
 
 
 def attention_rates(threads: int, repeats: int) -> dict[str, float]:
-    """GOP/s of the CPU's attention: a prompt of 512 tokens, and one token over 512."""
-    heads, shared, width, size, tokens = 32, 8, 64, 16, 512
-    pool, blocks = native.lib().Pool(threads), tokens // size
-    keys, values = (torch.randn(blocks, shared, size, width).half() for _ in range(2))
-    table = torch.arange(blocks, dtype=torch.int32)[None]
-    found = {}
-    for name, queries in (("attention_prompt", tokens), ("attention_step", 1)):
-        q = torch.randn(queries, heads, width)
-        starts = torch.tensor([0, queries], dtype=torch.int32)
-        lengths = torch.tensor([tokens], dtype=torch.int32)
-        work = partial(
-            native_ops.attention, pool, q, keys, values, table, starts, lengths, width**-0.5
-        )
-        pairs = tokens * (tokens + 1) / 2 if queries > 1 else tokens
-        seconds = statistics.median(kernels.timed(work, 4 * repeats))
-        found[name] = pairs * heads * 4 * width / seconds / 1e9
+    """GOP/s of the CPU's attention, with heads of 64 and of 128: a prompt of 512 tokens, and one
+    token over 512, the keys and values of each call read from RAM."""
+    pool, found = native.lib().Pool(threads), {}
+    for end, width in (("", 64), ("_wide", 128)):
+        shape = (SCORED // _KEYS, _SHARED, _KEYS, width)
+        count = _KEYS_MIB * MIB // (4 * math.prod(shape))
+        caches = [(torch.ones(shape).half(), torch.ones(shape).half()) for _ in range(count)]
+        found[f"attention{end or '_prompt'}"] = _attention(pool, SCORED, caches[:1], repeats)
+        found[f"attention_step{end}"] = _attention(pool, 1, caches, repeats)
     return found
+
+
+def _attention(
+    pool: Any, queries: int, caches: Sequence[tuple[torch.Tensor, torch.Tensor]], repeats: int
+) -> float:
+    """GOP/s of the last `queries` of 512 tokens, from one cache after the other."""
+    width, blocks = caches[0][0].shape[3], SCORED // _KEYS
+    q = torch.randn(queries, _HEADS, width)
+    table = torch.arange(blocks, dtype=torch.int32)[None]
+    starts, lengths = (torch.tensor(n, dtype=torch.int32) for n in ([0, queries], [SCORED]))
+
+    def work() -> None:
+        for keys, values in caches:
+            native_ops.attention(pool, q, keys, values, table, starts, lengths, width**-0.5)
+
+    seconds = statistics.median(kernels.timed(work, 2 * repeats)) / len(caches)
+    pairs = SCORED * (SCORED + 1) / 2 if queries > 1 else SCORED
+    return pairs * _HEADS * 4 * width / seconds / 1e9
 
 
 def gpu_rates(repeats: int) -> dict[str, Any]:

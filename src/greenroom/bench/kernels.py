@@ -239,7 +239,8 @@ def linear_figure(bank: ExpertBank, limits: Ceiling, tokens: int, plan: Plan) ->
     pool = lib.Pool(plan.threads)
     (rows, packed), d = bank.matrix(), bank.layout.d
     if tokens > 8:
-        rows, packed = 4096, packed[: lib.packed_bytes(int(bank.type), 4096, d)]
+        rows = min(rows, 4096)
+        packed = packed[: lib.packed_bytes(int(bank.type), rows, d)]
     x = np.random.default_rng(1).standard_normal((tokens, d)).astype(np.float32)
     out = np.empty((tokens, rows), np.float32)
     taken = timed(lambda: lib.linear(pool, int(bank.type), rows, d, packed, x, out), plan.repeats)

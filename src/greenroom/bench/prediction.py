@@ -15,15 +15,17 @@ from greenroom.models.registry import read_config
 from greenroom.placement import predict
 from greenroom.placement.calibrate import MachineProfile
 from greenroom.placement.placement import Placement
+from greenroom.placement.work import Work
 
-_CASE = Case(prompt=16, batch=1, generate=96)
+# Steps of one sequence and of several; prompts.
+_ONE, _MANY, _SHORT, _LONG = Case(16, 1, 96), Case(16, 8, 32), Case(32, 1, 2), Case(384, 1, 2)
 _ON_THE_CPU = Placement(backend="native", reason="")
 
 
-def work_of(path: Path) -> predict.Work:
+def work_of(path: Path) -> Work:
     """What computing a token takes of a file."""
     with GGUFFile(path) as file:
-        return predict.Work.of(file.tensors, read_config(file))
+        return Work.of(file.tensors, read_config(file))
 
 
 def line(small: tuple[int, float], large: tuple[int, float]) -> tuple[float, float]:
@@ -33,24 +35,46 @@ def line(small: tuple[int, float], large: tuple[int, float]) -> tuple[float, flo
 
 
 def host_seconds(models: Sequence[Path], profile: MachineProfile) -> dict[str, float]:
-    """`step_seconds` and `matrix_seconds` of a profile, from decode steps of two small models, one
-    of few layers, one of many; what their weights and attention take is taken off.
+    """`step_seconds` and the like of a profile, from steps of two small models, one of few layers
+    and one of many; what their weights and attention take is taken off.
     """
     from greenroom.engine import LLM
 
     points: list[tuple[int, float]] = []
-    settings: dict[str, Any] = {"vram": "0", "context_length": 256, "max_sequences": 1}
+    found: dict[str, float] = {}
+    settings: dict[str, Any] = {"vram": "0", "context_length": 512, "max_sequences": _MANY.batch}
     for path in models:
-        with LLM(path, threads=profile.threads, **settings) as llm:
-            pauses = [gap for seed in range(4) for gap in run_case(llm, _CASE, seed).gaps]
         work = work_of(path)
-        known = sum(predict.decode(work, _ON_THE_CPU, profile, _CASE.prompt).parts.values())
-        points.append((work.matrices, max(0.0, statistics.median(pauses) - known)))
+        with LLM(path, threads=profile.threads, **settings) as llm:
+            points.append((work.matrices, _beside(llm, _ONE, work, profile)))
+            if not found:  # from the smaller one
+                many = _beside(llm, _MANY, work, profile) - points[0][1]
+                short, long = (
+                    (case.prompt, _beside(llm, case, work, profile, "prefill") - points[0][1])
+                    for case in (_SHORT, _LONG)
+                )
+                found["sequence_seconds"] = max(0.0, many / (_MANY.batch - 1))
+                found["prompt_seconds"], found["token_seconds"] = line(short, long)
     start, slope = line(points[0], points[1])
-    return {"step_seconds": start, "matrix_seconds": slope}
+    return found | {"step_seconds": start, "matrix_seconds": slope}
 
 
-def add_predictions(document: dict[str, Any], work: predict.Work, profile: MachineProfile) -> None:
+def _beside(
+    llm: Any, case: Case, work: Work, profile: MachineProfile, part: str = "decode"
+) -> float:
+    """Seconds of a step beside what weights and attention take."""
+    runs = [run_case(llm, case, seed) for seed in range(5)][1:]
+    if part == "prefill":
+        known = predict.prefill(work, _ON_THE_CPU, profile, case.prompt)
+        taken = [case.prompt / run.prefill for run in runs]
+    else:
+        depth = case.prompt + case.generate // 2
+        known = predict.decode(work, _ON_THE_CPU, profile, depth, case.batch)
+        taken = [gap for run in runs for gap in run.gaps]
+    return max(0.0, statistics.median(taken) - sum(known.parts.values()))
+
+
+def add_predictions(document: dict[str, Any], work: Work, profile: MachineProfile) -> None:
     """Puts "predicted" into every case: rates by the profile, and their error relative to the
     measured medians (0.1: predicted 10 % too high).
     """
@@ -61,7 +85,7 @@ def add_predictions(document: dict[str, Any], work: predict.Work, profile: Machi
 
 
 def _of_case(
-    case: Mapping[str, Any], place: Placement, work: predict.Work, profile: MachineProfile
+    case: Mapping[str, Any], place: Placement, work: Work, profile: MachineProfile
 ) -> dict[str, Any]:
     asked = Case(case["prompt"], case["batch"], case["generate"])
     depth = asked.prompt + asked.generate // 2

@@ -101,6 +101,7 @@ def rooflines(
     from greenroom.placement import predict
     from greenroom.placement.calibrate import saved_profile
     from greenroom.placement.machine import machine
+    from greenroom.placement.work import Work
 
     profile = saved_profile(machine().fingerprint)
     if profile is None:
@@ -108,7 +109,7 @@ def rooflines(
             "How near that is to the machine's limit: measure it with 'greenroom doctor' first."
         ]
     with GGUFFile(path) as file:
-        work = predict.Work.of(file.tensors, read_config(file))
+        work = Work.of(file.tensors, read_config(file))
     experts = stats.get("experts") or {}
     routes = experts.get("hits", 0) + experts.get("misses", 0)
     hits = experts["hits"] / routes if routes else predict.resident(placement, work)

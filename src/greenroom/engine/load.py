@@ -143,8 +143,8 @@ def _rates(file: GGUFFile, threads: int | None) -> "Rates | None":
     from greenroom.models.registry import read_config
     from greenroom.placement.calibrate import saved_profile
     from greenroom.placement.machine import machine
-    from greenroom.placement.predict import Work
     from greenroom.placement.sharing import measured_rates
+    from greenroom.placement.work import Work
 
     profile = saved_profile(machine().fingerprint)
     if profile is None:

@@ -9,8 +9,9 @@ import contextlib
 import json
 import math
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -19,14 +20,11 @@ from greenroom.placement.folder import cache_folder
 
 KIND = "greenroom machine"
 VERSION = 1
-# Tokens of a matrix at which kernels are measured besides one; experts share 512 tokens.
-FEW, MANY, MANY_EACH = 4, 512, 32
-# Operations for each number that those matrices give: of an expert's three, 2,048 x 768, and of one
-# of 2,048 columns. Narrower ones give more numbers for the same operations.
-EXPERT_DENSITY = 6 * 2048 * 768 / (2 * 768 + 2048)
-DENSE_DENSITY = 2 * 2048
 KEY_TILE = 64  # keys that the CPU's attention scores at a time
+SCORED = 512  # tokens of the prompts whose attention is measured
 _LARGEST_FILE = 1 << 20  # bytes; a profile has a few thousand
+# Measured once; files have them still.
+_FORMER = ("experts_few", "dense_few", "dense_batch")
 _MOST = 1e7  # no rate of a machine is above this, in any unit used here
 
 
@@ -47,16 +45,20 @@ class MachineProfile:
         gpu: its name, None without one.
         vram_total: bytes.
         dram: read rate by threads.
+        reads: read rate of all threads by MiB read over and over, small ones from the cache.
         experts: weight bytes read by the expert kernel, one token, by format.
         dense: the same of the dense kernel.
         experts_batch: GOP/s of the expert kernel at 512 tokens, 32 for each expert, by format.
-        dense_batch: the same of the dense kernel, all tokens for the matrix.
-        experts_few, dense_few: the same at 4 tokens for each expert or matrix.
-        attention_prompt: GOP/s of attention over a prompt of 512 tokens on the CPU.
-        attention_step: GOP/s of attention of one token over 512.
-        expert_output_seconds: each number that an expert's matrices give for a token takes,
-            besides its products: activation, cutting into planes, sums over experts.
-        dense_output_seconds: the same of a dense matrix.
+        tile_one, tile_four, tile_wide: GOP/s of a matrix in the cache with 1, 4 and 16 tokens.
+        tile_further: the same of the 17th to 128th token.
+        attention_prompt: GOP/s of attention over a prompt of 512 tokens on the CPU, heads of 64.
+        attention_wide: the same with heads of 128.
+        attention_step: GOP/s of attention of one token over 512 that are read from RAM, 4 heads
+            of 64 to a key.
+        attention_step_wide: the same with heads of 128.
+        expert_output_seconds: each number that an expert gives for a token takes, besides its
+            products: cutting the input into planes, activation, sums over experts.
+        dense_output_seconds: the same of a dense matrix narrower than `DENSITY` says.
         norm_seconds: each number of a row takes in a norm with its residual sum.
         int8, float32: GOP/s of instructions on registers alone.
         pcie_up, pcie_down: pinned copies to the GPU and back, by MiB of a copy.
@@ -66,7 +68,10 @@ class MachineProfile:
         disk: direct reads by MiB of a read; empty where the disk has none.
         step_seconds: a short step on the CPU takes whatever the model: scheduling, sampling.
         matrix_seconds: of every matrix such a step uses, whatever its size: handing rows to
-            threads, starting to read, what stands between products. Both in seconds.
+            threads, starting to read, what stands between products.
+        sequence_seconds: of every further sequence of a step.
+        prompt_seconds, token_seconds: of the step of a prompt that has waited for nothing, and of
+            each of its tokens. All five in seconds.
     """
 
     fingerprint: str
@@ -80,11 +85,15 @@ class MachineProfile:
     experts: Mapping[str, float] = field(default_factory=dict)
     dense: Mapping[str, float] = field(default_factory=dict)
     experts_batch: Mapping[str, float] = field(default_factory=dict)
-    dense_batch: Mapping[str, float] = field(default_factory=dict)
-    experts_few: Mapping[str, float] = field(default_factory=dict)
-    dense_few: Mapping[str, float] = field(default_factory=dict)
+    reads: Mapping[int, float] = field(default_factory=dict)
+    tile_one: Mapping[str, float] = field(default_factory=dict)
+    tile_four: Mapping[str, float] = field(default_factory=dict)
+    tile_wide: Mapping[str, float] = field(default_factory=dict)
+    tile_further: Mapping[str, float] = field(default_factory=dict)
     attention_prompt: float = 0.0
+    attention_wide: float = 0.0
     attention_step: float = 0.0
+    attention_step_wide: float = 0.0
     expert_output_seconds: float = 0.0
     dense_output_seconds: float = 0.0
     norm_seconds: float = 0.0
@@ -98,6 +107,9 @@ class MachineProfile:
     disk: Mapping[int, float] = field(default_factory=dict)
     step_seconds: float = 0.0
     matrix_seconds: float = 0.0
+    sequence_seconds: float = 0.0
+    prompt_seconds: float = 0.0
+    token_seconds: float = 0.0
 
     def json(self) -> dict[str, Any]:
         """The document that `parse` reads."""
@@ -113,80 +125,60 @@ class MachineProfile:
         """GB/s to the GPU with large pinned copies."""
         return max(self.pcie_up.values(), default=0.0)
 
-    def expert_rate(self, format: str) -> float:
-        """GB/s of the expert kernel; of a format not measured, the slowest measured one's."""
-        return _of(self.experts, format, self.dram_best)
-
-    def dense_rate(self, format: str) -> float:
-        """GB/s of the dense kernel, likewise."""
-        return _of(self.dense, format, self.dram_best)
+    def rate(self, rates: Mapping[str, float], format: str) -> float:
+        """One of its tables' rate; of a format not measured, the slowest measured one's."""
+        return rates.get(format) or min(rates.values(), default=self.dram_best)
 
     def expert_batch_rate(self, format: str) -> float:
         """GOP/s of the expert kernel at many tokens, likewise."""
-        return _of(self.experts_batch, format, self.int8)
+        return self.experts_batch.get(format) or min(self.experts_batch.values(), default=self.int8)
 
-    def expert_seconds(
-        self, sizes: Mapping[str, int], rows: float, values: int, outputs: int = 0
-    ) -> float:
-        """Seconds of the expert kernel over all of `sizes`, bytes by format and `values` weights
-        in all, with `rows` tokens for each expert; `outputs` are the rows of all matrices.
-        """
-        kernel = (self.expert_rate, self.experts_few, self.experts_batch, MANY_EACH)
-        more = max(0.0, outputs - 2 * values / EXPERT_DENSITY) * self.expert_output_seconds
-        return self._kernel_seconds(kernel, sizes, rows, values) + rows * more
+    def read_rate(self, size: float) -> float:
+        """GB/s of `size` bytes read over and over; between measured ones, by logarithms."""
+        points = sorted((math.log(mib << 20), 1 / rate) for mib, rate in self.reads.items() if rate)
+        if not points:
+            return self.dram_best
+        x = min(max(math.log(max(size, 1)), points[0][0]), points[-1][0])
+        for (x0, y0), (x1, y1) in pairwise(points):
+            if x <= x1:
+                return 1 / (y0 + (x - x0) * (y1 - y0) / (x1 - x0))
+        return 1 / points[-1][1]
 
-    def dense_seconds(
-        self, sizes: Mapping[str, int], rows: float, values: int, outputs: int = 0
-    ) -> float:
-        """The same of the dense kernel."""
-        kernel = (self.dense_rate, self.dense_few, self.dense_batch, MANY)
-        more = max(0.0, outputs - 2 * values / DENSE_DENSITY) * self.dense_output_seconds
-        return self._kernel_seconds(kernel, sizes, rows, values) + rows * more
-
-    def prompt_attention_seconds(self, operations: float, first: float) -> float:
-        """Seconds of a prompt's attention on the CPU: `operations` in all, and `first` those of
-        every query with one key; on average half a tile of keys is scored in vain.
-        """
+    @property
+    def score_seconds(self) -> tuple[float, float]:
+        """Each operation of attention takes, and each query and key of a head besides; half a
+        tile of keys was scored in vain for each query."""
         if not self.attention_prompt:
-            return 0.0
-        measured = (MANY + 1) / 2
-        rate = self.attention_prompt * (measured + KEY_TILE / 2) / measured
-        return (operations + first * KEY_TILE / 2) / 1e9 / rate
+            return 0.0, 0.0
+        useful = (SCORED + 1) / (SCORED + 1 + KEY_TILE)
+        narrow = 256 * useful / 1e9 / self.attention_prompt
+        if not self.attention_wide:
+            return narrow / 256, 0.0
+        fixed, each = _line((256, narrow), (512, 512 * useful / 1e9 / self.attention_wide))
+        return each, fixed
 
-    def _kernel_seconds(
-        self, kernel: "_Kernel", sizes: Mapping[str, int], rows: float, values: int
-    ) -> float:
-        reading, few, many, most = kernel
-        total, seconds = sum(sizes.values()) or 1, 0.0
-        for name, size in sizes.items():
-            weights = values * size / total
-            points = [(1.0, size / 1e9 / max(reading(name), 1e-3))]
-            for count, rates in ((FEW, few), (most, many)):
-                if rates:
-                    rate = max(_of(rates, name, self.int8), 1e-3)
-                    points.append((float(count), 2 * count * weights / 1e9 / rate))
-            seconds += _along(points, rows)
-        return seconds
-
-
-_Kernel = tuple[Callable[[str], float], Mapping[str, float], Mapping[str, float], int]
-
-
-def _along(points: Sequence[tuple[float, float]], x: float) -> float:
-    """The value at x of the line through (x, y) points, none smaller than the one before; what
-    is outside goes on like the nearest piece, but not below the first value."""
-    rising = [points[0]]
-    for point in points[1:]:
-        rising.append((point[0], max(point[1], rising[-1][1])))
-    if x <= 1 or len(rising) == 1:
-        return rising[0][1]
-    i = next((i for i in range(1, len(rising)) if x <= rising[i][0]), len(rising) - 1)
-    (x0, y0), (x1, y1) = rising[i - 1], rising[i]
-    return y0 + (x - x0) * (y1 - y0) / (x1 - x0)
+    @property
+    def key_seconds(self) -> tuple[float, float]:
+        """In a step, finding a key and its value takes, and each of their bytes in RAM."""
+        if not self.attention_step:
+            return 0.0, 0.0
+        each, fixed = self.score_seconds
+        rates = (256, self.attention_step), (512, self.attention_step_wide)
+        taken = [
+            (size, max(0.0, 4 * (size / 1e9 / rate - size * each - fixed)))
+            for size, rate in rates  # bytes, and operations of a query
+            if rate
+        ]
+        if len(taken) == 1:
+            return 0.0, taken[0][1] / taken[0][0]
+        return _line(*taken)
 
 
-def _of(rates: Mapping[str, float], format: str, otherwise: float) -> float:
-    return rates.get(format) or min(rates.values(), default=otherwise)
+def _line(small: tuple[int, float], large: tuple[int, float]) -> tuple[float, float]:
+    """Start and slope of the line through two points, neither negative."""
+    slope = max(0.0, (large[1] - small[1]) / (large[0] - small[0]))
+    start = small[1] - slope * small[0]
+    return (start, slope) if start > 0 else (0.0, large[1] / large[0])
 
 
 def profile_path(fingerprint: str) -> Path:
@@ -241,7 +233,7 @@ def parse(document: Any) -> MachineProfile:
     if document.get("version") != VERSION:
         raise ValueError(f"version {document.get('version')!r} is not {VERSION}")
     known = {f.name: _type_name(f.type) for f in fields(MachineProfile)}
-    unknown = sorted(set(document) - set(known) - {"kind", "version"})
+    unknown = sorted(set(document) - set(known) - {"kind", "version", *_FORMER})
     if unknown:
         raise ValueError(f"field {unknown[0]!r:.40} is unknown")
     missing = {"fingerprint", "name", "date", "threads", "ram"} - set(document)

@@ -6,20 +6,16 @@ tensors and the planner's decision; measures nothing.
 """
 
 import math
-import re
-from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from greenroom.experts.share import Share
-from greenroom.gguf import TensorInfo
-from greenroom.models.config import ModelConfig
 from greenroom.placement.calibrate import MachineProfile
+from greenroom.placement.cpu_seconds import CpuSeconds
 from greenroom.placement.placement import Placement
 from greenroom.placement.sharing import measured_rates
+from greenroom.placement.work import Work
 
-_SPLIT = re.compile(r"\.\d+\.weight$")  # one expert of several, each a tensor of its own
-_EXPERTS = re.compile(r"_exps\.weight$|\.ffn_(gate|up|down)\.\d+\.weight$")
 # On an H100 over PCIe 5, see docs/performance.md. Of a recorded decode step, by layer:
 HANDSHAKE_SECONDS = 11e-6  # with experts in RAM: bells, and 11 KB each way
 GPU_LAYER_SECONDS = 43e-6  # kernels too short to fill the bandwidth
@@ -40,131 +36,6 @@ GPU_EXPANDING = 0.6
 GPU_STRAIGHT = 0.22
 LONG_LAYER_KERNEL_SECONDS = 0.2e-3
 FEW_ROWS = 128  # of an expert: that of experts.resident, which needs Triton; a test compares them
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Work:
-    """What computing a token takes of a model.
-
-    Attributes:
-        experts: bytes of all routed experts by format.
-        dense: bytes of everything else that every token reads, by format.
-        expert_values, dense_values: weights behind them.
-        share: of the experts that one token uses.
-        layers: with experts.
-        cache: bytes of keys and values per token of context, as float16, windows left out.
-        head, head_values: of `dense` and `dense_values`, what only a prompt's last token reads.
-        matrices: products of a step, the experts of a layer counted as one gate, up and down.
-        windows: of every layer's attention, None for all tokens.
-        scores: operations of a layer's attention for one query and one key.
-        expert_outputs, dense_outputs, head_outputs: rows of the matrices behind the values.
-        passed: numbers of a token that norms, rotation and the cache take in all layers.
-        late: share of the experts, those of the last layer, that a prompt's last token reads alone.
-    """
-
-    experts: Mapping[str, int]
-    dense: Mapping[str, int]
-    expert_values: int
-    dense_values: int
-    share: float
-    count: int
-    layers: int
-    cache: int
-    head: Mapping[str, int] = field(default_factory=dict)
-    head_values: int = 0
-    matrices: int = 0
-    windows: tuple[int | None, ...] = ()
-    scores: int = 0
-    expert_outputs: int = 0
-    dense_outputs: int = 0
-    head_outputs: int = 0
-    passed: int = 0
-    late: float = 0.0
-
-    @staticmethod
-    def of(tensors: Mapping[str, TensorInfo], config: ModelConfig) -> "Work":
-        """Reads it off a file's tensors."""
-        sizes = _Sizes.of(tensors)
-        tied = "output.weight" not in tensors
-        head = tensors["token_embd.weight" if tied else "output.weight"]
-        moe, shape = config.moe, config.attention
-        width = shape.key_length + shape.value_length
-        rotated = (shape.heads + shape.kv_heads) * shape.key_length
-        return Work(
-            experts=sizes.experts,
-            dense=sizes.dense,
-            expert_values=sizes.expert_values,
-            dense_values=sizes.dense_values,
-            share=moe.used / moe.experts if moe else 0.0,
-            count=moe.experts if moe else 0,
-            layers=len(sizes.layers),
-            cache=2 * shape.kv_heads * width * sum(w is None for w in config.windows),
-            head={head.type.name: head.nbytes},
-            head_values=head.ne[0] * head.ne[1],
-            matrices=len(sizes.matrices),
-            windows=tuple(config.windows),
-            scores=2 * shape.heads * width,
-            expert_outputs=sizes.expert_outputs,
-            dense_outputs=sizes.dense_outputs,
-            head_outputs=head.ne[1],
-            passed=config.layers * (2 * config.hidden_size + rotated + shape.kv_heads * width),
-            late=1 / len(sizes.layers) if sizes.layers else 0.0,
-        )
-
-    def touched(self, rows: float) -> float:
-        """Share of the experts' bytes that a step of `rows` tokens reads, routed uniformly."""
-        return 1.0 - float((1 - self.share) ** rows)
-
-    def per_expert(self, rows: float) -> float:
-        """Tokens of an expert that a step of `rows` tokens uses at all."""
-        there = self.touched(rows)
-        return rows * self.share / there if there else 0.0
-
-    def attended(self, first: int, last: int) -> float:
-        """Operations of attention for the tokens at positions `first` to `last` of a sequence."""
-        return self.scores * sum(_pairs(last, w) - _pairs(first, w) for w in self.windows)
-
-
-def _pairs(tokens: int, window: int | None) -> float:
-    """Keys that the first `tokens` queries see in all."""
-    wide = tokens if window is None else min(tokens, window)
-    return wide * (wide + 1) / 2 + (tokens - wide) * wide
-
-
-@dataclass(slots=True)
-class _Sizes:
-    """Bytes by format and weights of a file's tensors, routed experts apart."""
-
-    experts: Counter[str] = field(default_factory=Counter)
-    dense: Counter[str] = field(default_factory=Counter)
-    expert_values: int = 0
-    dense_values: int = 0
-    expert_outputs: int = 0
-    dense_outputs: int = 0
-    layers: set[str] = field(default_factory=set)
-    matrices: set[str] = field(default_factory=set)
-
-    @staticmethod
-    def of(tensors: Mapping[str, TensorInfo]) -> "_Sizes":
-        found = _Sizes()
-        for name, tensor in tensors.items():
-            if not name.startswith("token_embd") or "output.weight" not in tensors:
-                found.add(name, tensor)
-        return found
-
-    def add(self, name: str, tensor: TensorInfo) -> None:
-        count = math.prod(tensor.ne)
-        if _EXPERTS.search(name):
-            self.experts[tensor.type.name] += tensor.nbytes
-            self.expert_values += count
-            self.expert_outputs += count // tensor.ne[0]
-            self.layers.add(name.split(".")[1])
-        else:
-            self.dense[tensor.type.name] += tensor.nbytes
-            self.dense_values += count
-            self.dense_outputs += count // tensor.ne[0] * (len(tensor.ne) > 1)
-        if len(tensor.ne) > 1:
-            self.matrices.add(_SPLIT.sub("", name))
 
 
 @dataclass(frozen=True, slots=True)
@@ -202,12 +73,12 @@ def decode(
     measured = hits is not None
     gpu = _share_on_gpu(placement)
     rows = 1 if measured else batch
-    attended = batch * work.attended(context - 1, context) if context else 0.0
+    cpu = CpuSeconds(machine, work, batch * work.cached(context))
     parts = {
         "dense layers from RAM": (1 - gpu)
-        * machine.dense_seconds(work.dense, rows, work.dense_values, work.dense_outputs),
-        "attention on the CPU": (1 - gpu) * _over(attended, machine.attention_step),
-        "norms and the like": (1 - gpu) * rows * work.passed * machine.norm_seconds,
+        * cpu.dense(work.dense, rows, work.dense_values, work.dense_outputs),
+        "attention on the CPU": (1 - gpu) * cpu.attention_step(batch, context),
+        "norms and the like": (1 - gpu) * cpu.between(rows),
     }
     vram = _bytes(machine.vram)
     if gpu:
@@ -216,9 +87,7 @@ def decode(
     if hits is None:
         hits = resident(placement, work) if gpu else 0.0
     used = work.touched(batch)
-    each = 1 if measured else work.per_expert(batch)
-    whole = _expert_seconds(work, machine, each)
-    from_ram = (1 - hits) * used * whole
+    from_ram = (1 - hits) * cpu.experts(rows)
     from_vram = hits * used * sum(work.experts.values()) / (vram * _reached(batch))
     # Both work at once; the longer decides.
     longer = "experts from RAM" if from_ram >= from_vram else "experts from VRAM"
@@ -228,7 +97,7 @@ def decode(
         parts["short kernels"] = placement.layers_on_gpu * GPU_LAYER_SECONDS
         parts["host"] = GPU_STEP_SECONDS * (placement.layers_on_gpu < placement.layers)
     if not measured:
-        parts["host and threads"] = (1 - gpu) * _host(work, machine)
+        parts["host and threads"] = (1 - gpu) * _host(work, machine, batch)
     return _predicted(parts, batch)
 
 
@@ -237,8 +106,9 @@ def _reached(rows: int) -> float:
     return 1.0 if rows <= 2 else GPU_FEW
 
 
-def _host(work: Work, machine: MachineProfile) -> float:
-    return machine.step_seconds + machine.matrix_seconds * work.matrices
+def _host(work: Work, machine: MachineProfile, sequences: int) -> float:
+    more = (sequences - 1) * machine.sequence_seconds
+    return machine.step_seconds + machine.matrix_seconds * work.matrices + more
 
 
 def prefill(
@@ -250,22 +120,21 @@ def prefill(
     steps = math.ceil(every / chunk)
     rows = every / steps
     gpu = _share_on_gpu(placement)
-    body = {name: size - work.head.get(name, 0) for name, size in work.dense.items()}
-    values = work.dense_values - work.head_values
     attended = sequences * work.attended(0, tokens)
+    cpu = CpuSeconds(machine, work)
+    sizes = _chunks(every, chunk)
+    dense = sum(n * _body(cpu, size) for size, n in sizes.items())
+    beside = machine.prompt_seconds + every * machine.token_seconds
+    last = cpu.dense(work.head, sequences, work.head_values, work.head_outputs)
     parts = {
-        "dense products on the CPU": (1 - gpu)
-        * steps
-        * machine.dense_seconds(body, rows, values, work.dense_outputs - work.head_outputs),
-        # of the last token only
-        "head on the CPU": (1 - gpu)
-        * machine.dense_seconds(work.head, sequences, work.head_values),
-        "attention on the CPU": (1 - gpu)
-        * machine.prompt_attention_seconds(attended, every * work.scores * len(work.windows)),
-        "norms and the like": (1 - gpu) * every * work.passed * machine.norm_seconds,
-        "host and threads": (1 - gpu) * steps * _host(work, machine),
+        "dense products on the CPU": (1 - gpu) * dense,
+        "head on the CPU": (1 - gpu) * last,  # of the last token only
+        "attention on the CPU": (1 - gpu) * cpu.attention_prompt(sequences, tokens),
+        "norms and the like": (1 - gpu) * cpu.between(every),
+        "host and threads": (1 - gpu) * (steps * _host(work, machine, 1) + beside),
     }
-    on_cpu = _experts_on_cpu(work, machine, rows, steps)
+    on_cpu = sum(n * (1 - work.late) * cpu.experts(size) for size, n in sizes.items())
+    on_cpu += work.late * cpu.experts(sequences)
     if gpu:
         parts |= _on_gpu(work, placement, machine, (rows, steps), attended)
     missing = 1 - resident(placement, work) if gpu else 1.0
@@ -280,6 +149,20 @@ def prefill(
     return _predicted(parts, every)
 
 
+def _body(cpu: CpuSeconds, tokens: int) -> float:
+    """Seconds of the matrices that every token of a prompt passes, on the CPU."""
+    work = cpu.work
+    sizes = {name: size - work.head.get(name, 0) for name, size in work.dense.items()}
+    values = {name: n - work.head_values.get(name, 0) for name, n in work.dense_values.items()}
+    return cpu.dense(sizes, tokens, values, work.dense_outputs - work.head_outputs)
+
+
+def _chunks(tokens: int, chunk: int) -> dict[int, int]:
+    """How many steps of which size so many tokens take."""
+    whole, rest = divmod(tokens, chunk)
+    return {size: n for size, n in ((chunk, whole), (rest, 1)) if size and n}
+
+
 def _longest(parts: Mapping[str, float], beside: Mapping[str, float]) -> dict[str, float]:
     """The parts, those of the GPU replaced where what runs beside them takes longer."""
     name = max(beside, key=lambda name: beside[name])
@@ -291,18 +174,6 @@ def _longest(parts: Mapping[str, float], beside: Mapping[str, float]) -> dict[st
 _GPU_PARTS = ("products on the GPU", "attention on the GPU", "expanding experts")
 
 
-def _experts_on_cpu(work: Work, machine: MachineProfile, rows: float, steps: int) -> float:
-    """Seconds of a prompt's experts if the CPU computes them all."""
-    long = work.touched(rows) * _expert_seconds(work, machine, work.per_expert(rows))
-    short = work.share * _expert_seconds(work, machine, 1)
-    return steps * (1 - work.late) * long + work.late * short
-
-
-def _expert_seconds(work: Work, machine: MachineProfile, rows: float) -> float:
-    """Seconds of all experts with so many tokens each."""
-    return machine.expert_seconds(work.experts, rows, work.expert_values, work.expert_outputs)
-
-
 def _lent(work: Work, machine: MachineProfile, rows: float, missing: float) -> float:
     """Share of the missing experts that the CPU computes in a step of so many tokens, by the
     engine's own rule, routed uniformly."""
@@ -310,7 +181,7 @@ def _lent(work: Work, machine: MachineProfile, rows: float, missing: float) -> f
     absent, total = round(missing * work.count), work.layers * work.count
     if rates is None or not absent:
         return 0.0
-    nbytes, weights = sum(work.experts.values()) // total, work.expert_values // total
+    nbytes, weights = (sum(of.values()) // total for of in (work.experts, work.expert_values))
     sizes = [work.per_expert(rows)] * work.count
     return len(Share(rates).lend(range(absent), absent, sizes, nbytes, weights)) / absent
 
@@ -331,12 +202,13 @@ def _on_gpu(
     gpu = _share_on_gpu(placement)
     rows, steps = size
     resident_or_staged = 1.0 if placement.staging else resident(placement, work)
-    values = resident_or_staged * work.expert_values * (1 - work.late)
-    dense = work.dense_values - work.head_values
+    weights = sum(work.expert_values.values())
+    values = resident_or_staged * weights * (1 - work.late)
+    dense = sum(work.dense_values.values()) - sum(work.head_values.values())
     operations = 2 * rows * steps * (dense + values * work.share)
     experts, straight = sum(work.experts.values()), _straight(work, placement, rows)
     # A slab is read, and as float16 written and read.
-    moved = resident_or_staged * (experts + 4 * work.expert_values) / GPU_EXPANDING
+    moved = resident_or_staged * (experts + 4 * weights) / GPU_EXPANDING
     moved = experts / GPU_STRAIGHT if straight else moved
     between = LONG_LAYER_KERNEL_SECONDS if straight else LONG_LAYER_GAP_SECONDS
     return {
@@ -363,8 +235,3 @@ def _predicted(parts: Mapping[str, float], tokens: int) -> Prediction:
 
 def _bytes(rate: float) -> float:
     return max(rate, 1e-3) * 1e9
-
-
-def _over(operations: float, rate: float) -> float:
-    """Seconds; 0 where the rate was not measured."""
-    return operations / 1e9 / rate if rate else 0.0

@@ -1,0 +1,152 @@
+"""Seconds that the CPU takes for matrices and attention, from a machine's measured rates.
+
+Kernels take tokens in tiles of 1, 4 and 16 (csrc/matmul/activations.h). The first tile reads the
+matrix from memory while it computes; the others find it in the cache. Measures nothing.
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+
+from greenroom.placement.calibrate import KEY_TILE, MachineProfile
+from greenroom.placement.work import Work
+
+WIDE, FOUR = 16, 4  # tokens of a tile; 13 of them are worth a wide one
+# Operations for each number that the measured matrices of 2,048 columns give. Narrower ones give
+# more numbers for the same operations.
+DENSITY = 2 * 2048
+
+Counts = Mapping[int, float]  # tokens of a matrix: share of the matrices that have so many
+
+
+def tiles(tokens: int) -> tuple[int, int, int]:
+    """How many tiles of 1, 4 and 16 the kernels cut so many tokens into."""
+    wide, left = divmod(tokens, WIDE)
+    if left > WIDE - FOUR:
+        wide, left = wide + 1, 0
+    fours, left = divmod(left, FOUR)
+    return (left, fours, wide) if left < 2 else (0, fours + 1, wide)
+
+
+@lru_cache(256)
+def routed(tokens: int, share: float) -> Counts:
+    """Tokens of an expert in a step of `tokens` that each use this share, uniformly: binomial."""
+    if not 0 < share < 1:
+        return {tokens: 1.0} if share else {}
+    found = {}
+    for n in range(1, tokens + 1):
+        ways = math.lgamma(tokens + 1) - math.lgamma(n + 1) - math.lgamma(tokens - n + 1)
+        likely = math.exp(ways + n * math.log(share) + (tokens - n) * math.log1p(-share))
+        if likely > 1e-7:
+            found[n] = likely
+    return found
+
+
+def _along(tokens: int, each: tuple[float, float, float, float], reading: float) -> float:
+    """Seconds of a matrix for so many tokens, from those of each tile and of reading it."""
+    one, four, wide, further = each
+    ones, fours, wides = tiles(tokens)
+    first = wide if wides else four if fours else one
+    whole = ones * one + fours * four + (wides > 0) * (wide + (wides - 1) * further)
+    return whole - first + _together(first, reading)
+
+
+def _together(computing: float, reading: float) -> float:
+    """Seconds of both at once: as the longer where one is short, a quarter more where they are
+    alike (four tokens, 25 November 2026, two Emerald Rapids cores: 8 to 30 % more than the
+    longer)."""
+    return float((computing**3 + reading**3) ** (1 / 3))
+
+
+@dataclass(frozen=True, slots=True)
+class CpuSeconds:
+    """Of a model on a machine.
+
+    Args:
+        machine: its rates.
+        work: the model.
+        cache: bytes of keys and values that steps read besides.
+    """
+
+    machine: MachineProfile
+    work: Work
+    cache: float = 0.0
+
+    def experts(self, tokens: int) -> float:
+        """All experts in a step of so many tokens, routed uniformly."""
+        work, machine = self.work, self.machine
+        counts = routed(tokens, work.share)
+        more = work.expert_outputs * machine.expert_output_seconds
+        seconds = tokens * work.share * more
+        for name, size in work.experts.items():
+            reading = self._reading(size, machine.rate(machine.experts, name))
+            each = self._tile_seconds(name, work.expert_values[name])
+            seconds += sum(likely * _along(n, each, reading) for n, likely in counts.items())
+        return seconds
+
+    def dense(
+        self, sizes: Mapping[str, int], tokens: int, values: Mapping[str, int], outputs: int = 0
+    ) -> float:
+        """Matrices of `sizes` bytes and `values` weights by format, with `outputs` rows in all."""
+        machine = self.machine
+        wide = 2 * sum(values.values()) / DENSITY
+        seconds = tokens * max(0.0, outputs - wide) * machine.dense_output_seconds
+        for name, size in sizes.items():
+            reading = self._reading(size, machine.rate(machine.dense, name))
+            seconds += _along(tokens, self._tile_seconds(name, values[name]), reading)
+        return seconds
+
+    def between(self, tokens: int) -> float:
+        """What stands between matrices: norms and the like, activations and sums of MLPs."""
+        work, machine = self.work, self.machine
+        passed = work.passed * machine.norm_seconds
+        return tokens * (passed + work.mlp_outputs * machine.expert_output_seconds)
+
+    def _reading(self, size: int, rate: float) -> float:
+        return size / 1e9 / max(rate, 1e-3) / self._faster
+
+    def _tile_seconds(self, name: str, values: float) -> tuple[float, float, float, float]:
+        """Of the tiles of 1, 4 and 16 tokens, and of further 16, over so many weights in the
+        cache. A profile without them has the rate of many tokens alone."""
+        machine = self.machine
+        many = max(machine.expert_batch_rate(name), 1e-3) * 1e9
+        if not machine.tile_wide:
+            return 0.0, 2 * FOUR * values / many, 2 * WIDE * values / many, 2 * WIDE * values / many
+        rates = (machine.tile_one, machine.tile_four, machine.tile_wide, machine.tile_further)
+        one, four, wide, further = (max(machine.rate(r, name), 1e-3) * 1e9 for r in rates)
+        size = 2 * values
+        return size / one, size * FOUR / four, size * WIDE / wide, size * WIDE / further
+
+    @property
+    def _faster(self) -> float:
+        """How much faster than from RAM the model is read: a small one stays in the cache."""
+        best = self.machine.dram_best
+        return max(1.0, self.machine.read_rate(self.footprint) / best) if best else 1.0
+
+    @property
+    def footprint(self) -> float:
+        """Bytes that steps read over and over."""
+        return self.work.nbytes + self.cache
+
+    def attention_step(self, tokens: int, context: int) -> float:
+        """Attention of `tokens` sequences, one query over `context` keys each."""
+        if not context:
+            return 0.0
+        pairs = tokens * self.work.pairs(context - 1, context)
+        finding, reading = self.machine.key_seconds
+        keys = self.work.kv_heads * finding + self.work.kv * reading / self._faster
+        return pairs * (self._pair_seconds + keys)
+
+    def attention_prompt(self, sequences: int, tokens: int) -> float:
+        """Attention of whole prompts. At either end of what a query sees, on average half a tile
+        of keys is scored in vain."""
+        ends = sum(1 + (w is not None and w < tokens) for w in self.work.windows)
+        pairs = self.work.pairs(0, tokens) + tokens * ends * KEY_TILE / 2
+        return sequences * pairs * self._pair_seconds
+
+    @property
+    def _pair_seconds(self) -> float:
+        """Of a layer's query and key, in all heads."""
+        each, softmax = self.machine.score_seconds
+        return self.work.scores * each + self.work.heads * softmax
