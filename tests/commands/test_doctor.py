@@ -15,7 +15,7 @@ def test_doctor_measures_and_saves(tmp_path, monkeypatch, capsys) -> None:
     saved = load_profile(next(tmp_path.glob("machine-*.json")))
     assert saved.json() == found["profile"] | {
         name: {int(k): v for k, v in found["profile"][name].items()}
-        for name in ("dram", "disk", "pcie_up", "pcie_down")
+        for name in ("dram", "reads", "disk", "pcie_up", "pcie_down")
     }
     assert saved.fingerprint == found["fingerprint"]
     assert saved.dram_best > 0.5
