@@ -8,6 +8,7 @@ import threading
 import time
 from dataclasses import replace
 from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -239,6 +240,21 @@ def test_closing_ends_waiting_requests() -> None:
         list(stream)
     with pytest.raises(EngineClosedError):
         LLM.from_engine(engine).generate([[1]], GREEDY)
+
+
+@pytest.mark.parametrize("failure", [None, RuntimeError("CUDA error: illegal access\nmore")])
+def test_closing_waits_for_what_the_gpu_still_copies(failure, monkeypatch) -> None:
+    synchronised = Mock(side_effect=failure)
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "synchronize", synchronised)
+    engine = fake_engine(FakeModel((None,)))
+    stream = LLM.from_engine(engine).stream(PROMPTS[1], SamplingParams(ignore_eos=True))
+    next(stream)
+    assert not synchronised.called
+    engine.close()
+    assert synchronised.call_count == 1
+    with pytest.raises(EngineClosedError):
+        list(stream)
 
 
 class BrokenModel(FakeModel):

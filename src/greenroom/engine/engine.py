@@ -288,7 +288,7 @@ class Engine:
             with self._wake:
                 self._closed = EngineClosedError(f"the engine stopped after an error: {error}")
         finally:
-            self._runner.settle()
+            self._runner.end()
             self._deliver()
             with self._wake:
                 actions, self._inbox = self._inbox, []

@@ -108,6 +108,15 @@ class Runner:
             except Exception as error:  # it concerns nobody
                 log.warning("a step that was not needed failed: %s", error)
 
+    def end(self) -> None:
+        """After the last step: what a device still copies must not outlive the memory it is in."""
+        self.settle()
+        if torch.cuda.is_initialized():
+            try:
+                torch.cuda.synchronize()
+            except RuntimeError as error:  # told to whoever computed when it happened
+                log.warning("the GPU had failed: %s", str(error).splitlines()[0])
+
     def run(
         self,
         chunks: list[Chunk],
