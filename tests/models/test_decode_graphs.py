@@ -24,6 +24,7 @@ from greenroom.layers.decode_graphs import (
     reading,
     widened,
 )
+from greenroom.layers.ledger import Ledger
 from greenroom.layers.staging import Staging
 
 from .conftest import Loader
@@ -93,6 +94,17 @@ def test_nothing_is_recorded_without_a_gpu_or_for_long_steps(load: Loader) -> No
     assert model.waits == (DEVICE == "cpu")  # for experts in RAM
     batch = Session(model).batch([(0, [1])])
     assert graphs(batch, [], model.token_embd, model._compute) is None
+
+
+def test_graphs_that_are_given_up_are_not_booked_any_more() -> None:
+    ledger = Ledger(torch.device("cpu"), 100)
+    backend: Any = SimpleNamespace(device=torch.device("cpu"), bench=SimpleNamespace(ledger=ledger))
+    graphs = DecodeGraphs(backend, None)
+    for _ in range(3):  # as often as memory runs out in a step
+        ledger.book("graphs", 60)
+        graphs._graphs[1, 512] = SimpleNamespace()  # type: ignore[assignment]
+        graphs.clear()
+    assert (ledger.used, len(graphs._graphs)) == (0, 0)
 
 
 class Replays(DecodeGraphs):

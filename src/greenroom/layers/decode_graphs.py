@@ -171,7 +171,7 @@ class DecodeGraphs:
 
     def _known(self, batch: Batch, caches: Sequence[KVCache]) -> Recorded | None:
         if self._caches is not caches:
-            self._graphs.clear()
+            self.clear()
             self._caches = caches
         return self._graphs.get(_kind(batch)) if self._takes(batch) else None
 
@@ -179,9 +179,12 @@ class DecodeGraphs:
         return self.usable and batch.tokens.shape[0] <= MOST_SEQUENCES and is_decode(batch)
 
     def clear(self) -> None:
-        """See `Graphs.clear`."""
-        self._graphs.clear()
+        """See `Graphs.clear`; what they had booked is free for others, and for new ones."""
         self._caches = None
+        if self._graphs:
+            self._graphs.clear()
+            ledger = self._backend.bench.ledger
+            ledger.release("graphs", ledger.parts["graphs"])
 
     def _record(
         self,
@@ -214,7 +217,7 @@ class DecodeGraphs:
                 raise RuntimeError(f"a replayed step differs from the plain one by {error:.1e}")
         except Exception as failure:
             self.usable = False
-            self._graphs.clear()
+            self.clear()
             log.warning("decoding without CUDA graphs: %.200r", failure)
             return plain
         self._graphs[key] = found
