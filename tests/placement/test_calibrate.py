@@ -35,6 +35,7 @@ def test_rates_of_formats_that_were_not_measured() -> None:
     assert PROFILE.rate(PROFILE.experts, "MXFP4") == 15
     assert PROFILE.rate(PROFILE.experts, "Q2_K") == 12  # the slowest that was measured
     assert PROFILE.rate(PROFILE.dense, "Q4_K") == 18  # none was: the ceiling
+    assert PROFILE.rate({"F32": 3.0, "Q8_0": 9.0}, "Q4_K") == 9  # float32 is no measure for it
 
 
 def test_a_file_of_an_earlier_version_is_read(tmp_path) -> None:

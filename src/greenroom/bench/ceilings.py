@@ -33,7 +33,7 @@ Tell = Callable[[str], None]
 
 MIB = 1 << 20
 _FULL_FORMATS = ("MXFP4", "Q4_K", "Q5_K", "Q6_K", "Q8_0", "Q4_0", "BF16", "F16", "F32")
-_QUICK_FORMATS = ("MXFP4", "Q4_K", "Q8_0")
+_QUICK_FORMATS = ("MXFP4", "Q4_K", "Q8_0", "F32")
 _BATCH = 512  # tokens of the products that compute rather than read
 _ANY, _NARROW, _NARROW_MIB = "Q8_0", (512, 64), 8  # what takes longer does so in every format
 _CACHED_MIB = 16  # of weights whose products are timed without waiting for RAM

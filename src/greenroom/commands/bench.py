@@ -135,7 +135,8 @@ def _ceilings(job: "Job", here: "Machine") -> dict[str, Any]:
     threads = job.settings["threads"] or here.processor.threads
     work, much = work_of(job.path), effort(True, here)
     known = effort(False, here).formats
-    formats = tuple(name for name in known if name in {*work.dense, *work.experts})
+    needed = {*work.dense, *work.experts, "Q8_0", "F32"}  # these are of the small models
+    formats = tuple(name for name in known if name in needed)
     limits = processor_rates(threads, replace(much, formats=formats or much.formats))
     with small_models() as small:
         limits |= host_seconds(small, replace(profile_of(limits, here), threads=threads))

@@ -73,7 +73,8 @@ def doctor(
 
 @contextmanager
 def small_models() -> "Iterator[list[Path]]":
-    """Files of two tiny models, of few layers and of many, for as long as the block lasts."""
+    """Files of two tiny models of Q8_0, of few layers and of many, for as long as the block
+    lasts."""
     from greenroom.convert.synth import Synthesis, write_synthetic
     from greenroom.convert.synth_shapes import shape_of
 
@@ -81,7 +82,8 @@ def small_models() -> "Iterator[list[Path]]":
         paths = []
         for layers in (2, 12):
             paths.append(Path(folder) / f"{layers}.gguf")
-            write_synthetic(Synthesis(shape_of("deepseek-moe-16b-tiny", layers)), paths[-1])
+            shape = shape_of("deepseek-moe-16b-tiny", layers)
+            write_synthetic(Synthesis(shape, mix="Q8_0"), paths[-1])
         yield paths
 
 

@@ -126,12 +126,14 @@ class MachineProfile:
         return max(self.pcie_up.values(), default=0.0)
 
     def rate(self, rates: Mapping[str, float], format: str) -> float:
-        """One of its tables' rate; of a format not measured, the slowest measured one's."""
-        return rates.get(format) or min(rates.values(), default=self.dram_best)
+        """One of its tables' rate; of a format not measured, the slowest measured one's, but for
+        float32, which is slower than all."""
+        others = [rate for name, rate in rates.items() if name != "F32"] or [*rates.values()]
+        return rates.get(format) or min(others, default=self.dram_best)
 
     def expert_batch_rate(self, format: str) -> float:
         """GOP/s of the expert kernel at many tokens, likewise."""
-        return self.experts_batch.get(format) or min(self.experts_batch.values(), default=self.int8)
+        return self.rate(self.experts_batch, format) if self.experts_batch else self.int8
 
     def read_rate(self, size: float) -> float:
         """GB/s of `size` bytes read over and over; between measured ones, by logarithms."""
