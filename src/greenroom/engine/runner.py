@@ -111,7 +111,7 @@ class Runner:
     def end(self) -> None:
         """After the last step: what a device still copies must not outlive the memory it is in."""
         self.settle()
-        if torch.cuda.is_initialized():
+        if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
             try:
                 torch.cuda.synchronize()
             except RuntimeError as error:  # told to whoever computed when it happened
