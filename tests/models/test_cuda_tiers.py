@@ -6,7 +6,11 @@ import numpy as np
 import pytest
 import torch
 
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
+
 from greenroom.experts.share import Rates
+from greenroom.experts.tiers import BESIDE_STAGED
 from greenroom.experts.trace import Trace
 
 from .conftest import Loader
@@ -14,8 +18,6 @@ from .hf_export import VOCABULARY
 from .sessions import Session, one_pass, prompt, relative_error
 
 GPU = torch.cuda.is_available()
-if not GPU:
-    os.environ["TRITON_INTERPRET"] = "1"
 DEVICE = "cuda" if GPU else "cpu"
 CLOSE = 2e-2 if GPU else 3e-3  # streamed experts round both factors to 11 bits
 
@@ -30,8 +32,11 @@ def with_tiers(load: Loader, case: str, share: float, staged: int):
     everything = sum(bank.nbytes for bank in banks)
     options = {"slot_bytes": int(everything * share)}
     if staged:
-        options["staging_bytes"] = 2 * numbers + staged * slab
+        table = BESIDE_STAGED * max(bank.experts for bank in banks)
+        options["staging_bytes"] = 2 * numbers + staged * slab + table
     _, model = load(case, backend="cuda", device=DEVICE, **options)
+    streams = [b.ffn.experts.stream for b in model.blk if hasattr(b.ffn, "experts")]
+    assert all((stream is not None) == bool(staged) for stream in streams)
     return wanted, model
 
 
@@ -170,10 +175,11 @@ def test_a_full_layer_stays_full_beside_one_that_is_not(
     Trace("toy", experts, plain.moe_layers, routes, np.zeros(1, np.int64)).save(path)
     options = {
         "slot_bytes": (experts + 2) * layout.nbytes + 4 * 2 * (512 + experts),
-        "staging_bytes": 2 * 2 * layout.d * layout.f + 2 * layout.nbytes,
+        "staging_bytes": 4 * layout.d * layout.f + 2 * layout.nbytes + BESIDE_STAGED * experts,
         "trace": str(path),
     }
     _, model = load("gpt-oss", backend="cuda", device=DEVICE, **options)
+    assert model.blk[1].ffn.experts.stream is not None
     slots = model.backend.tiers.slots
     full = [layer.full for layer in slots.layers]
     assert full == [True, False]
