@@ -20,7 +20,7 @@ demo: $(INSTALLED)
 
 # Two processes: as many as have room in 24 GiB.
 test: $(TESTED)
-	$(BIN)/python -m pytest -n 2
+	$(BIN)/python -m pytest -n 2 --dist worksteal
 
 lint: $(LINTED)
 	$(BIN)/ruff check
