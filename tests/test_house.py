@@ -10,10 +10,11 @@ PACKAGE = ROOT / "src" / "greenroom"
 SOURCES = sorted(PACKAGE.rglob("*.py"))
 NATIVE = sorted(p for p in (ROOT / "csrc").rglob("*") if p.suffix in {".h", ".cpp"})
 
-LOW = {"errors", "native"}
+LOW = {"errors", "lazy", "native"}
 # A room may import itself and the rooms named here.
 MAY_IMPORT = {
     "errors": set(),
+    "lazy": set(),
     "native": {"errors"},
     "gguf": {"errors"},
     "tokenizer": {"gguf"} | LOW,

@@ -19,9 +19,10 @@ import torch
 import triton
 
 from greenroom.experts import tiers
+from greenroom.experts.limits import EXPERT_ROWS
 from greenroom.experts.resident import ResidentMlp
 from greenroom.experts.slabs import SlabLayout, allocate
-from greenroom.experts.stream import ROWS, GroupMlp, Step
+from greenroom.experts.stream import GroupMlp, Step
 from greenroom.gguf import GGMLType
 from greenroom.kernels import dequantise as expand
 from greenroom.kernels import direct
@@ -112,7 +113,7 @@ def grouped_step(experts: int, rows: int, d: int) -> tuple[Step, Group]:
     table = torch.stack([base, base * rows, base, base * 0])
     routes = Routes.sort(ids, torch.rand(experts * rows, 1, device="cuda"), table)
     hidden = torch.randn(experts * rows, d, device="cuda")
-    step = Step(routes, *scaled_rows(hidden), torch.zeros_like(hidden), ROWS)
+    step = Step(routes, *scaled_rows(hidden), torch.zeros_like(hidden), EXPERT_ROWS)
     return step, Group(0, 0, (rows,) * experts)
 
 

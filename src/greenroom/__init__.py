@@ -4,8 +4,9 @@ What is listed in `__all__` is the public interface. Each name is imported when 
 used, so that `import greenroom` costs next to nothing.
 """
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from greenroom.lazy import lazily
 
 if TYPE_CHECKING:
     from greenroom.engine.config import EngineConfig
@@ -66,12 +67,8 @@ _HOME = {
 }
 
 
-def __getattr__(name: str) -> Any:
-    if name not in __all__:
-        raise AttributeError(f"module 'greenroom' has no attribute {name!r}")
-    value = getattr(import_module(_HOME.get(name, "greenroom.errors")), name)
-    globals()[name] = value
-    return value
+_ERRORS = dict.fromkeys(__all__, "greenroom.errors")
+__getattr__ = lazily(__name__, _ERRORS | _HOME)
 
 
 def __dir__() -> list[str]:

@@ -9,8 +9,8 @@ import torch
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
+from greenroom.experts.limits import BESIDE_STAGED
 from greenroom.experts.share import Rates
-from greenroom.experts.tiers import BESIDE_STAGED
 from greenroom.experts.trace import Trace
 
 from .conftest import Loader

@@ -186,7 +186,7 @@ def test_the_next_step_is_next(name: str, budget: int, wish: dict) -> None:
 
 
 def test_rows_computed_at_a_time_are_planned_as_they_are_computed() -> None:
-    from greenroom.experts import stream, tiers
+    from greenroom.experts import resident, stream, tiers
 
-    assert EXPERT_ROWS == stream.ROWS
+    assert EXPERT_ROWS == stream.EXPERT_ROWS == resident.EXPERT_ROWS
     assert BESIDE_STAGED == tiers.BESIDE_STAGED

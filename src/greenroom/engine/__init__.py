@@ -5,8 +5,9 @@ programs without an event loop need `LLM`. Nothing here knows architectures or d
 Each name is imported when it is first asked for, as most need torch.
 """
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from greenroom.lazy import lazily
 
 if TYPE_CHECKING:
     from greenroom.engine.config import EngineConfig
@@ -29,21 +30,18 @@ __all__ = [
     "load_engine",
 ]
 
-_HOME = {
-    "Completion": "greenroom.engine.output",
-    "Constraint": "greenroom.engine.output",
-    "Engine": "greenroom.engine.engine",
-    "EngineConfig": "greenroom.engine.config",
-    "LLM": "greenroom.engine.llm",
-    "SamplingParams": "greenroom.engine.params",
-    "TokenLogprob": "greenroom.engine.output",
-    "TokenOutput": "greenroom.engine.output",
-    "assemble": "greenroom.engine.load",
-    "load_engine": "greenroom.engine.load",
-}
-
-
-def __getattr__(name: str) -> Any:
-    if name not in _HOME:
-        raise AttributeError(f"module 'greenroom.engine' has no attribute {name!r}")
-    return getattr(import_module(_HOME[name]), name)
+__getattr__ = lazily(
+    __name__,
+    {
+        "Completion": "greenroom.engine.output",
+        "Constraint": "greenroom.engine.output",
+        "Engine": "greenroom.engine.engine",
+        "EngineConfig": "greenroom.engine.config",
+        "LLM": "greenroom.engine.llm",
+        "SamplingParams": "greenroom.engine.params",
+        "TokenLogprob": "greenroom.engine.output",
+        "TokenOutput": "greenroom.engine.output",
+        "assemble": "greenroom.engine.load",
+        "load_engine": "greenroom.engine.load",
+    },
+)

@@ -5,14 +5,12 @@ know the routes, so that it can run ahead. Knows slabs, not who decides where ex
 import torch
 from torch import Tensor
 
+from greenroom.experts.limits import EXPERT_ROWS, FEW_ROWS
 from greenroom.experts.slabs import SlabLayout
 from greenroom.kernels.direct import direct
 from greenroom.kernels.expert_rows import activated_rows, add_rows, scaled_rows
 from greenroom.kernels.grouped import Group, Routes
 from greenroom.kernels.packed import FORMATS
-
-ROWS = 4608  # most of a pass, as in `stream`; bounds scratch
-FEW_ROWS = 128  # of an expert, on average: with more, expanding its matrices first is faster
 
 
 class ResidentMlp:
@@ -52,7 +50,7 @@ class ResidentMlp:
         """
         routes = Routes.all_in(ids, weights, table)
         half, scales = scaled_rows(hidden)
-        out, most = torch.zeros_like(hidden), min(ROWS, max(len(hidden), self._chunk))
+        out, most = torch.zeros_like(hidden), min(EXPERT_ROWS, max(len(hidden), self._chunk))
         for skip in range(0, ids.numel(), most):
             rows = min(most, ids.numel() - skip)
             self._some(memory, routes, half, scales, out, skip, rows)

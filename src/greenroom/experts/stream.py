@@ -17,6 +17,7 @@ from torch import Tensor
 
 from greenroom.experts.cpu import CpuExperts
 from greenroom.experts.errands import Errands
+from greenroom.experts.limits import EXPERT_ROWS
 from greenroom.experts.ring import Page, Ring
 from greenroom.experts.share import Share
 from greenroom.experts.slabs import SlabLayout
@@ -24,9 +25,6 @@ from greenroom.kernels.dequantise import dequantise_group
 from greenroom.kernels.expert_rows import activated_rows, add_rows, scaled_rows
 from greenroom.kernels.grouped import BASE, GROUP, MOST, ORDER, PLACE, Group, Routes, carry, product
 
-# Of a group computed at a time, and no more than tokens; bounds scratch. Of 8192 tokens four
-# experts of gpt-oss get about 4096 rows: a little more, so that most pages are one group.
-ROWS = 4608
 COVERAGE = 0.9  # share of a layer's experts that must be in demand to copy before it is known
 
 
@@ -122,7 +120,8 @@ class LayerStream:
         if self._counted is not None:
             self._counted.record()
         hidden = hidden.contiguous()
-        step = Step(routes, *scaled_rows(hidden), torch.zeros_like(hidden), min(ROWS, tokens))
+        rows = min(EXPERT_ROWS, tokens)
+        step = Step(routes, *scaled_rows(hidden), torch.zeros_like(hidden), rows)
         if self._counted is not None:
             self._counted.synchronize()
         sizes = np.diff(self._starts.numpy()).tolist()

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from greenroom.experts.beside import ExpertsBeside
 from greenroom.experts.cpu import CpuExperts
 from greenroom.experts.errands import Errands
+from greenroom.experts.limits import BESIDE_STAGED
 from greenroom.experts.pinned import register
 from greenroom.experts.ring import Ring
 from greenroom.experts.share import Share
@@ -25,7 +26,6 @@ from greenroom.kernels.grouped import MOST
 log = logging.getLogger(__name__)
 
 LEAST_STAGED = 2  # pages: one arrives while the other is computed
-BESIDE_STAGED = 16  # bytes a layer's expert takes in the table of those that are there
 PAGES = 4
 PAGE_BYTES = 56 << 20  # about a millisecond on the bus
 

@@ -4,9 +4,9 @@ Adding an architecture adds one file, one line in `registry.py` and one test. Wh
 needs torch, is imported when it is first asked for: a file's header is read without it.
 """
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from greenroom.lazy import lazily
 from greenroom.models.config import ModelConfig
 from greenroom.models.registry import ARCHITECTURES
 
@@ -16,15 +16,12 @@ if TYPE_CHECKING:
 
 __all__ = ["ARCHITECTURES", "KVSpec", "LoadOptions", "Model", "ModelConfig", "load_model"]
 
-_HOME = {
-    "KVSpec": "greenroom.models.model",
-    "LoadOptions": "greenroom.models.loader",
-    "Model": "greenroom.models.model",
-    "load_model": "greenroom.models.loader",
-}
-
-
-def __getattr__(name: str) -> Any:
-    if name not in _HOME:
-        raise AttributeError(f"module 'greenroom.models' has no attribute {name!r}")
-    return getattr(import_module(_HOME[name]), name)
+__getattr__ = lazily(
+    __name__,
+    {
+        "KVSpec": "greenroom.models.model",
+        "LoadOptions": "greenroom.models.loader",
+        "Model": "greenroom.models.model",
+        "load_model": "greenroom.models.loader",
+    },
+)

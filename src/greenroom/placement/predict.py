@@ -9,6 +9,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from greenroom.experts.limits import FEW_ROWS
 from greenroom.experts.share import Share
 from greenroom.placement.calibrate import MachineProfile
 from greenroom.placement.cpu_seconds import CpuSeconds
@@ -35,7 +36,6 @@ GPU_EXPANDING = 0.6
 # besides their products, and a layer's norms, rotation and the like.
 GPU_STRAIGHT = 0.22
 LONG_LAYER_KERNEL_SECONDS = 0.2e-3
-FEW_ROWS = 128  # of an expert: that of experts.resident, which needs Triton; a test compares them
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from math import prod
 
 from greenroom import native
+from greenroom.experts.limits import BESIDE_STAGED, EXPERT_ROWS
 from greenroom.experts.slabs import SlabLayout, stored_type
 from greenroom.gguf import GGMLType, TensorInfo
 from greenroom.models.config import ModelConfig
@@ -22,8 +23,6 @@ ALLOCATOR = 64 << 20
 # take 1.85 times what lives at once; where there is none, the allocator gives back what is unused.
 GAPS = 1.5
 
-EXPERT_ROWS = 4608  # of a group of experts that a long step computes at a time
-BESIDE_STAGED = 16  # bytes of a table for each expert of a layer, as `experts.tiers` has it
 KEPT_GRAPHS, GRAPH_SEQUENCES = 8, 32  # as `layers.decode_graphs` has them
 GRAPH_RANGES = (512, 4)  # its first range of contexts, and the factor to the next
 
