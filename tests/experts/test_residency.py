@@ -89,3 +89,20 @@ def test_long_runs_keep_heat_finite():
         residency.observe(np.array([[1, 2]]))
     assert np.isfinite(residency.heat).all()
     assert residency.plan(1) == [Move(0, 1, 0)]
+
+
+def test_a_layer_that_computes_few_rows_of_prompts_keeps_its_slots():
+    trace = routes(600, skew=1.2, seed=5)
+    residency = Residency(LAYERS, EXPERTS, slots=32)
+    for step, ids in enumerate(trace):
+        counts = np.zeros((LAYERS, EXPERTS), int)
+        prompt = trace[:100] if step % 100 == 0 else ids[None]
+        for row in prompt[:-1]:
+            counts[np.arange(LAYERS - 1)[:, None], row[:-1]] += 1
+        counts[np.arange(LAYERS)[:, None], prompt[-1]] += 1
+        residency.observe_counts(counts)
+        for move in residency.plan(4):
+            residency.apply(move)
+    seated = (residency.slot_of >= 0).sum(1)
+    assert seated.sum() == 32
+    assert seated.min() >= 6  # of 8 on average

@@ -65,7 +65,19 @@ class Residency:
         self.observe_counts(counts)
 
     def observe_counts(self, counts: NDArray[np.integer]) -> None:
-        """Counts one step's routes; counts: (layers, experts), how often each was chosen."""
+        """Counts one step's routes; counts: (layers, experts), how often each was chosen.
+
+        The last layer computes only the rows somebody asked for: few of a prompt's. A layer that
+        saw less of the step than another is taken to have been used as until now in the rest, or
+        it would lose its slots to layers whose experts are no hotter.
+        """
+        totals = counts.sum(1, keepdims=True)
+        unseen = totals.max() - totals
+        if unseen.any():
+            known = self.heat.sum(1, keepdims=True)
+            usual = np.full(self.heat.shape, 1 / self.heat.shape[1])
+            np.divide(self.heat, known, out=usual, where=known > 0)
+            self.heat += unseen * usual * self._growth
         self.heat += counts * self._growth
         self._growth /= self._decay
         if self._growth > 1e100:
