@@ -303,6 +303,7 @@ class AnyOrder(RuleBasedStateMachine):
             if not (engine._inbox or engine._jobs or engine._ready):
                 break
             advance(engine)
+        runner = engine._runner
         engine.close()
         engine._work()
         for request in self.requests:
@@ -311,7 +312,7 @@ class AnyOrder(RuleBasedStateMachine):
         assert [stats["running"], stats["waiting"], engine._jobs] == [0, 0, {}]
         assert all(group["held"] == 0 for group in stats["cache"])
         assert len(engine._blocks.free_rows) == engine.config.max_sequences
-        assert engine._runner.under_way is None
+        assert runner.under_way is None
         assert getattr(self.model, "open", 0) == 0
 
 

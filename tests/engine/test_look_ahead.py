@@ -23,10 +23,11 @@ PROMPTS = [[3, 4, 5], [9], list(range(1, 21)), [40, 41, 42, 43, 44]]
 def served(model: FakeModel, **settings: object) -> Iterator[LLM]:
     """An LLM on the model; in the end nothing may be left of what was asked of it."""
     engine = fake_engine(model, prefix_cache=False, **settings)
-    engine._runner._collector = Collector(remote=isinstance(model, Chained))
+    runner = engine._runner
+    runner._collector = Collector(remote=isinstance(model, Chained))
     with LLM.from_engine(engine) as llm:
         yield llm
-    assert engine._runner.under_way is None
+    assert runner.under_way is None
     assert [group["held"] for group in engine.stats()["cache"]] == [0, 0]
     assert getattr(model, "open", 0) == 0
 

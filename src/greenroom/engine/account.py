@@ -24,7 +24,8 @@ class Account:
     """
 
     def __init__(self, model: ModelLike, caches: Items[KVCache], store: PrefixStore | None) -> None:
-        self._model, self._store = model, store
+        self._model: ModelLike | None = model
+        self._store = store
         self._caches: Counter[str] = Counter()  # bytes of keys and values by where they are
         for cache in caches:
             part = "kv_cache.vram" if cache.k.is_cuda else "kv_cache"
@@ -32,14 +33,20 @@ class Account:
 
     def __call__(self, plan: Placement | None) -> dict[str, Any]:
         """The figures; `plan` is what was planned, where a file was loaded."""
-        return {**self._memory(plan), **self._experts(), **self._layers()}
+        if (model := self._model) is None:
+            return {"memory": {}}
+        return {**self._memory(model, plan), **_experts(model), **_layers(model)}
 
-    def _memory(self, plan: Placement | None) -> dict[str, Any]:
-        memory = {**self._model.memory(), **self._caches}
+    def close(self) -> None:
+        """The memory is given back: from now on there is none to tell of."""
+        self._model = self._store = None
+
+    def _memory(self, model: ModelLike, plan: Placement | None) -> dict[str, Any]:
+        memory = {**model.memory(), **self._caches}
         found: dict[str, Any] = {"memory": memory}
         store = self._store
         if plan is not None and plan.vram is not None:
-            backends = getattr(self._model, "backends", ())
+            backends = getattr(model, "backends", ())
             booked = sum(getattr(backend, "booked", 0) for backend in backends)
             found["vram"] = usage(plan.vram, booked)
         if store is None:
@@ -49,11 +56,13 @@ class Account:
         figures |= {"kept_blocks": store.kept, "restored_blocks": store.restored}
         return found | {"prefix_store": figures}
 
-    def _experts(self) -> dict[str, Any]:
-        ask = getattr(self._model, "expert_stats", None)
-        found = {} if ask is None else ask()
-        return {"experts": found} if found else {}
 
-    def _layers(self) -> dict[str, Any]:
-        meters = getattr(self._model, "meters", {}).items()
-        return {"layers": [{"layer": i, **asdict(m)} for i, m in meters]} if meters else {}
+def _experts(model: ModelLike) -> dict[str, Any]:
+    ask = getattr(model, "expert_stats", None)
+    found = {} if ask is None else ask()
+    return {"experts": found} if found else {}
+
+
+def _layers(model: ModelLike) -> dict[str, Any]:
+    meters = getattr(model, "meters", {}).items()
+    return {"layers": [{"layer": i, **asdict(m)} for i, m in meters]} if meters else {}

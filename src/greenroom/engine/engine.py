@@ -32,6 +32,7 @@ from greenroom.engine.scheduler import Chunk, Scheduler
 from greenroom.engine.sequence import Sequence, Want
 from greenroom.errors import EngineClosedError, GreenroomError
 from greenroom.layers.batch import KVCache
+from greenroom.placement.enforce import give_back
 from greenroom.placement.placement import Placement
 
 log = logging.getLogger(__name__)
@@ -64,7 +65,7 @@ class Engine:
         self.config = config
         self.tokenizer = tokenizer
         self.chat = chat
-        self.model = model
+        self._model: ModelLike | None = model
         self.model_config = model.config
         groups = [
             GroupSize(spec.window, blocks)
@@ -155,24 +156,22 @@ class Engine:
         """Requests waiting and running, cache use in blocks, counters since the start, and
         bytes of memory by part; on a GPU also what the driver and the allocator say of it.
         """
-        pools = self._blocks.pools
         return {
             "waiting": len(self._scheduler.waiting),
             "running": len(self._scheduler.running),
             "preemptions": self._scheduler.preemptions,
-            "cache": [
-                {
-                    "window": window,
-                    "blocks": pool.size,
-                    "held": pool.size - pool.available,
-                    "reusable": len(pool.idle),
-                }
-                for window, pool in zip(self._blocks.windows, pools, strict=True)
-            ],
+            "cache": self._blocks.report(),
             "block_size": self.config.block_size,
             "counts": dict(self._counts),
             **self._account(self.placement),
         }
+
+    @property
+    def model(self) -> ModelLike:
+        """What computes; EngineClosedError says where it is gone."""
+        if (model := self._model) is None:
+            raise EngineClosedError(str(self._closed))
+        return model
 
     def meter(self) -> None:
         """Has `stats()["layers"]` tell, from now on, what each layer's experts cost the CPU."""
@@ -181,7 +180,8 @@ class Engine:
             start()
 
     def close(self) -> None:
-        """Ends every request with EngineClosedError and waits for the thread."""
+        """Ends every request with EngineClosedError, waits for the thread and frees the model's
+        memory, whoever still holds this engine."""
         with self._wake:
             if self._closed is None:
                 self._closed = EngineClosedError("the engine was closed")
@@ -296,6 +296,14 @@ class Engine:
                 action()
             for job in tuple(self._jobs.values()):
                 self._fail(job, EngineClosedError(str(self._closed)))
+            self._let_go()
+
+    def _let_go(self) -> None:
+        """Drops all that refers to weights, keys and values."""
+        self._model = self._blocks.store = None
+        self._account.close()
+        del self._runner
+        give_back()
 
     def _gather(self) -> bool:
         """Does what other threads asked for; waits while there is nothing to compute."""

@@ -208,6 +208,18 @@ class BlockCache:
         sequence.computed = 0
         self._drop_blocks(sequence)
 
+    def report(self) -> list[dict[str, int | None]]:
+        """Of each group: its window, and blocks in all, held, and known but held by nobody."""
+        return [
+            {
+                "window": window,
+                "blocks": pool.size,
+                "held": pool.size - pool.available,
+                "reusable": len(pool.idle),
+            }
+            for window, pool in zip(self.windows, self.pools, strict=True)
+        ]
+
     def _match(self, sequence: Sequence) -> int:
         """Blocks of the longest beginning that every group still has what it needs of."""
         if not (self.reuse and sequence.reuse):

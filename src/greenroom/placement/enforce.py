@@ -4,6 +4,7 @@ and the driver; not what the memory is for.
 
 import gc
 import os
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -18,10 +19,19 @@ def limit(budget: int | None, device: int = 0) -> None:
         return
     total = torch.cuda.get_device_properties(device).total_memory
     share = 1.0 if budget is None else min(1.0, budget / total)
-    gc.collect()  # what a model closed before still holds would count
-    torch.cuda.empty_cache()
+    give_back()  # what a model closed before still holds would count
     torch.cuda.set_per_process_memory_fraction(share, device)
     torch.cuda.reset_peak_memory_stats(device)
+
+
+def give_back() -> None:
+    """Returns what nobody refers to any more, VRAM and pinned RAM, to the driver."""
+    if not torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+        return
+    gc.collect()
+    with suppress(RuntimeError):  # of a device that has failed nothing can be given back
+        torch.cuda.empty_cache()
+        getattr(torch._C, "_host_emptyCache", int)()
 
 
 def usage(budget: int | None, booked: int, device: int = 0) -> dict[str, int]:
