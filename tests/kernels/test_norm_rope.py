@@ -57,6 +57,17 @@ def test_norm_cuts_its_result_as_split_does(kind, width, centred, device):
 def test_enter_equals_twin_at_far_positions(
     neox, turned, heads, kv_heads, tokens, dtype, device
 ) -> None:
+    entered(neox, turned, heads, kv_heads, tokens, dtype, device, normed=False)
+
+
+@pytest.mark.parametrize("neox", [False, True])
+@pytest.mark.parametrize("turned", [0, 24, 64])
+@pytest.mark.parametrize(("tokens", "dtype"), [(1, torch.float16), (5, torch.float32)])
+def test_enter_normalises_heads_first(neox, turned, tokens, dtype, device) -> None:
+    entered(neox, turned, 6, 2, tokens, dtype, device, normed=True)
+
+
+def entered(neox, turned, heads, kv_heads, tokens, dtype, device, normed) -> None:
     torch.manual_seed(turned)
     sizes = [heads * 64, kv_heads * 64, kv_heads * 48]
     row = torch.randn(tokens, sum(sizes) + 5, device=device)  # columns of one product
@@ -71,7 +82,8 @@ def test_enter_equals_twin_at_far_positions(
     frequencies = None
     if turned:
         frequencies = 150000.0 ** (-torch.arange(0, turned, 2, device=device) / turned)
-    turn = (positions, frequencies, 1.25, neox)
+    weights = torch.rand(2, 64, device=device) + 0.5
+    turn = (positions, frequencies, 1.25, neox, (*weights, 1e-2) if normed else None)
     caches = [torch.zeros(3, kv_heads, 16, d, dtype=dtype, device=device) for d in (64, 48, 64, 48)]
     found, wanted = row.clone(), row.clone()
     enter(*parts(found), slots, *caches[:2], *turn)
@@ -79,11 +91,12 @@ def test_enter_equals_twin_at_far_positions(
     close = {"atol": 2e-5, "rtol": 2e-5}
     torch.testing.assert_close(found, wanted, **close)
     assert torch.equal(found[:, sizes[0] :], row[:, sizes[0] :])
-    if turned:
+    if turned or normed:
         assert not torch.equal(found, row)
     if dtype == torch.float16:
         close = {"atol": 1e-3, "rtol": 1e-3}
     torch.testing.assert_close(caches[0], caches[2], **close)
-    assert torch.equal(caches[0][..., turned:], caches[2][..., turned:])
+    if not normed:
+        assert torch.equal(caches[0][..., turned:], caches[2][..., turned:])
     assert torch.equal(caches[1], caches[3])
     assert int((caches[1] != 0).any(-1).sum()) == kv_heads * int((slots >= 0).sum())

@@ -32,12 +32,20 @@ class AttentionSpec:
         scale: factor of the scores.
         window: keys visible to a query, itself included; None for all.
         sinks: (heads,) float32 or None.
+        head_norms: RMSNorms of every head of queries and of keys, before they are rotated.
     """
 
     group: int
     scale: float
     window: int | None = None
     sinks: Tensor | None = None
+    head_norms: "tuple[NormLike, NormLike] | None" = None
+
+    def normed(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+        """Heads (tokens, heads, length) float32 after their norms, if they have any."""
+        if self.head_norms is None:
+            return q, k
+        return self.head_norms[0](q), self.head_norms[1](k)
 
 
 @dataclass(frozen=True, slots=True)
@@ -186,7 +194,7 @@ class Backend(Protocol):
     def attend(
         self, q: Tensor, k: Tensor, v: Tensor, cache: KVCache, step: Step, spec: AttentionSpec
     ) -> Tensor:
-        """Rotates q and k, writes k and v to the cache and attends.
+        """Normalises and rotates q and k, writes k and v to the cache and attends.
 
         Args:
             q: (tokens, heads, key_length) float32; may be overwritten.
@@ -277,6 +285,7 @@ class ReferenceBackend(InRam):
         self, q: Tensor, k: Tensor, v: Tensor, cache: KVCache, step: Step, spec: AttentionSpec
     ) -> Tensor:
         """See `Backend.attend`."""
+        q, k = spec.normed(q, k)
         if step.rope is not None and step.angles is not None:
             neox = step.rope.neox
             q, k = rotate(q, step.angles, neox), rotate(k, step.angles, neox)

@@ -243,8 +243,11 @@ class CudaBackend:
         """See `Backend.attend`."""
         assert isinstance(step, DeviceStep)
         turn = (1.0, True) if step.rope is None else (step.rope.magnitude, step.rope.neox)
+        norms = rms_norms(spec)
+        if norms is None:
+            q, k = spec.normed(q, k)
         slots = step.slots[spec.group]
-        enter(q, k, v, slots, cache.k, cache.v, step.positions, step.frequencies, *turn)
+        enter(q, k, v, slots, cache.k, cache.v, step.positions, step.frequencies, *turn, norms)
         return attend(
             q,
             cache.k,
@@ -259,6 +262,15 @@ class CudaBackend:
             window=spec.window,
             sinks=spec.sinks,
         )
+
+
+def rms_norms(spec: AttentionSpec) -> tuple[Tensor, Tensor, float] | None:
+    """Weights and epsilon of the heads' norms, if they are such as `enter` takes along."""
+    first, second = spec.head_norms or (None, None)
+    if not isinstance(first, DeviceNorm) or not isinstance(second, DeviceNorm):
+        return None
+    both = first.weight, second.weight, first.eps
+    return both if first.rms and second.rms and first.eps == second.eps else None
 
 
 def splits(step: DeviceStep, kv_heads: int, window: int | None) -> int:

@@ -233,7 +233,12 @@ class DeviceMlp:
 
 
 class DeviceNorm:
-    """A norm of the residual stream, fused with the addition before it; see `Norm`."""
+    """A norm of the residual stream, fused with the addition before it; see `Norm`.
+
+    Attributes:
+        weight: (width,) float32.
+        eps: added to the variance.
+    """
 
     def __init__(
         self,
@@ -246,18 +251,22 @@ class DeviceNorm:
     ) -> None:
         self.kind = 0  # of planes made beside the result, see `Cutter`
         self._cut = cut
-        self._weight = ledger.place("dense", weight)
+        self.weight, self.eps = ledger.place("dense", weight), eps
         self._bias = None
         if bias is not None or centred:  # the kernel takes a bias as the sign to centre
             values = torch.zeros_like(weight) if bias is None else bias
             self._bias = ledger.place("dense", values)
-        self._eps = eps
         self._centred = centred
+
+    @property
+    def rms(self) -> bool:
+        """Whether it is an RMSNorm that adds nothing."""
+        return self._bias is None
 
     @property
     def nbytes(self) -> int:
         """Bytes of the parameters."""
-        return self._weight.nbytes + (0 if self._bias is None else self._bias.nbytes)
+        return self.weight.nbytes + (0 if self._bias is None else self._bias.nbytes)
 
     def __call__(self, x: Tensor, delta: Tensor | None = None) -> Tensor:
         """Adds delta to x in place and returns the sum normalised; (..., width) float32."""
@@ -265,7 +274,7 @@ class DeviceNorm:
         bias = self._bias if self._centred else None
         few = self._cut is not None and x.dim() == 2 and x.shape[0] <= CUT
         kind = self.kind if few else 0
-        y, planes = norm(source, self._weight, self._eps, bias, residual, kind)
+        y, planes = norm(source, self.weight, self.eps, bias, residual, kind)
         if self._bias is not None and not self._centred:
             return y.add_(self._bias)
         if few and self._cut is not None:

@@ -203,6 +203,7 @@ class NativeBackend(InRam):
         """See `Backend.attend`."""
         pool, batch = self.pool, step.batch
         group = batch.groups[spec.group]
+        q, k = spec.normed(q, k)
         if step.rope is not None and step.angles is not None:
             style = "neox" if step.rope.neox else "norm"
             native_ops.rope(pool, q, step.angles, style)

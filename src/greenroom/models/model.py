@@ -82,6 +82,7 @@ class Block:
             scale=shape.scale or shape.key_length**-0.5,
             window=config.windows[layer],
             sinks=None if sinks is None else self.backend.place(sinks),
+            head_norms=(self.attn_q_norm, self.attn_k_norm) if self.qk_norm == "head" else None,
         )
 
     def attend(self, x: Tensor, delta: Tensor | None, step: Step, cache: KVCache) -> Tensor:
@@ -110,10 +111,7 @@ class Block:
             q, k = self.attn_q_norm(q), self.attn_k_norm(k)
         q = q.view(tokens, shape.heads, shape.key_length)
         k = k.view(tokens, shape.kv_heads, shape.key_length)
-        v = v.view(tokens, shape.kv_heads, shape.value_length)
-        if self.qk_norm == "head":
-            q, k = self.attn_q_norm(q), self.attn_k_norm(k)
-        return q, k, v
+        return q, k, v.view(tokens, shape.kv_heads, shape.value_length)
 
     def feed(self, x: Tensor, delta: Tensor) -> Tensor:
         """The feed-forward part; arguments and result as those of `attend`."""
