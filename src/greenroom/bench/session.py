@@ -58,7 +58,7 @@ class Peak:
 
     def _watch(self) -> None:
         with nvml() as lib:
-            handle = None if lib is None else nvml_handle(lib)
+            handle = nvml_handle(lib)
             before = None if handle is None else int(lib.nvmlDeviceGetMemoryInfo(handle).used)
             while True:
                 self.rss = max(self.rss, int(self._process.memory_info().rss))

@@ -5,9 +5,10 @@ and the driver; not what the memory is for.
 import gc
 import os
 from contextlib import suppress
-from typing import Any
 
 import torch
+
+from greenroom.placement.gpus import nvml, nvml_handle
 
 
 def limit(budget: int | None, device: int = 0) -> None:
@@ -49,18 +50,13 @@ def usage(budget: int | None, booked: int, device: int = 0) -> dict[str, int]:
 
 def process_bytes(device: int = 0) -> int | None:
     """VRAM of this process as the driver counts it; None where it does not say."""
-    try:
-        import pynvml
-    except ImportError:
-        return None
-    nvml: Any = pynvml
-    try:
-        nvml.nvmlInit()
-        uuid = torch.cuda.get_device_properties(device).uuid
-        handle = nvml.nvmlDeviceGetHandleByUUID(f"GPU-{uuid}")
-        running = nvml.nvmlDeviceGetComputeRunningProcesses(handle)
-    except nvml.NVMLError:
-        return None
+    with nvml() as lib:
+        if (handle := nvml_handle(lib, device)) is None:
+            return None
+        try:
+            running = lib.nvmlDeviceGetComputeRunningProcesses(handle)
+        except lib.NVMLError:
+            return None
     # In a container the driver may count by process numbers of its own.
     mine = [process.usedGpuMemory for process in running if process.pid == os.getpid()]
     return int(mine[0]) if mine and mine[0] else None

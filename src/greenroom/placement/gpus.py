@@ -54,49 +54,64 @@ def nvml() -> Iterator[Any]:
 
 
 def gpu_facts() -> tuple[tuple[GpuFacts, ...], str | None]:
-    """Every GPU, and the CUDA version PyTorch was built for (None: a build without)."""
+    """The GPUs PyTorch can use, in its order, or else those the driver has; and the CUDA version
+    PyTorch was built for (None: a build without)."""
     import torch  # see `hardware.probe`
 
     build: str | None = torch.version.cuda
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     with nvml() as lib:
-        if lib is not None:
-            found = tuple(_from_nvml(lib, i) for i in range(lib.nvmlDeviceGetCount()))
-            if found:
-                return found, build
-    if not torch.cuda.is_available():
-        return (), build
-    return tuple(_from_torch(i) for i in range(torch.cuda.device_count())), build
+        if count:
+            return tuple(_facts(lib, i) for i in range(count)), build
+        there = 0 if lib is None else lib.nvmlDeviceGetCount()
+        handles = [lib.nvmlDeviceGetHandleByIndex(i) for i in range(there)]
+        return tuple(_from_nvml(lib, handle, None) for handle in handles), build
 
 
 def nvml_handle(lib: Any, index: int = 0) -> Any:
-    """NVML's handle of PyTorch's device `index`, which CUDA_VISIBLE_DEVICES may have moved."""
+    """NVML's handle of PyTorch's device `index`, or None where it cannot be told: the two count
+    in different orders, and CUDA_VISIBLE_DEVICES hides devices from one of them only."""
     import torch
 
-    with contextlib.suppress(Exception):
-        bus: Any = torch.cuda.get_device_properties(index)
-        name = f"{bus.pci_domain_id:08x}:{bus.pci_bus_id:02x}:{bus.pci_device_id:02x}.0"
-        return lib.nvmlDeviceGetHandleByPciBusId(name.encode())
-    return lib.nvmlDeviceGetHandleByIndex(index)
+    if lib is None or not torch.cuda.is_available():
+        return None
+    device: Any = torch.cuda.get_device_properties(index)
+    with contextlib.suppress(AttributeError, lib.NVMLError):
+        return lib.nvmlDeviceGetHandleByUUID(f"GPU-{device.uuid}")
+    with contextlib.suppress(AttributeError, lib.NVMLError):  # a part of a GPU (MIG)
+        return lib.nvmlDeviceGetHandleByUUID(f"MIG-{device.uuid}")
+    with contextlib.suppress(AttributeError, lib.NVMLError):
+        bus = f"{device.pci_domain_id:08x}:{device.pci_bus_id:02x}:{device.pci_device_id:02x}.0"
+        return lib.nvmlDeviceGetHandleByPciBusId(bus)
+    return None
 
 
-def _from_nvml(lib: Any, index: int) -> GpuFacts:
+def _facts(lib: Any, index: int) -> GpuFacts:
+    """Of PyTorch's device `index`."""
     import torch
 
-    handle = lib.nvmlDeviceGetHandleByIndex(index)
+    major, minor = torch.cuda.get_device_capability(index)
+    handle = nvml_handle(lib, index)
+    if handle is not None:
+        return _from_nvml(lib, handle, f"{major}.{minor}")
+    free, total = torch.cuda.mem_get_info(index)
+    name = torch.cuda.get_device_name(index)
+    return GpuFacts(name=name, total=total, free=free, capability=f"{major}.{minor}")
+
+
+def _from_nvml(lib: Any, handle: Any, capability: str | None) -> GpuFacts:
     memory = lib.nvmlDeviceGetMemoryInfo(handle)
-    usable = torch.cuda.is_available() and index < torch.cuda.device_count()
 
     def ask(function: str) -> Any:
         with contextlib.suppress(Exception):  # not every product answers every question
             return getattr(lib, function)(handle)
         return None
 
-    capability = torch.cuda.get_device_capability(index) if usable else None
     return GpuFacts(
         name=_text(lib.nvmlDeviceGetName(handle)),
         total=int(memory.total),
         free=int(memory.free),
-        capability=None if capability is None else f"{capability[0]}.{capability[1]}",
+        capability=capability,
         driver=_text(lib.nvmlSystemGetDriverVersion()),
         link_width=ask("nvmlDeviceGetCurrPcieLinkWidth"),
         link_most_width=ask("nvmlDeviceGetMaxPcieLinkWidth"),
@@ -104,15 +119,6 @@ def _from_nvml(lib: Any, index: int) -> GpuFacts:
         link_most_generation=ask("nvmlDeviceGetMaxPcieLinkGeneration"),
         energy=ask("nvmlDeviceGetTotalEnergyConsumption") is not None,
     )
-
-
-def _from_torch(index: int) -> GpuFacts:
-    import torch
-
-    free, total = torch.cuda.mem_get_info(index)
-    major, minor = torch.cuda.get_device_capability(index)
-    name = torch.cuda.get_device_name(index)
-    return GpuFacts(name=name, total=total, free=free, capability=f"{major}.{minor}")
 
 
 def _text(value: Any) -> str:
