@@ -6,7 +6,7 @@ it is clearly hotter than the coldest resident, so that nearly uniform routing d
 Decides only; copying is the store's work.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,11 +16,13 @@ EMPTY = -1
 
 @dataclass(frozen=True, slots=True)
 class Move:
-    """One promotion: expert (layer, expert) takes `slot`; whoever held it leaves."""
+    """One promotion: expert (layer, expert) takes `slot`; whoever held it leaves. `gain` is how
+    much hotter than that one it is."""
 
     layer: int
     expert: int
     slot: int
+    gain: float = field(default=0.0, compare=False)
 
 
 class Residency:
@@ -104,7 +106,8 @@ class Residency:
             if held >= 0 and flat_heat[candidate] <= max(held * self.margin, held + self._growth):
                 break
             layer, expert = divmod(int(candidate), self.heat.shape[1])
-            moves.append(Move(layer, expert, int(seat)))
+            gain = float(flat_heat[candidate] - max(held, 0.0))
+            moves.append(Move(layer, expert, int(seat), gain))
         return moves
 
     def vacate(self, slot: int) -> int:

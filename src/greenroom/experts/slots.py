@@ -99,7 +99,8 @@ class Arena:
     ) -> None:
         self.layers, self.banks = layers, banks
         self._account = account
-        self.memory = account.empty("slots", [count, banks[0].layout.nbytes], torch.uint8)
+        self.slab = banks[0].layout.nbytes  # bytes of a slot
+        self.memory = account.empty("slots", [count, self.slab], torch.uint8)
         self.residency = Residency(len(layers), banks[0].experts, count)
 
     def shrink(self) -> int:
@@ -315,7 +316,8 @@ class Slots:
             self._moving = None
             self._publish()
         moves = [(arena, move) for arena in self.arenas for move in arena.residency.plan(limit)]
-        if moves:
+        if moves:  # layouts share the bus: those with most hits to gain for a byte go first
+            moves.sort(key=lambda found: found[1].gain / found[0].slab, reverse=True)
             self._begin(moves[:limit])
 
     def _begin(self, moves: list[tuple[Arena, Move]]) -> None:
