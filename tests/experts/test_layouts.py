@@ -1,8 +1,13 @@
 """Layers of two slab layouts share what is promoted: those go first that gain most per byte."""
 
+import os
+
 import numpy as np
 import pytest
 import torch
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # for tests that come later
 
 from greenroom.experts.slots import Slots
 from greenroom.layers.ledger import Ledger
