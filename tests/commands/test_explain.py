@@ -61,15 +61,21 @@ def test_run_explains_against_the_measured_machine(
     assert "short steps" not in capsys.readouterr().err
 
 
-def test_rows_have_what_a_step_took_and_the_last_one_all_of_it() -> None:
+def test_rows_have_what_a_step_took_and_the_last_one_their_sum() -> None:
+    """A layer most of whose experts have slots is asked in fewer steps than another."""
     none = {"calls": 0, "seconds": 0.0, "nbytes": 0}
+    long = {"calls": 2, "seconds": 0.5, "nbytes": 1 << 30}
     layers = [
         {"layer": 1, "short": {"calls": 10, "seconds": 0.02, "nbytes": 20 << 20}, "long": none},
-        {"layer": 2, "short": {"calls": 10, "seconds": 0.04, "nbytes": 20 << 20}, "long": none},
+        {"layer": 2, "short": {"calls": 4, "seconds": 0.04, "nbytes": 20 << 20}, "long": long},
+        {"layer": 3, "short": none, "long": {**long, "calls": 1}},
     ]
     console = Console(width=120, record=True, file=io.StringIO())
-    show_layers(layers, {"layer_hits": [5, 10], "layer_routes": [40, 40]}, console)
+    uses = {"layer_hits": [5, 10, 40], "layer_routes": [40, 40, 40]}
+    show_layers(layers, uses, console)
     rows = [line.split() for line in console.export_text().splitlines()]
     assert rows[1] == ["1", "10", "2.000", "2.0", "1.0", "12.5%", "0", "0.00"]
-    assert rows[2] == ["2", "10", "4.000", "2.0", "0.5", "25.0%", "0", "0.00"]
-    assert rows[3] == ["all", "10", "6.000", "4.0", "0.7", "18.8%", "0", "0.00"]
+    assert rows[2] == ["2", "4", "10.000", "5.0", "0.5", "25.0%", "2", "250.00"]
+    assert rows[3] == ["3", "0", "0.000", "0.0", "-", "100.0%", "1", "500.00"]
+    # 2 + 10 ms, 2 + 5 MiB, 7 MiB in 12 ms, 55 of 120 routes, 250 + 500 ms
+    assert rows[4] == ["all", "12.000", "7.0", "0.6", "45.8%", "750.00"]

@@ -45,7 +45,9 @@ def show_explanation(llm: "LLM", path: Path, figures: dict[str, Any]) -> None:
 
 
 def show_layers(layers: Any, experts: dict[str, Any], console: "Console") -> None:
-    """A row per layer: what its experts cost the CPU per step, and how many had a slot."""
+    """A row per layer: in how many steps its experts were asked of the CPU, what they cost it per
+    such step, and how many had a slot. The last row sums what a step costs; its rates, GB/s and
+    hits, are those of the layers together."""
     if not layers:
         console.print("No layer's experts were computed by the CPU where it could be timed.")
         return
@@ -54,10 +56,13 @@ def show_layers(layers: Any, experts: dict[str, Any], console: "Console") -> Non
         column.justify = "right"
     hits = dict(enumerate(zip(*_uses(experts, len(layers)), strict=True)))
     for index, layer in enumerate(layers):
-        table.add_row(str(layer["layer"]), *row(layer["short"], layer["long"], hits.get(index)))
-    total = {kind: _sum([layer[kind] for layer in layers]) for kind in ("short", "long")}
-    both = [sum(of) for of in zip(*hits.values(), strict=True)] if hits else None
-    table.add_row("all", *row(total["short"], total["long"], both))
+        short, long = layer["short"], layer["long"]
+        cells = row(_per_step(short), _per_step(long), hits.get(index))
+        steps = str(short["calls"]), str(long["calls"])
+        table.add_row(str(layer["layer"]), steps[0], *cells[:4], steps[1], cells[4])
+    short, long = (_sum([_per_step(layer[kind]) for layer in layers]) for kind in ("short", "long"))
+    cells = row(short, long, _sum(list(hits.values())))
+    table.add_row("all", "", *cells[:4], "", cells[4])
     console.print(table)
 
 
@@ -67,28 +72,32 @@ def _uses(experts: dict[str, Any], layers: int) -> tuple[list[int], list[int]]:
     return (hits, routes) if len(hits) == len(routes) == layers else ([], [])
 
 
-def _sum(parts: list[dict[str, Any]]) -> dict[str, Any]:
-    """All layers together, per step: a step calls each of them once."""
-    most = max((part["calls"] for part in parts), default=0)
-    return {
-        "calls": most,
-        "seconds": sum(part["seconds"] for part in parts),
-        "nbytes": sum(part["nbytes"] for part in parts),
-    }
+def _per_step(part: dict[str, Any]) -> tuple[float, float]:
+    """Seconds and bytes of one of the steps in which the CPU was asked."""
+    calls = max(1, part["calls"])
+    return part["seconds"] / calls, part["nbytes"] / calls
 
 
-def row(short: dict[str, Any], long: dict[str, Any], uses: Any) -> list[str]:
-    """Cells behind the layer's number; seconds and bytes are those of a step."""
-    calls = max(1, short["calls"])
-    seconds = short["seconds"]
+def _sum(pairs: list[tuple[Any, Any]]) -> tuple[Any, Any]:
+    """Of both."""
+    return sum(first for first, _ in pairs), sum(second for _, second in pairs)
+
+
+def row(short: tuple[float, float], long: tuple[float, float], uses: Any) -> list[str]:
+    """Cells: a short step's ms, MiB and GB/s, hits, a long step's ms; of one layer or of several
+    together.
+
+    Args:
+        short, long: seconds and bytes.
+        uses: routes that found a slot, and all routes; None if that is not known.
+    """
+    seconds, nbytes = short
     return [
-        str(short["calls"]),
-        f"{1e3 * seconds / calls:.3f}",
-        f"{short['nbytes'] / calls / 2**20:.1f}",
-        f"{short['nbytes'] / seconds / 1e9:.1f}" if seconds else "-",
+        f"{1e3 * seconds:.3f}",
+        f"{nbytes / 2**20:.1f}",
+        f"{nbytes / seconds / 1e9:.1f}" if seconds else "-",
         f"{uses[0] / uses[1]:.1%}" if uses and uses[1] else "-",
-        str(long["calls"]),
-        f"{1e3 * long['seconds'] / max(1, long['calls']):.2f}",
+        f"{1e3 * long[0]:.2f}",
     ]
 
 
