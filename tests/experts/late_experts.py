@@ -22,6 +22,7 @@ from .late_device import Device, Lazy, torch_of
 K = 2  # routes of a token
 D, F = 4, 8
 FEW_ROUTES = 160  # of a long step, up to which a full layer is multiplied from its blocks
+FEW_ROWS = 20  # of an expert, up to which those with slots are one group
 SLABS = 4096, 6144  # bytes, of two layouts
 NOBODY, GONE = 255, 254  # in memory that is new, or given back
 
@@ -134,7 +135,7 @@ class Kernels:
                 raise torch.OutOfMemoryError("taken")
             self.device.give(lambda: self.add(step.out, step.routes, group, slabs))
 
-        return _Mlp(compute, most=most)
+        return _Mlp(compute, lambda rows, experts: rows <= FEW_ROWS * experts, most)
 
     def add(self, out, routes, group, slabs, answer=None) -> None:
         """The device's look at a group: its table must be that of this very step."""
@@ -157,8 +158,9 @@ class Kernels:
 
 
 class _Mlp:
-    def __init__(self, call, takes=None, most=0) -> None:
+    def __init__(self, call, takes, most=0) -> None:
         self.call, self.takes, self.most = call, takes, most
+        self.at_once = takes
 
     def __call__(self, *arguments):
         return self.call(*arguments)

@@ -9,7 +9,8 @@ import torch
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
-from greenroom.experts.limits import BESIDE_STAGED
+from greenroom.experts import resident as resident_mlp
+from greenroom.experts.limits import BESIDE_STAGED, FEW_ROWS
 from greenroom.experts.share import Rates
 from greenroom.experts.trace import Trace
 
@@ -40,8 +41,13 @@ def with_tiers(load: Loader, case: str, share: float, staged: int):
     return wanted, model
 
 
-@pytest.mark.parametrize(("case", "share"), [("gpt-oss", 0.5), ("deepseek", 1.0)])
-def test_slots_and_stream_equal_the_reference(load: Loader, case: str, share: float) -> None:
+@pytest.mark.parametrize(
+    ("case", "share", "few"), [("gpt-oss", 0.5, FEW_ROWS), ("deepseek", 1.0, 0)]
+)
+def test_slots_and_stream_equal_the_reference(
+    load: Loader, monkeypatch, case: str, share: float, few: int
+) -> None:
+    monkeypatch.setattr(resident_mlp, "FEW_ROWS", few)  # 0: matrices are expanded first
     wanted, model = with_tiers(load, case, share, staged=2)
     resident = model.backend.tiers.slots.resident
     everywhere = (model.backend.tiers.slots.seats != -1).mean()
@@ -67,7 +73,9 @@ def test_slots_and_stream_equal_the_reference(load: Loader, case: str, share: fl
     assert np.array(found["heat"]).max() == 1
 
 
-def test_a_stream_without_slots_copies_what_is_routed(load: Loader) -> None:
+@pytest.mark.parametrize("few", [0, FEW_ROWS])
+def test_a_stream_without_slots_copies_what_is_routed(load: Loader, monkeypatch, few: int) -> None:
+    monkeypatch.setattr(resident_mlp, "FEW_ROWS", few)
     wanted, model = with_tiers(load, "qwen3moe", 0.0, staged=3)
     tokens = prompt(7, 34, VOCABULARY)
     assert relative_error(one_pass(model, tokens).cpu(), one_pass(wanted, tokens)) < CLOSE

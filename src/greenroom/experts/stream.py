@@ -18,6 +18,7 @@ from torch import Tensor
 from greenroom.experts.cpu import CpuExperts
 from greenroom.experts.errands import Errands
 from greenroom.experts.limits import EXPERT_ROWS
+from greenroom.experts.resident import DirectMlp
 from greenroom.experts.ring import Page, Ring
 from greenroom.experts.share import Share
 from greenroom.experts.slabs import SlabLayout
@@ -167,12 +168,13 @@ class LayerStream:
             queue.extend(self._next(len(lent)))
         self._fill(queue)
         plan = _Plan(self._table.numpy(), sizes, step.rows, self._most)
-        held = plan.groups([(e, seats[e]) for e in wanted if e in seats])
+        here = [(e, seats[e]) for e in wanted if e in seats]
+        held = plan.groups(here, self._rows.at_once(sum(sizes[e] for e, _ in here), len(here)))
         kept = [
             plan.groups([(e, i) for i, e in enumerate(page) if sizes[e] and e not in seats])
             for page in pages
         ]
-        cpu = plan.whole(lent) if lent else None
+        cpu = plan.groups([(e, 0) for e in lent], whole=True)  # only their sum is left to do
         carry(self._table, step.routes.table)
         for group in held:
             assert self.resident is not None
@@ -180,9 +182,9 @@ class LayerStream:
         for groups in kept:
             self._compute(step, groups)
             self._fill(queue)
-        if cpu is not None and answer is not None:
+        if answer is not None:
             self._desk.errands.meet()
-            add_rows(step.out, answer, None, None, None, step.routes, cpu, 0)
+            add_rows(step.out, answer, None, None, None, step.routes, cpu[0], 0)
 
     def _next(self, lent: int) -> list[tuple[int, tuple[int, ...]]]:
         """Pages of the next layer, but for experts to lend and as many more to choose from. None of
@@ -250,8 +252,10 @@ class _Plan:
         table[:] = 0
         table[GROUP] = -1
 
-    def groups(self, entries: list[tuple[int, int]]) -> list[Group]:
-        """Groups of (expert, index of its slab)."""
+    def groups(self, entries: list[tuple[int, int]], whole: bool = False) -> list[Group]:
+        """Groups of (expert, index of its slab), or one `whole` one of them all."""
+        if whole:
+            return [self._enter(entries)] if entries else []
         found: list[Group] = []
         part: list[tuple[int, int]] = []
         rows = 0
@@ -263,10 +267,6 @@ class _Plan:
             part.append(entry)
             rows += size
         return [*found, self._enter(part)] if part else found
-
-    def whole(self, experts: list[int]) -> Group:
-        """One group of them all, of which only the sum is left to do."""
-        return self._enter([(e, 0) for e in experts])
 
     def _enter(self, entries: list[tuple[int, int]]) -> Group:
         first, base = self._entries, 0
@@ -283,8 +283,9 @@ class _Plan:
 class GroupMlp:
     """The MLPs of a group of experts from their slabs, for many tokens.
 
-    Weights are expanded to float16, rows scaled by powers of two so that nothing overflows, and
-    sums are float32: eleven bits of both factors, as many as TF32 keeps.
+    Weights become float16, rows scaled by powers of two so that nothing overflows, and sums are
+    float32: eleven bits of both factors, as many as TF32 keeps. They are expanded in memory where
+    experts have many rows.
 
     Args:
         layout: of the slabs.
@@ -296,12 +297,22 @@ class GroupMlp:
         self._layout = layout
         self._activation = activation
         self._scratch = scratch
+        self._direct = DirectMlp(layout, activation)
         self.most = scratch.numel() // (2 * layout.d * layout.f)  # experts of a group
+
+    def at_once(self, rows: int, experts: int) -> bool:
+        """Whether so many rows of so many experts need no scratch, and so may be one group."""
+        return self._direct.takes(rows, experts)
 
     def __call__(self, step: Step, group: Group, slabs: Tensor) -> None:
         """Adds the group's share to step.out; slabs: (slabs, bytes) uint8 on the device."""
         for skip in range(0, group.rows, step.rows):
-            self._some(step, group, skip, min(step.rows, group.rows - skip), slabs)
+            rows = min(step.rows, group.rows - skip)
+            if self.at_once(group.rows, len(group.counts)):
+                parts = step.half, step.scales, step.out
+                self._direct(slabs, step.routes, group, *parts, skip, rows)
+            else:
+                self._some(step, group, skip, rows, slabs)
 
     def _some(self, step: Step, group: Group, skip: int, rows: int, slabs: Tensor) -> None:
         routes = step.routes
