@@ -57,6 +57,30 @@ def test_a_wrong_call_is_explained(capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr().err == line
 
 
+@pytest.mark.parametrize(
+    ("said", "shown"),
+    [
+        ("vram is 5 MiB, but 9 MiB are needed", "--vram is 5 MiB, but 9 MiB are needed"),
+        ("ram must be a size like 6GiB, not 'ram'", "--ram must be a size like 6GiB, not 'ram'"),
+        ("lower context_length or cache_tokens", "lower --context or --cache-tokens"),
+        ("raise --vram or lower --context", "raise --vram or lower --context"),
+        ("lower max_tokens. Or max_sequences", "lower --max-tokens. Or --max-sequences"),
+        ("threads must be 1, threads wait", "--threads must be 1, threads wait"),
+        ("its threads stop", "its threads stop"),
+        ("/models/vram/ram.gguf: no top_k.gguf", "/models/vram/ram.gguf: no top_k.gguf"),
+        ("1 GiB of RAM and of VRAM, in-ram", "1 GiB of RAM and of VRAM, in-ram"),
+    ],
+)
+def test_settings_are_called_what_was_typed(
+    said: str, shown: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fails() -> None:
+        raise GreenroomError(said)
+
+    assert guarded(fails)() == 1
+    assert capsys.readouterr().err == f"greenroom: {shown}\n"
+
+
 def test_help_tells_defaults_that_are_found_out(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["run", "--help"]) == 0
     shown = " ".join(capsys.readouterr().out.split())
@@ -129,7 +153,7 @@ def test_without_the_server_s_packages_models_are_listed_and_serve_says_what_to_
 def test_a_bad_parameter_is_refused_before_loading(tmp_path: Path) -> None:
     done = run("run", str(tmp_path / "missing.gguf"), "hello", "--top-p", "3")
     assert done.returncode == 1
-    assert "top_p must be more than 0 and at most 1, not 3" in done.stderr
+    assert "--top-p must be more than 0 and at most 1, not 3" in done.stderr
 
 
 @pytest.fixture(scope="module")

@@ -146,7 +146,9 @@ def guarded(function: Callable[..., Any]) -> Callable[..., Any]:
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             return 1
         except GreenroomError as error:
-            return _complain(str(error), 1)
+            from greenroom.commands.options import in_flags  # it needs typer
+
+            return _complain(in_flags(str(error)), 1)
         except OSError as error:
             where = f"{error.filename}: " if error.filename else ""
             return _complain(f"{where}{error.strerror or error}", 1)

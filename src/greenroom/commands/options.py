@@ -1,5 +1,6 @@
 """Options that several commands share, and what they turn into. Imports nothing heavy."""
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -48,6 +49,25 @@ Reference = Annotated[bool, Option("--reference", help="Plain float32 torch: slo
 Explain = Annotated[
     bool, Option("--explain", help="Say where the time went, layer by layer, and how near it was.")
 ]
+
+
+# What the engine calls a setting, if a message may name it, and words that are settings only where
+# a message begins with them.
+_SETTINGS = re.compile(
+    r"(?<![\w/.'-])(context_length|max_sequences|cache_tokens|prefix_ram|kv_type|vram|ram|max_tokens"
+    r"|top_k|top_p|min_p|repetition_penalty)(?![\w/'-]|\.\w)"
+    r"|^(threads|temperature|seed|stop)(?= must )"
+)
+_FLAGS = {"context_length": "--context"}  # the others are the name with dashes
+
+
+def in_flags(message: str) -> str:
+    """A message of the engine with its settings as whoever typed a command knows them."""
+
+    def flag(match: re.Match[str]) -> str:
+        return _FLAGS.get(match[0], f"--{match[0].replace('_', '-')}")
+
+    return _SETTINGS.sub(flag, message)
 
 
 def read_text(read: Callable[[], str]) -> str:
