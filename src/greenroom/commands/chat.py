@@ -111,7 +111,8 @@ class Conversation:
             stream = self.llm.stream(tokens, self.params)
         except RequestError as error:  # the conversation no longer fits
             self.messages.pop()
-            print(f"greenroom: {options.in_flags(str(error))}; or start over with /reset", file=sys.stderr)
+            problem = options.in_flags(str(error))
+            print(f"greenroom: {problem}; or start over with /reset", file=sys.stderr)
             return
         writer = Writer(self.llm.engine.chat.parser(tokens, []))
         measured = Measured(len(tokens))
