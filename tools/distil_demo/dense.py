@@ -155,47 +155,67 @@ class Dense:
                 key = f"blk.{layer}.{name}.weight"
                 self.weights[key] = self.weights[key].index_select(dim, index).contiguous()
 
-    def rotate(self, x: Tensor, start: int = 0) -> Tensor:
-        """x (batch, heads, tokens, head_dim), adjacent pairs turned by their position."""
-        tokens = x.shape[2]
-        cos, sin = self.cos[start : start + tokens], self.sin[start : start + tokens]
-        even, odd = x.float().unflatten(-1, (-1, 2)).unbind(-1)
-        pair = torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1)
-        return pair.flatten(-2).to(x.dtype)
-
-    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """q (batch, tokens, heads * head_dim), k and v narrower -> (batch, tokens, heads * hd)."""
-        dim, group = self.shape.head_dim, self.shape.heads // self.shape.kv_heads
-        split = lambda x: x.unflatten(-1, (-1, dim)).transpose(1, 2)  # noqa: E731
-        q, k, v = self.rotate(split(q)), self.rotate(split(k)), split(v)
-        k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
-        out = F.scaled_dot_product_attention(q, k, v, is_causal=True)
-        return out.transpose(1, 2).flatten(-2)
+    def block(self, layer: int) -> dict[str, Tensor]:
+        """The layer's tensors by their short names."""
+        return {n: self.weight(layer, n) for n in (*LINEAR, "attn_norm", "ffn_norm")}
 
     @torch.no_grad()
     def forward(
-        self, tokens: Tensor, keep: list[Tensor] | None = None, probe: Any = None
+        self,
+        tokens: Tensor,
+        keep: list[Tensor] | None = None,
+        probe: Any = None,
+        run: Any = None,
     ) -> Tensor:
         """tokens (batch, tokens) -> final-norm hidden states (batch, tokens, d) in `dtype`.
 
         keep collects the residual stream after every layer (in `dtype`); probe(layer, x, h)
-        sees the FFN's normed input (batch, tokens, d) and activations (batch, tokens, ffn).
+        sees the FFN's normed input (batch, tokens, d) and activations (batch, tokens, ffn);
+        run is `dense_layer` or a compiled one.
         """
         stream = F.embedding(tokens, self.embedding).float()
         for layer in range(self.shape.layers):
-            w = lambda name, layer=layer: self.weight(layer, name)  # noqa: E731
-            x = rms_norm(stream, w("attn_norm"), self.shape.eps).to(self.dtype)
-            q, k, v = (F.linear(x, w(n)) for n in ("attn_q", "attn_k", "attn_v"))
-            stream = stream + F.linear(self.attend(q, k, v), w("attn_output"))
-            x = rms_norm(stream, w("ffn_norm"), self.shape.eps).to(self.dtype)
-            h = F.silu(F.linear(x, w("ffn_gate"))) * F.linear(x, w("ffn_up"))
+            w = self.block(layer)
+            stream, x, h = (run or dense_layer)(stream, w, self.cos, self.sin, self.shape)
             if probe is not None:
                 probe(layer, x, h)
-            stream = stream + F.linear(h, w("ffn_down"))
             if keep is not None:
                 keep.append(stream.to(self.dtype))
         final = rms_norm(stream, self.weights["output_norm.weight"], self.shape.eps)
         return final.to(self.dtype)
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor, start: int = 0) -> Tensor:
+    """x (batch, heads, tokens, head_dim), adjacent pairs turned by their position."""
+    tokens = x.shape[2]
+    cos, sin = cos[start : start + tokens], sin[start : start + tokens]
+    even, odd = x.float().unflatten(-1, (-1, 2)).unbind(-1)
+    pair = torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1)
+    return pair.flatten(-2).to(x.dtype)
+
+
+def attend(x: Tensor, w: dict[str, Tensor], cos: Tensor, sin: Tensor, shape: Shape) -> Tensor:
+    """Causal attention of x (batch, tokens, d) with the matrices of w -> the same shape."""
+    dim, group = shape.head_dim, shape.heads // shape.kv_heads
+    q, k, v = (
+        F.linear(x, w[n]).unflatten(-1, (-1, dim)).transpose(1, 2)
+        for n in ("attn_q", "attn_k", "attn_v")
+    )
+    k, v = rotate(k, cos, sin).repeat_interleave(group, 1), v.repeat_interleave(group, 1)
+    out = F.scaled_dot_product_attention(rotate(q, cos, sin), k, v, is_causal=True)
+    return F.linear(out.transpose(1, 2).flatten(-2), w["attn_output"])
+
+
+def dense_layer(
+    stream: Tensor, w: dict[str, Tensor], cos: Tensor, sin: Tensor, shape: Shape
+) -> tuple[Tensor, Tensor, Tensor]:
+    """stream (batch, tokens, d) float32 -> stream, the FFN's input and its activations."""
+    dtype = w["attn_q"].dtype
+    x = rms_norm(stream, w["attn_norm"], shape.eps).to(dtype)
+    stream = stream + attend(x, w, cos, sin, shape)
+    x = rms_norm(stream, w["ffn_norm"], shape.eps).to(dtype)
+    h = F.silu(F.linear(x, w["ffn_gate"])) * F.linear(x, w["ffn_up"])
+    return stream + F.linear(h, w["ffn_down"]), x, h
 
 
 @torch.no_grad()

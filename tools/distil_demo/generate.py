@@ -9,7 +9,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 import torch.nn.functional as F
-from dense import Dense, rms_norm
+from dense import Dense, rms_norm, rotate
 from torch import Tensor
 
 PAD = 65535
@@ -30,11 +30,12 @@ class Writer:
         d, shape = self.dense, self.dense.shape
         stream = F.embedding(tokens, d.embedding).float()
         split = lambda x: x.unflatten(-1, (-1, shape.head_dim))[:, :, None]  # noqa: E731
+        turn = lambda x: rotate(x, d.cos, d.sin, at)  # noqa: E731
         for layer in range(shape.layers):
             w = lambda name, layer=layer: d.weight(layer, name)  # noqa: E731
             x = rms_norm(stream, w("attn_norm"), shape.eps).to(d.dtype)
-            q = d.rotate(split(F.linear(x, w("attn_q"))), at)[:, :, 0]
-            self.keys[layer, :, :, at] = d.rotate(split(F.linear(x, w("attn_k"))), at)[:, :, 0]
+            q = turn(split(F.linear(x, w("attn_q"))))[:, :, 0]
+            self.keys[layer, :, :, at] = turn(split(F.linear(x, w("attn_k"))))[:, :, 0]
             self.values[layer, :, :, at] = split(F.linear(x, w("attn_v")))[:, :, 0]
             keys, values = self.keys[layer, :, :, : at + 1], self.values[layer, :, :, : at + 1]
             grouped = q.unflatten(1, (shape.kv_heads, -1))  # (batch, kv heads, group, head_dim)
@@ -62,13 +63,13 @@ class Writer:
 
 
 def beginnings(prompts: np.ndarray, texts: list[np.ndarray], batch: int, seed: int) -> np.ndarray:
-    """batch x longest prompt, int64: half prompts, an eighth empty chats, the rest real text."""
+    """batch x longest prompt, int64: a third prompts, a few empty chats, the rest real text."""
     rng = np.random.default_rng(seed)
     out = np.full((batch, prompts.shape[1]), PAD, np.int64)
     for row in range(batch):
         kind = rng.random()
-        if kind < 0.625:  # row 0 of prompts is the empty chat turn
-            index = 0 if kind < 0.125 else rng.integers(1, len(prompts))
+        if kind < 0.4:  # row 0 of prompts is the empty chat turn
+            index = 0 if kind < 0.08 else rng.integers(1, len(prompts))
             out[row] = prompts[index]
         else:
             text = texts[rng.integers(len(texts))]

@@ -82,14 +82,30 @@ def cluster(features: Tensor, clusters: int, steps: int, seed: int) -> np.ndarra
     return assigned
 
 
-def partition(energy: Tensor, layout: Layout, steps: int = 12, seed: int = 0) -> np.ndarray:
-    """energy (samples, neurons) -> neuron order: the shared ones, then expert after expert."""
+def ridge(x: Tensor, target: Tensor, strength: float) -> Tensor:
+    """x (samples, d), target (samples, n) -> coefficients (d, n); both float32."""
+    gram = (x.T @ x).double()
+    gram += torch.eye(len(gram), device=x.device) * gram.diagonal().mean() * strength
+    return torch.linalg.solve(gram, (x.T @ target).double()).float()
+
+
+def partition(
+    energy: Tensor, inputs: Tensor, layout: Layout, stride: int, steps: int = 12, seed: int = 0
+) -> np.ndarray:
+    """energy (samples, neurons), inputs (samples, d) -> neuron order: shared, expert after expert.
+
+    Neurons are clustered by what a linear map of the FFN's input, which is all a router has,
+    foretells of their activity; the rest of it is noise for routing. Every `stride`-th sample
+    is a feature.
+    """
     mean = energy.mean(0)
     by_energy = torch.argsort(mean, descending=True).cpu().numpy()
     cut = layout.shared * layout.width
     shared, rest = np.sort(by_energy[:cut]), np.sort(by_energy[cut:])
-    samples = energy[:, torch.from_numpy(rest).to(energy.device)].sqrt().T
-    features = F.normalize(samples - samples.mean(1, keepdim=True), dim=1)
+    activity = energy[:, torch.from_numpy(rest).to(energy.device)].sqrt()
+    activity = activity - activity.mean(0)
+    foretold = (inputs[::stride] @ ridge(inputs, activity, 0.03)).T
+    features = F.normalize(foretold - foretold.mean(1, keepdim=True), dim=1)
     assigned = cluster(features, layout.routed, steps, seed)
     return np.concatenate([shared, *(rest[assigned == e] for e in range(layout.routed))])
 

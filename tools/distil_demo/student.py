@@ -7,11 +7,13 @@ routing rule is the `deepseek` architecture's: softmax over all routed experts, 
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from dense import LINEAR, Dense, rms_norm
+from dense import LINEAR, Dense, Shape, attend, rms_norm
 from partition import Layout
 from torch import Tensor, nn
 
@@ -20,23 +22,20 @@ TEMPERATURE = 0.5  # of the straight-through selection, in units of the router's
 
 @dataclass
 class Trace:
-    """What one forward pass hands to the losses."""
+    """What one forward pass hands to the losses, one number per layer."""
 
-    streams: list[Tensor] = field(default_factory=list)  # after each layer, (batch, tokens, d)
+    targets: list[Tensor]  # the dense model's stream after each layer, (batch, tokens, d)
+    streams: list[Tensor] = field(default_factory=list)  # distance from those targets
     selection: list[Tensor] = field(default_factory=list)  # loss of the choice against the best
 
 
 class LowRank(nn.Module):
-    """y = W x + B (A x); A (rank, in), B (out, rank) start so that the delta is zero."""
+    """W + B A; A (rank, in), B (out, rank) start so that the delta is zero."""
 
     def __init__(self, out_features: int, in_features: int, rank: int, device: torch.device):
         super().__init__()
         self.a = nn.Parameter(torch.randn(rank, in_features, device=device) * in_features**-0.5)
         self.b = nn.Parameter(torch.zeros(out_features, rank, device=device))
-
-    def forward(self, x: Tensor, weight: Tensor) -> Tensor:
-        low = F.linear(x, self.a.to(x.dtype))
-        return F.linear(x, weight) + F.linear(low, self.b.to(x.dtype))
 
 
 class StudentLayer(nn.Module):
@@ -51,7 +50,7 @@ class StudentLayer(nn.Module):
             self.delta[name] = LowRank(out_features, in_features, ranks[name], device)
         self.router = nn.Parameter(torch.zeros(layout.routed, shape.hidden, device=device))
         self.sharpness = nn.Parameter(torch.tensor(0.1, device=device))
-        self.gain = nn.Parameter(torch.ones(layout.total, layout.width, device=device))
+        self.gain = nn.Parameter(torch.ones(layout.total * layout.width, device=device))
         self.attn_norm = nn.Parameter(torch.ones(shape.hidden, device=device))
         self.ffn_norm = nn.Parameter(torch.ones(shape.hidden, device=device))
 
@@ -68,79 +67,119 @@ class Student(nn.Module):
         lengths = [dense.weight(i, "ffn_down").float().norm(dim=0) for i in range(len(self.layers))]
         self.column_energy = [n.square().to(dense.dtype) for n in lengths]
 
-    def gates(self, layer: StudentLayer, x: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
-        """x (batch, tokens, d) -> gate (batch, tokens, routed) and scores minus threshold."""
-        score = F.linear(x.float(), layer.router)  # (batch, tokens, routed)
-        # The straight-through gradient is biased: it may teach the router, never what lies below.
-        choice = F.linear(x.detach().float(), layer.router)
-        ordered = choice.detach().sort(dim=-1, descending=True).values
-        index = (k - 1)[:, None, None].expand(*score.shape[:-1], 1)
-        distance = choice - ordered.gather(-1, index)
-        hard = (distance >= 0).float()
-        soft = torch.sigmoid(distance / TEMPERATURE)
-        chosen = hard + soft - soft.detach()
-        weight = torch.softmax(score * layer.sharpness, dim=-1) * self.layout.routed
-        return chosen * weight, distance
-
-    def selection_loss(self, index: int, h: Tensor, distance: Tensor, k: Tensor) -> Tensor:
-        """Cross-entropy of "is chosen" against the k experts of highest energy."""
-        with torch.no_grad():
-            energy = h.square() * self.column_energy[index]
-            experts = energy.unflatten(-1, (self.layout.total, self.layout.width)).sum(-1)
-            routed = experts[..., self.layout.shared :].float()
-            ordered = routed.sort(dim=-1, descending=True).values
-            at = (k - 1)[:, None, None].expand(*routed.shape[:-1], 1)
-            best = (routed >= ordered.gather(-1, at)).float()
-        return F.binary_cross_entropy_with_logits(distance / TEMPERATURE, best)
-
-    def moe(self, index: int, x: Tensor, k: Tensor, trace: Trace | None) -> Tensor:
-        """x (batch, tokens, d) normed -> the FFN's output of the same shape."""
-        layer = self.layers[index]
-        w = lambda name: self.dense.weight(index, name)  # noqa: E731
-        gate, distance = self.gates(layer, x, k)
-        g, u = (layer.delta[n](x, w(n)) for n in ("ffn_gate", "ffn_up"))
-        h = F.silu(g) * u
-        if trace is not None:
-            trace.selection.append(self.selection_loss(index, h, distance, k))
-        every = F.pad(gate, (self.layout.shared, 0), value=1.0).to(h.dtype)
-        h = h.unflatten(-1, (self.layout.total, self.layout.width))
-        h = (h * (every[..., None] * layer.gain.to(h.dtype))).flatten(-2)
-        return layer.delta["ffn_down"](h, w("ffn_down"))
-
-    def forward(self, tokens: Tensor, k: Tensor, trace: Trace | None = None) -> Tensor:
+    def forward(
+        self, tokens: Tensor, k: Tensor, trace: Trace | None = None, run: Any = None
+    ) -> Tensor:
+        """run is `student_layer` or a compiled one."""
         dense, eps = self.dense, self.dense.shape.eps
         stream = F.embedding(tokens, dense.embedding).float()
         for index, layer in enumerate(self.layers):
-            w = lambda name, index=index: dense.weight(index, name)  # noqa: E731
-            x = rms_norm(stream, w("attn_norm") * layer.attn_norm, eps).to(dense.dtype)
-            q, k_, v = (layer.delta[n](x, w(n)) for n in ("attn_q", "attn_k", "attn_v"))
-            mixed = dense.attend(q, k_, v)
-            stream = stream + layer.delta["attn_output"](mixed, w("attn_output"))
-            x = rms_norm(stream, w("ffn_norm") * layer.ffn_norm, eps).to(dense.dtype)
-            stream = stream + self.moe(index, x, k, trace)
+            learned = dict(layer.named_parameters())
+            fixed = dense.block(index) | {"energy": self.column_energy[index]}
+            target = None if trace is None else trace.targets[index]
+            stream, distance, selection = (run or student_layer)(
+                stream, fixed, learned, (dense.cos, dense.sin), k, target, self.layout, dense.shape
+            )
             if trace is not None:
-                trace.streams.append(stream)
+                trace.streams.append(distance)
+                trace.selection.append(selection)
         norm = dense.weights["output_norm.weight"] * self.output_norm
         return rms_norm(stream, norm, eps).to(dense.dtype)
+
+
+def gates(
+    x: Tensor, router: Tensor, sharpness: Tensor, k: Tensor, routed: int
+) -> tuple[Tensor, Tensor]:
+    """x (batch, tokens, d) -> gate (batch, tokens, routed) and scores minus threshold."""
+    score = F.linear(x.float(), router)  # (batch, tokens, routed)
+    # The straight-through gradient is biased: it may teach the router, never what lies below.
+    choice = F.linear(x.detach().float(), router)
+    with torch.no_grad():
+        above = (choice[..., None, :] > choice[..., :, None]).sum(-1)  # experts ahead of each
+        chosen = above < k[:, None, None]
+        last = choice.masked_fill(~chosen, math.inf).amin(-1, keepdim=True)
+        next_one = choice.masked_fill(chosen, -math.inf).amax(-1, keepdim=True)
+        threshold = (last + torch.maximum(next_one, last - 1)) / 2
+    distance = choice - threshold
+    soft = torch.sigmoid(distance / TEMPERATURE)
+    straight = chosen.float() + soft - soft.detach()
+    weight = torch.softmax(score * sharpness, dim=-1) * routed
+    return straight * weight, distance
+
+
+def selection_loss(
+    h: Tensor, energy: Tensor, distance: Tensor, k: Tensor, layout: Layout
+) -> Tensor:
+    """Cross-entropy of "is chosen" against the k experts of highest energy.
+
+    h (batch, tokens, ffn), energy (ffn,) of the columns of `ffn_down`.
+    """
+    with torch.no_grad():
+        experts = (h.square() * energy).unflatten(-1, (layout.total, layout.width)).sum(-1)
+        routed = experts[..., layout.shared :].float()
+        ahead = (routed[..., None, :] > routed[..., :, None]).sum(-1)
+        best = (ahead < k[:, None, None]).float()
+    return F.binary_cross_entropy_with_logits(distance / TEMPERATURE, best)
+
+
+def student_layer(
+    stream: Tensor,
+    fixed: dict[str, Tensor],
+    learned: dict[str, Tensor],
+    rope: tuple[Tensor, Tensor],
+    k: Tensor,
+    target: Tensor | None,
+    layout: Layout,
+    shape: Shape,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """One layer: the next stream, its distance from target, the loss of the experts' choice.
+
+    The low-rank deltas are added to the matrices first: that moves fewer bytes than adding
+    their outputs for every token.
+    """
+    dtype = fixed["attn_q"].dtype
+    w = {}
+    for name in LINEAR:
+        delta = learned[f"delta.{name}.b"] @ learned[f"delta.{name}.a"]
+        w[name] = (fixed[name].float() + delta).to(dtype)
+    x = rms_norm(stream, fixed["attn_norm"] * learned["attn_norm"], shape.eps).to(dtype)
+    stream = stream + attend(x, w, *rope, shape)
+    x = rms_norm(stream, fixed["ffn_norm"] * learned["ffn_norm"], shape.eps).to(dtype)
+    gate, distance = gates(x, learned["router"], learned["sharpness"], k, layout.routed)
+    h = F.silu(F.linear(x, w["ffn_gate"])) * F.linear(x, w["ffn_up"])
+    selection = None
+    if target is not None:
+        selection = selection_loss(h, fixed["energy"], distance, k, layout)
+    every = F.pad(gate, (layout.shared, 0), value=1.0).to(dtype)
+    h = h * every.repeat_interleave(layout.width, -1)
+    down = (w["ffn_down"] * learned["gain"]).to(dtype)
+    stream = stream + F.linear(h, down)
+    return stream, None if target is None else distance_of(stream, target), selection
+
+
+def kl_piece(student: Tensor, teacher: Tensor, embedding: Tensor) -> tuple[Tensor, Tensor]:
+    """Sum over tokens of KL(teacher || student) and its gradient for student (tokens, d)."""
+    log_p = F.linear(teacher, embedding).float().log_softmax(-1)
+    log_q = F.linear(student, embedding).float().log_softmax(-1)
+    p = log_p.exp()
+    return (p * (log_p - log_q)).sum(), (log_q.exp() - p).to(student.dtype) @ embedding
 
 
 class KLDivergence(torch.autograd.Function):
     """Mean KL(teacher || student) over tokens, computed in pieces; never all logits at once.
 
-    apply(student (tokens, d), teacher (tokens, d), embedding (vocabulary, d), chunk) -> scalar.
+    apply(student (tokens, d), teacher (tokens, d), embedding (vocabulary, d), chunk, run), where
+    run is `kl_piece` or a compiled one, -> scalar.
     """
 
     @staticmethod
-    def forward(ctx, student, teacher, embedding, chunk):  # type: ignore[no-untyped-def]
+    def forward(ctx, student, teacher, embedding, chunk, run):  # type: ignore[no-untyped-def]
         total = torch.zeros((), device=student.device)
         gradient = torch.empty_like(student)
         for at in range(0, student.shape[0], chunk):
             part = slice(at, at + chunk)
-            log_p = F.linear(teacher[part], embedding).float().log_softmax(-1)
-            log_q = F.linear(student[part], embedding).float().log_softmax(-1)
-            p = log_p.exp()
-            total += (p * (log_p - log_q)).sum()
-            gradient[part] = (log_q.exp() - p).to(student.dtype) @ embedding
+            loss, gradient[part] = run(student[part], teacher[part], embedding)
+            total += loss
         ctx.save_for_backward(gradient)
         ctx.tokens = student.shape[0]
         return total / student.shape[0]
@@ -148,16 +187,13 @@ class KLDivergence(torch.autograd.Function):
     @staticmethod
     def backward(ctx, upstream):  # type: ignore[no-untyped-def]
         (gradient,) = ctx.saved_tensors
-        return gradient * (upstream / ctx.tokens), None, None, None
+        return gradient * (upstream / ctx.tokens), None, None, None, None
 
 
-def stream_loss(student: list[Tensor], teacher: list[Tensor]) -> Tensor:
-    """Mean over layers of |s - t|^2 / |t|^2, per token, so that no outlier token rules."""
-    losses = []
-    for s, t in zip(student, teacher, strict=True):
-        t = t.float()
-        losses.append(((s - t).square().sum(-1) / t.square().sum(-1).clamp(min=1e-6)).mean())
-    return torch.stack(losses).mean()
+def distance_of(student: Tensor, teacher: Tensor) -> Tensor:
+    """Mean of |s - t|^2 / |t|^2, per token, so that no outlier token rules."""
+    t = teacher.float()
+    return ((student - t).square().sum(-1) / t.square().sum(-1).clamp(min=1e-6)).mean()
 
 
 @torch.no_grad()
