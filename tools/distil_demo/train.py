@@ -217,6 +217,8 @@ def distil(args: argparse.Namespace, tokens: dict[str, np.ndarray], log: Log) ->
 
     def checkpoint(perplexity: float) -> None:
         nonlocal best
+        if args.state:
+            trainer.save(args.state, order)
         if perplexity >= best:
             return
         best = perplexity
@@ -226,8 +228,6 @@ def distil(args: argparse.Namespace, tokens: dict[str, np.ndarray], log: Log) ->
     log("measure", step="dense", perplexity=measure(dense.forward))
     log("measure", step=trainer.steps, perplexity=measure())
     train(trainer, log, checkpoint, measure)
-    if args.state:
-        trainer.save(args.state, order)
     last = measure()
     checkpoint(last["all"])
     size = (args.out / "deltas.npz").stat().st_size
