@@ -22,7 +22,7 @@ from .late_device import Device, Lazy, torch_of
 K = 2  # routes of a token
 D, F = 4, 8
 FEW_ROUTES = 160  # of a long step, up to which a full layer is multiplied from its blocks
-FEW_ROWS = 20  # of an expert, up to which those with slots are one group
+FEW_ROWS = 20  # of an expert, up to which groups of those with slots may be large
 SLABS = 4096, 6144  # bytes, of two layouts
 NOBODY, GONE = 255, 254  # in memory that is new, or given back
 
@@ -160,7 +160,7 @@ class Kernels:
 class _Mlp:
     def __init__(self, call, takes, most=0) -> None:
         self.call, self.takes, self.most = call, takes, most
-        self.at_once = takes
+        self.needs_no_scratch = takes
 
     def __call__(self, *arguments):
         return self.call(*arguments)

@@ -18,6 +18,9 @@ from test_experts import bank, routes
 from greenroom.experts import resident
 from greenroom.experts.reference import ReferenceExperts
 from greenroom.experts.resident import ResidentMlp
+from greenroom.experts.stream import GroupMlp, Step
+from greenroom.kernels.expert_rows import scaled_rows
+from greenroom.kernels.grouped import Group, Routes
 from greenroom.placement import predict
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -54,6 +57,26 @@ def test_resident_experts_equal_the_plain_ones(
     torch.testing.assert_close(found.cpu() / scale, wanted / scale, atol=2e-3, rtol=2e-3)
     assert np.diff(starts.cpu()).tolist() == torch.bincount(ids.view(-1), minlength=5).tolist()
     assert passes == ([0, 60] if chunk else [0, 35])  # no more rows at a time than are planned
+
+
+@pytest.mark.parametrize(("few", "room"), [(0, 5), (0, 1), (resident.FEW_ROWS, 1)])
+def test_groups_of_more_experts_than_there_is_room_for_are_not_expanded(
+    few, room, monkeypatch
+) -> None:
+    monkeypatch.setattr(resident, "FEW_ROWS", few)
+    layout, slabs, floats, _ = bank([8, 8, 8], 64, 96, 5, False)
+    hidden = torch.randn(35, 64, generator=torch.Generator().manual_seed(1)) / 8
+    ids, weights = routes(35, 2, 5)
+    scratch = torch.empty(room * 2 * 64 * 96, dtype=torch.float16, device=DEVICE)
+    mlp = GroupMlp(layout, "silu", scratch)
+    here = (t.to(DEVICE) for t in (ids, weights, torch.arange(5, dtype=torch.int32)))
+    rows = hidden.to(DEVICE)
+    step = Step(Routes.all_in(*here), *scaled_rows(rows), torch.zeros_like(rows), 35)
+    counts = tuple(torch.bincount(ids.view(-1), minlength=5).tolist())
+    mlp(step, Group(0, 0, counts), slabs.to(DEVICE))
+    wanted = ReferenceExperts(*floats, None, "silu")(hidden, ids, weights)
+    scale = wanted.abs().max()
+    torch.testing.assert_close(step.out.cpu() / scale, wanted / scale, atol=2e-3, rtol=2e-3)
 
 
 def test_packed_experts_of_few_rows_are_multiplied_from_their_blocks() -> None:

@@ -167,14 +167,17 @@ class LayerStream:
         if ahead:
             queue.extend(self._next(len(lent)))
         self._fill(queue)
-        plan = _Plan(self._table.numpy(), sizes, step.rows, self._most)
+        plan = _Plan(self._table.numpy(), sizes, step.rows)
         here = [(e, seats[e]) for e in wanted if e in seats]
-        held = plan.groups(here, self._rows.at_once(sum(sizes[e] for e, _ in here), len(here)))
+        free = self._rows.needs_no_scratch(sum(sizes[e] for e, _ in here), len(here))
+        held = plan.groups(here, len(here) if free else self._most)
         kept = [
-            plan.groups([(e, i) for i, e in enumerate(page) if sizes[e] and e not in seats])
+            plan.groups(
+                [(e, i) for i, e in enumerate(page) if sizes[e] and e not in seats], self._most
+            )
             for page in pages
         ]
-        cpu = plan.groups([(e, 0) for e in lent], whole=True)  # only their sum is left to do
+        cpu = plan.whole(lent) if lent else None
         carry(self._table, step.routes.table)
         for group in held:
             assert self.resident is not None
@@ -182,9 +185,9 @@ class LayerStream:
         for groups in kept:
             self._compute(step, groups)
             self._fill(queue)
-        if answer is not None:
+        if cpu is not None and answer is not None:
             self._desk.errands.meet()
-            add_rows(step.out, answer, None, None, None, step.routes, cpu[0], 0)
+            add_rows(step.out, answer, None, None, None, step.routes, cpu, 0)
 
     def _next(self, lent: int) -> list[tuple[int, tuple[int, ...]]]:
         """Pages of the next layer, but for experts to lend and as many more to choose from. None of
@@ -241,32 +244,32 @@ class _Plan:
     Args:
         table: (4, experts) int32, to be filled.
         sizes: rows of each expert.
-        rows, most: of a group, unless a single expert has more rows.
+        rows: of a group, unless a single expert has more.
     """
 
-    def __init__(
-        self, table: NDArray[np.int32], sizes: list[int], rows: int, most: int
-    ) -> None:  # fmt: skip
-        self._table, self._sizes, self._rows, self._most = table, sizes, rows, most
+    def __init__(self, table: NDArray[np.int32], sizes: list[int], rows: int) -> None:
+        self._table, self._sizes, self._rows = table, sizes, rows
         self._entries = self._count = 0
         table[:] = 0
         table[GROUP] = -1
 
-    def groups(self, entries: list[tuple[int, int]], whole: bool = False) -> list[Group]:
-        """Groups of (expert, index of its slab), or one `whole` one of them all."""
-        if whole:
-            return [self._enter(entries)] if entries else []
+    def groups(self, entries: list[tuple[int, int]], most: int) -> list[Group]:
+        """Groups of at most so many (expert, index of its slab)."""
         found: list[Group] = []
         part: list[tuple[int, int]] = []
         rows = 0
         for entry in entries:
             size = self._sizes[entry[0]]
-            if part and (len(part) == self._most or rows + size > self._rows):
+            if part and (len(part) == most or rows + size > self._rows):
                 found.append(self._enter(part))
                 part, rows = [], 0
             part.append(entry)
             rows += size
         return [*found, self._enter(part)] if part else found
+
+    def whole(self, experts: list[int]) -> Group:
+        """One group of them all, of which only the sum is left to do."""
+        return self._enter([(e, 0) for e in experts])
 
     def _enter(self, entries: list[tuple[int, int]]) -> Group:
         first, base = self._entries, 0
@@ -300,15 +303,18 @@ class GroupMlp:
         self._direct = DirectMlp(layout, activation)
         self.most = scratch.numel() // (2 * layout.d * layout.f)  # experts of a group
 
-    def at_once(self, rows: int, experts: int) -> bool:
-        """Whether so many rows of so many experts need no scratch, and so may be one group."""
+    def needs_no_scratch(self, rows: int, experts: int) -> bool:
+        """Whether so many rows of so many experts are multiplied from their blocks."""
         return self._direct.takes(rows, experts)
 
     def __call__(self, step: Step, group: Group, slabs: Tensor) -> None:
         """Adds the group's share to step.out; slabs: (slabs, bytes) uint8 on the device."""
+        # One part of many experts may have more rows each than all of them on average.
+        direct = len(group.counts) > self.most
+        direct = direct or self.needs_no_scratch(group.rows, len(group.counts))
         for skip in range(0, group.rows, step.rows):
             rows = min(step.rows, group.rows - skip)
-            if self.at_once(group.rows, len(group.counts)):
+            if direct:
                 parts = step.half, step.scales, step.out
                 self._direct(slabs, step.routes, group, *parts, skip, rows)
             else:
