@@ -54,6 +54,31 @@ def test_slots_go_by_halves_then_staging_then_nothing(model) -> None:
     assert backend.relieve() == 0
 
 
+def test_long_steps_are_the_cpus_when_staging_has_gone(model, monkeypatch) -> None:
+    """Nothing is planned for what the slots' kernels would need for many tokens."""
+    while model.relieve():
+        pass
+    bank, seen = model.blk[0].ffn.experts, []
+    kind = type(bank.slots)
+    real = kind.hits
+
+    def noted(self, hidden, ids, weights):
+        seen.append(len(hidden))
+        return real(self, hidden, ids, weights)
+
+    monkeypatch.setattr(kind, "hits", noted)
+    assert bank.slots.places()  # a slot is left
+    generator = torch.Generator().manual_seed(1)
+    for tokens in (40, 2):
+        hidden = torch.randn(tokens, bank.cpu.layout.d, generator=generator)
+        ids = torch.randint(0, bank.cpu.experts, (tokens, 4), generator=generator).int()
+        weights = torch.rand(tokens, 4, generator=generator)
+        found = bank(*(part.to(DEVICE) for part in (hidden, ids, weights))).cpu()
+        wanted = bank.cpu(hidden, ids, weights)
+        assert float((found - wanted).norm() / wanted.norm()) < (1e-3 if seen else 1e-9)
+    assert seen == [2]
+
+
 def test_where_even_fewer_slots_find_no_memory_none_stay(model, monkeypatch) -> None:
     tiers, ledger = model.backend.tiers, model.backend.bench.ledger
     arena = tiers.slots.arenas[0]

@@ -257,6 +257,8 @@ class ExpertsBeside:
         if slots is not None and slots.full:  # nothing is left for the CPU
             self._done = slots.hits(hidden, ids, weights)
             return
+        if long:  # no memory is planned for what the slots' kernels would leave of it
+            slots = None
         table = None if slots is None else slots.table
         live = self._courier.send(self.cpu, hidden, ids, weights, table)
         self._hits = None if slots is None else slots.hits(hidden, live, weights)
