@@ -103,7 +103,7 @@ class Conversation:
 
     def turn(self, text: str) -> None:
         """One question and its answer; an answer that was stopped counts as it stands."""
-        from greenroom.commands.console import Measured, Writer, show_figures
+        from greenroom.commands.console import Measured, Writer, awaited, show_figures
 
         self.messages.append({"role": "user", "content": text})
         try:
@@ -117,7 +117,7 @@ class Conversation:
         writer = Writer(self.llm.engine.chat.parser(tokens, []))
         measured = Measured(len(tokens))
         with contextlib.suppress(KeyboardInterrupt):
-            for output in stream:
+            for output in awaited(stream):
                 measured.note(output)
                 writer.push(output)
         writer.finish()

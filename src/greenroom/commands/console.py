@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from threading import Event, Lock
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
@@ -35,6 +36,44 @@ def loaded(path: Path, **settings: Any) -> "Iterator[LLM]":
         yield llm
     finally:
         llm.close()
+
+
+def awaited(outputs: "Iterator[TokenOutput]") -> "Iterator[TokenOutput]":
+    """The outputs. While the first is waited for, a line says if kernels are compiled, which a
+    GPU's first answers need some seconds for."""
+    with compiling_shown():
+        first = next(outputs, None)
+    if first is not None:
+        yield first
+        yield from outputs
+
+
+@contextmanager
+def compiling_shown() -> Iterator[None]:
+    """From the first kernel on that was not in Triton's cache, a line on standard error says so
+    until the block is left, if somebody is looking."""
+    knobs: Any = sys.modules.get("triton.knobs")  # of a process that uses a GPU
+    if knobs is None or not errors.is_terminal:
+        yield
+        return
+    line, lock, over = errors.status("compiling kernels for this GPU (once)"), Lock(), Event()
+    before = knobs.compilation.listener
+
+    def compiled(*, cache_hit: bool, **told: Any) -> None:  # called by the engine's thread
+        if before is not None:
+            before(cache_hit=cache_hit, **told)
+        with lock:
+            if not cache_hit and not over.is_set():
+                line.start()
+
+    knobs.compilation.listener = compiled
+    try:
+        yield
+    finally:
+        knobs.compilation.listener = before
+        with lock:
+            over.set()
+            line.stop()
 
 
 class Writer:

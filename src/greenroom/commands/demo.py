@@ -81,7 +81,7 @@ def show_residence(llm: "LLM") -> None:
 
 def answer(llm: "LLM", text: str, max_tokens: int) -> None:
     """Streams one answer and prints what it took."""
-    from greenroom.commands.console import Measured, Writer, show_figures
+    from greenroom.commands.console import Measured, Writer, awaited, show_figures
     from greenroom.engine.params import SamplingParams
 
     chat = llm.engine.chat
@@ -89,7 +89,7 @@ def answer(llm: "LLM", text: str, max_tokens: int) -> None:
     params = SamplingParams(max_tokens=max_tokens, temperature=0.0, repetition_penalty=1.1)
     print(f"\n> {text}", file=sys.stdout, flush=True)
     writer, measured = Writer(chat.parser(tokens, [])), Measured(len(tokens))
-    for output in llm.stream(tokens, params):
+    for output in awaited(llm.stream(tokens, params)):
         measured.note(output)
         writer.push(output)
     writer.finish()

@@ -100,11 +100,11 @@ def _tokens(llm: "LLM", text: str, system: str | None, raw: bool) -> tuple[list[
 def _answer(
     llm: "LLM", tokens: list[int], parser: Any, params: "SamplingParams", as_json: bool
 ) -> tuple[int, dict[str, Any]]:
-    from greenroom.commands.console import Measured, Writer, errors, show_figures
+    from greenroom.commands.console import Measured, Writer, awaited, errors, show_figures
 
     writer, measured, status = Writer(parser, quiet=as_json), Measured(len(tokens)), 0
     try:
-        for output in llm.stream(tokens, params):
+        for output in awaited(llm.stream(tokens, params)):
             measured.note(output)
             writer.push(output)
     except KeyboardInterrupt:
