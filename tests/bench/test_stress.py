@@ -137,6 +137,22 @@ def test_growth_is_judged() -> None:
             worse.check_growth(before, 2 << 20)
 
 
+@pytest.mark.parametrize("stays", [1 << 20, 99 << 20])
+def test_vram_that_a_closed_model_holds_is_seen(
+    subject: FakeSubject, stays: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[int] = []
+
+    def vram() -> int:  # asked before and after each load
+        asked.append(1)
+        return stays * (len(asked) % 2 == 0)
+
+    monkeypatch.setattr(stress_checks, "vram", vram)
+    found = judge("reloading", stress_checks.reloading, subject)
+    assert found.status == ("passed" if stays < 16 << 20 else "failed")
+    assert ("a closed model still holds 99.0 MiB of VRAM" in found.detail) == (stays > 16 << 20)
+
+
 def test_an_open_file_is_seen(tmp_path: Path) -> None:
     before = Footprint.now()
     with (tmp_path / "x").open("w"):

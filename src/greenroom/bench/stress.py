@@ -165,6 +165,13 @@ def settle(engine: "Engine") -> dict[str, Any]:
         time.sleep(0.01)
 
 
+def vram() -> int:
+    """Bytes of VRAM this process has given to tensors."""
+    import torch  # seconds, if nothing was loaded yet
+
+    return int(torch.cuda.memory_allocated()) if torch.cuda.is_available() else 0
+
+
 @dataclass(frozen=True, slots=True)
 class Footprint:
     """What a process holds of things that leak."""

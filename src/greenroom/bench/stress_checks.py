@@ -23,6 +23,7 @@ from greenroom.bench.stress import (
     ask,
     prompt,
     settle,
+    vram,
 )
 from greenroom.errors import (
     ContextLengthError,
@@ -230,17 +231,22 @@ def process_kill(subject: Subject) -> str:
 
 
 def reloading(subject: Subject) -> str:
-    """Loaded and closed over and over; memory, files and threads stay."""
+    """Loaded and closed over and over; memory, files and threads stay, and no VRAM is held by
+    what was closed."""
 
-    def cycle() -> None:
+    def cycle() -> int:
+        """Bytes of VRAM that stayed while somebody still knows the closed model."""
+        before = vram()
         with subject.load() as llm:
             ask(llm.engine, [1, 2, 3], 2).finish()
+        return vram() - before
 
     for _ in range(2):  # libraries keep what they need the first times
         cycle()
     before = Footprint.now()
-    for _ in range(_RELOADS):
-        cycle()
+    left = max(cycle() for _ in range(_RELOADS))
+    if left > _NOISE:
+        raise Failure(f"a closed model still holds {left / 2**20:.1f} MiB of VRAM")
     allowed = _NOISE + subject.path.stat().st_size // 10
     return f"{_RELOADS} more loads: " + Footprint.now().check_growth(before, allowed)
 
