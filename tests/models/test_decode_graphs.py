@@ -29,7 +29,7 @@ from greenroom.layers.staging import Staging
 
 from .conftest import Loader
 from .hf_export import VOCABULARY
-from .sessions import Session, prompt
+from .sessions import Session, one_pass, prompt, relative_error
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 stand_ins = pytest.mark.skipif(
@@ -93,7 +93,7 @@ def test_nothing_is_recorded_without_a_gpu_or_for_long_steps(load: Loader) -> No
     _, model = load("deepseek", backend="cuda", device=DEVICE)
     assert model.waits == (DEVICE == "cpu")  # for experts in RAM
     batch = Session(model).batch([(0, [1])])
-    assert graphs(batch, [], model.token_embd, model._compute) is None
+    assert graphs(batch, [], model.lead, model._compute) is None
 
 
 def test_graphs_that_are_given_up_are_not_booked_any_more() -> None:
@@ -139,7 +139,7 @@ def test_replayed_steps_give_the_logits_of_plain_ones(load: Loader) -> None:
     with torch.inference_mode():
         for token in range(5):
             batch = session.batch([(0, [3 + token]), (1, [7 * token])])
-            arguments = batch, session.caches, model.token_embd
+            arguments = batch, session.caches, model.lead
             assert graphs.replay(*arguments) is None or token > 2
             found = graphs(*arguments, model._compute)
             assert (found is None) == (token < 2)
@@ -154,11 +154,11 @@ def test_replayed_steps_give_the_logits_of_plain_ones(load: Loader) -> None:
         assert again.likeliest.tolist() == plain.argmax(-1).tolist()
         graphs.prepare(later, session.caches)
         later.tokens[:] = torch.tensor([11, 12])  # they are not known until now
-        after = graphs.replay(later, session.caches, model.token_embd)
+        after = graphs.replay(later, session.caches, model.lead)
         assert after is not None
         plain = model.forward(later, session.caches)
         torch.testing.assert_close(after.logits, plain, atol=1e-5, rtol=1e-4)
-        assert graphs.replay(batch, list(session.caches), model.token_embd) is None
+        assert graphs.replay(batch, list(session.caches), model.lead) is None
 
 
 @stand_ins
@@ -176,7 +176,7 @@ def test_a_step_goes_on_with_tokens_the_host_has_not_seen(load: Loader) -> None:
             batch = session.batch([(i, [token]) for i, token in enumerate(tokens.tolist())])
             logits = model.forward(batch, session.caches)
             tokens = logits.argmax(-1)
-            arguments = batch, session.caches, model.token_embd
+            arguments = batch, session.caches, model.lead
             if step < 3:
                 graphs(*arguments, model._compute)
                 continue
@@ -188,6 +188,64 @@ def test_a_step_goes_on_with_tokens_the_host_has_not_seen(load: Loader) -> None:
             # Left by the graph itself, or drawn and elsewhere.
             chosen.append(found.likeliest.clone() if step == 5 else found.likeliest)
     assert graphs.replays == 5
+
+
+PARTS = [("gpt-oss", 1, True), ("deepseek", 1, False), ("gpt-oss", 0, True), ("deepseek", 2, False)]
+
+
+@stand_ins
+@pytest.mark.parametrize(("case", "layers", "head"), PARTS)
+def test_what_follows_the_layers_in_ram_is_replayed(
+    load: Loader, monkeypatch: pytest.MonkeyPatch, case: str, layers: int, head: bool
+) -> None:
+    """Prompt, plain steps and replayed ones of two sequences, against the reference."""
+    _, wanted = load(case)
+    split = {"layers_on_gpu": layers, "head_on_gpu": head}
+    _, model = load(case, backend="cuda", device=DEVICE, **split)
+    device = model.lead.device
+    assert (model.lead.layers, device.tier) == (len(model.blk) - layers, ".vram")
+    assert model.graphs is None  # without a GPU
+    monkeypatch.setattr(model, "graphs", graphs := Replays(device, model.rope))
+    monkeypatch.setattr(type(model), "waits", False)  # experts answer in the stand-in
+    prompts = [prompt(i, length, VOCABULARY) for i, length in enumerate((5, 3))]
+    sessions = [Session(m, sequences=2) for m in (wanted, model)]
+    for session in sessions:
+        session.step([(0, prompts[0]), (1, prompts[1])])
+    for token in range(4):
+        right, found = (s.step([(0, [3 + token]), (1, [7 * token])]) for s in sessions)
+        assert relative_error(found, right) < 1e-4
+    assert graphs.replays == 1
+    batch = sessions[1].batch([(0, [1]), (1, [2])])
+    with torch.inference_mode():
+        launched = model.launch(batch, sessions[1].caches)
+    assert (launched is not None) == head  # else the host has still to do
+    right = sessions[0].step([(0, [1]), (1, [2])])
+    if launched is not None:
+        assert relative_error(launched.logits, right) < 1e-4
+        assert launched.likeliest.tolist() == right.argmax(-1).tolist()
+    assert not model.chains
+
+
+@stand_ins
+def test_a_mixed_step_that_cannot_be_recorded_is_computed_plainly(
+    load: Loader, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    _, wanted = load("gpt-oss")
+    _, model = load("gpt-oss", backend="cuda", device=DEVICE, layers_on_gpu=1)
+    graphs = Replays(model.lead.device, model.rope)
+
+    def fails(*arguments: Any) -> Recorded:
+        raise RuntimeError("no memory for it")
+
+    monkeypatch.setattr(graphs, "_capture", fails)
+    monkeypatch.setattr(model, "graphs", graphs)
+    monkeypatch.setattr(type(model), "waits", False)
+    tokens = prompt(4, 6, VOCABULARY)
+    session = Session(model)
+    found = torch.cat([session.step([(0, [token])]) for token in tokens])
+    assert relative_error(found, one_pass(wanted, tokens)) < 1e-4
+    assert not graphs.usable
+    assert caplog.text.count("decoding without CUDA graphs") == 1
 
 
 def test_tables_narrower_than_their_place_are_filled_up() -> None:

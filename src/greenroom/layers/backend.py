@@ -92,27 +92,43 @@ class ExpertWeights:
     activation: str = "silu"
 
 
+class Start(Protocol):
+    """How a recorded step begins: where the device does not find its rows by itself, the host
+    computes them, maybe through layers of its own."""
+
+    @property
+    def reads(self) -> bool:
+        """Whether `gather` works: the device looks rows up by itself."""
+
+    def rows(self, batch: Batch, caches: Sequence[KVCache]) -> Tensor:
+        """Rows (n, d) float32 of the step's tokens in RAM; writes keys and values of the layers
+        before them."""
+
+    def gather(self, ids: Tensor, chosen: Tensor) -> Tensor:
+        """The same rows on the device, see `Embedding.gather`."""
+
+
 class Compute(Protocol):
     """The rest of a step, on one backend."""
 
     def __call__(self, x: Tensor, step: Step, caches: Sequence[KVCache]) -> Tensor:
-        """Rows of the table (n, d) to logits (n, vocabulary); writes keys and values to caches.
-        Overwrites x."""
+        """Rows (n, d) of a `Start` to logits (n, vocabulary), or where the head is not on this
+        backend, to rows (n, d) for it; writes keys and values to caches. Overwrites x."""
 
 
 class Graphs(Protocol):
     """Steps recorded once and replayed, see `DecodeGraphs`."""
 
     def __call__(
-        self, batch: Batch, caches: Sequence[KVCache], table: Embedding, compute: Compute
+        self, batch: Batch, caches: Sequence[KVCache], start: Start, compute: Compute
     ) -> Tensor | None:
-        """Logits (sequences, vocabulary) float32, or None to leave the step to the caller."""
+        """What `compute` gives of the step, or None to leave the step to the caller."""
 
     def replay(
         self,
         batch: Batch,
         caches: Sequence[KVCache],
-        table: Embedding,
+        start: Start,
         chosen: Tensor | None = None,
     ) -> Launched | None:
         """Launches a recorded step and does not wait for it; None where none was recorded.
@@ -120,9 +136,9 @@ class Graphs(Protocol):
         Args:
             batch: the step.
             caches: one per layer.
-            table: the model's embedding.
+            start: the same as the recorded step's.
             chosen: (sequences,) int64 on the device, the tokens if `batch` does not tell them;
-                only if the table `reads`.
+                only if `start` reads.
         """
 
     def prepare(self, batch: Batch, caches: Sequence[KVCache]) -> None:

@@ -18,11 +18,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from greenroom.layers.backend import Compute
+from greenroom.layers.backend import Compute, Start
 from greenroom.layers.batch import Batch, KVCache, KVGroup, Launched
 from greenroom.layers.choice import UNDECIDED, likeliest
 from greenroom.layers.cuda_backend import CudaBackend, DeviceStep
-from greenroom.layers.embedding import Embedding
+from greenroom.layers.device_parts import to_device
 from greenroom.layers.rope import Rope
 from greenroom.layers.staging import Staging
 
@@ -67,8 +67,9 @@ class Recorded:
     Attributes:
         inputs: of the step: `first_input`, then `addresses_of`.
         step: read by the graph too: what is the same in every step of its kind lies only here.
-        logits, likeliest: what a replay leaves, see `Launched`; it also begins with the likeliest
-            of the last one where its tokens are negative.
+        logits, likeliest: what a replay leaves, see `Launched`, or what `Compute` gives instead
+            of logits; it also begins with the likeliest of the last one where its tokens are
+            negative.
         ahead: the batch whose addresses are in `inputs` already, or None.
     """
 
@@ -80,9 +81,9 @@ class Recorded:
     ahead: Batch | None = None
 
 
-def first_input(table: Embedding, tokens: Tensor) -> Tensor:
+def first_input(start: Start, batch: Batch, caches: Sequence[KVCache]) -> Tensor:
     """Tokens (n,) int64 where the device looks up their rows by itself, else the rows (n, d)."""
-    return tokens if table.reads else table.rows(tokens)
+    return batch.tokens if start.reads else start.rows(batch, caches)
 
 
 def addresses_of(batch: Batch) -> list[Tensor]:
@@ -106,7 +107,7 @@ class DecodeGraphs:
     """The recorded steps of one model.
 
     Args:
-        backend: computes all layers.
+        backend: computes what follows a step's `Start`.
         rope: the model's.
     """
 
@@ -119,10 +120,10 @@ class DecodeGraphs:
         self.usable = backend.device.type == "cuda"
 
     def __call__(
-        self, batch: Batch, caches: Sequence[KVCache], table: Embedding, compute: Compute
+        self, batch: Batch, caches: Sequence[KVCache], start: Start, compute: Compute
     ) -> Tensor | None:
         """See `Graphs.__call__`; the memory of the result is used again by the next call."""
-        replayed = self.replay(batch, caches, table)
+        replayed = self.replay(batch, caches, start)
         if replayed is not None:
             with replayed.answering:
                 return replayed.logits
@@ -133,13 +134,14 @@ class DecodeGraphs:
         if self._uses[key] < USES:
             return None
         wide = widened(batch, -(-key[1] // caches[0].k.shape[2]))
-        return self._record(key, table, wide, partial(compute, caches=caches))
+        rows = start.rows(batch, caches)
+        return self._record(key, start, rows, wide, partial(compute, caches=caches))
 
     def replay(
         self,
         batch: Batch,
         caches: Sequence[KVCache],
-        table: Embedding,
+        start: Start,
         chosen: Tensor | None = None,
     ) -> Launched | None:
         """See `Graphs.replay`."""
@@ -148,7 +150,7 @@ class DecodeGraphs:
             return None
         inputs = known.inputs
         if chosen is None:
-            inputs.here[0][...] = first_input(table, batch.tokens).numpy()
+            inputs.here[0][...] = first_input(start, batch, caches).numpy()
         else:
             inputs.here[0][...] = UNDECIDED
             if chosen is not known.likeliest:  # drawn, or by another kind of step
@@ -189,7 +191,8 @@ class DecodeGraphs:
     def _record(
         self,
         key: tuple[int, int],
-        table: Embedding,
+        start: Start,
+        rows: Tensor,
         batch: Batch,
         compute: Callable[[Tensor, DeviceStep], Tensor],
     ) -> Tensor:
@@ -197,19 +200,20 @@ class DecodeGraphs:
 
         Args:
             key: what kind of step it is.
-            table: the embedding.
+            start: how the step begins.
+            rows: what it gives.
             batch: the step with the widest tables of its kind.
-            compute: rows of the table, which it overwrites, to logits.
+            compute: rows, which it overwrites, to logits, or to what the head takes.
         """
         step = replace(self._backend.step(batch, self._rope), longest=key[1])
-        plain = compute(self._backend.bring(table.rows(batch.tokens)), step)
+        plain = compute(to_device(rows, self._backend.device), step)
         chosen = torch.zeros(len(batch.tokens), dtype=torch.int64, device=plain.device)
 
         def whole(first: Tensor, step: DeviceStep) -> Tensor:
             """The step from its `first_input` on."""
-            return compute(table.gather(first, chosen) if table.reads else first.clone(), step)
+            return compute(start.gather(first, chosen) if start.reads else first.clone(), step)
 
-        inputs = [first_input(table, batch.tokens), *addresses_of(batch)]
+        inputs = [batch.tokens if start.reads else rows, *addresses_of(batch)]
         try:
             found = self._capture(inputs, step, whole, chosen)
             error = float((found.logits - plain).abs().max() / plain.abs().max())

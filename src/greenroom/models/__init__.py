@@ -11,15 +11,16 @@ from greenroom.models.config import ModelConfig
 from greenroom.models.registry import ARCHITECTURES
 
 if TYPE_CHECKING:
+    from greenroom.models.block import KVSpec
     from greenroom.models.loader import LoadOptions, load_model
-    from greenroom.models.model import KVSpec, Model
+    from greenroom.models.model import Model
 
 __all__ = ["ARCHITECTURES", "KVSpec", "LoadOptions", "Model", "ModelConfig", "load_model"]
 
 __getattr__ = lazily(
     __name__,
     {
-        "KVSpec": "greenroom.models.model",
+        "KVSpec": "greenroom.models.block",
         "LoadOptions": "greenroom.models.loader",
         "Model": "greenroom.models.model",
         "load_model": "greenroom.models.loader",

@@ -5,7 +5,8 @@ The weights of a token are its softmax probabilities as they are, not normalised
 
 from greenroom.layers.moe import Matrix, Moe
 from greenroom.layers.router import Rule
-from greenroom.models.model import Model, Traits
+from greenroom.models.block import Traits
+from greenroom.models.model import Model
 from greenroom.models.parts import Parts
 
 

@@ -10,7 +10,8 @@ from greenroom.layers.backend import ExpertWeights
 from greenroom.layers.moe import Experts, Moe
 from greenroom.layers.rope import Rope
 from greenroom.layers.router import Rule
-from greenroom.models.model import Model, Traits
+from greenroom.models.block import Traits
+from greenroom.models.model import Model
 from greenroom.models.parts import Parts
 from greenroom.models.ropes import build_rope
 

@@ -5,7 +5,8 @@ The scales are read by `config`; an optional shared expert is not gated.
 
 from greenroom.layers.moe import Moe
 from greenroom.layers.router import Rule
-from greenroom.models.model import Model, Traits
+from greenroom.models.block import Traits
+from greenroom.models.model import Model
 from greenroom.models.parts import Parts
 
 

@@ -6,7 +6,8 @@ chosen logits.
 
 from greenroom.layers.moe import Matrix, Moe
 from greenroom.layers.router import Rule
-from greenroom.models.model import Model, Traits
+from greenroom.models.block import Traits
+from greenroom.models.model import Model
 from greenroom.models.parts import Parts
 
 

@@ -5,7 +5,6 @@ bear the names of the GGUF tensors. Knows nothing of scheduling or of where expe
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, ClassVar
 
@@ -15,126 +14,15 @@ from torch import Tensor
 from greenroom.experts.cpu import CpuExperts
 from greenroom.experts.meter import Meter
 from greenroom.experts.trace import TraceRecorder
-from greenroom.layers.backend import AttentionSpec, Backend, Graphs, NormLike, Step
+from greenroom.layers.backend import Backend, Graphs, Step
 from greenroom.layers.batch import Batch, KVCache, Launched
 from greenroom.layers.moe import Matrix, Moe
 from greenroom.layers.rope import Rope
+from greenroom.models.block import Block, KVSpec, Traits
 from greenroom.models.config import ModelConfig
+from greenroom.models.lead import Lead
 from greenroom.models.parts import Parts
 from greenroom.models.ropes import build_rope
-
-
-@dataclass(frozen=True, slots=True)
-class KVSpec:
-    """The retention rule of a KV group: `window` tokens, or everything."""
-
-    window: int | None
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Traits:
-    """What is fixed for a family.
-
-    Attributes:
-        neox: pairing of the rotary embedding, see `Rope`.
-        centred: LayerNorm instead of RMSNorm.
-        qk_norm: RMSNorm of queries and keys, "head" by head or over "all" heads together.
-        biases: attention projections that must have a bias: "q", "k", "v", "output".
-        ffn_norm: name of the norm before the feed-forward part.
-    """
-
-    neox: bool = True
-    centred: bool = False
-    qk_norm: str | None = None
-    biases: frozenset[str] = field(default_factory=frozenset)
-    ffn_norm: str = "ffn_norm"
-
-
-class Block:
-    """One layer.
-
-    Args:
-        parts: takes this layer's tensors from the file.
-        model: the model it belongs to, for its configuration, traits and feed-forward part.
-        layer: its index.
-    """
-
-    def __init__(self, parts: Parts, model: "Model", layer: int) -> None:
-        config, traits = model.config, model.traits
-        shape = config.attention
-        self.shape = shape
-        self.backend = parts.backend
-        self.attn_norm: NormLike = parts.norm("attn_norm")
-        self.attn_qkv = parts.qkv(traits.biases)
-        self.qk_norm = traits.qk_norm
-        if traits.qk_norm is not None:
-            per = 1 if traits.qk_norm == "head" else shape.heads
-            self.attn_q_norm = parts.norm("attn_q_norm", per * shape.key_length)
-            per = 1 if traits.qk_norm == "head" else shape.kv_heads
-            self.attn_k_norm = parts.norm("attn_k_norm", per * shape.key_length)
-        self.attn_output = parts.attn_output(traits.biases)
-        self.ffn_norm: NormLike = parts.norm(model.ffn_norm_name(parts))
-        self.ffn: Matrix = model.feed_forward(parts, layer)
-        self.residual = config.scales.residual
-        sinks = model.sinks(parts)
-        self.spec = AttentionSpec(
-            group=config.kv_group(layer),
-            scale=shape.scale or shape.key_length**-0.5,
-            window=config.windows[layer],
-            sinks=None if sinks is None else self.backend.place(sinks),
-            head_norms=(self.attn_q_norm, self.attn_k_norm) if self.qk_norm == "head" else None,
-        )
-
-    def attend(self, x: Tensor, delta: Tensor | None, step: Step, cache: KVCache) -> Tensor:
-        """The attention part.
-
-        Args:
-            x: (tokens, d) float32, the residual stream; delta is added to it in place.
-            delta: (tokens, d) float32, what the layer before computed, or None.
-            step: this step.
-            cache: of this layer.
-
-        Returns:
-            (tokens, d) float32, to be added to x.
-        """
-        # Nothing holds the queries once they have been used: they are large in a long step.
-        out = self.backend.attend(*self._heads(x, delta), cache, step, self.spec)
-        return self._scaled(self.attn_output(out.view(x.shape[0], -1)))
-
-    def _heads(self, x: Tensor, delta: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries, keys and values, (tokens, heads, length) float32; arguments as of `attend`."""
-        shape, tokens = self.shape, x.shape[0]
-        q, k, v = self.attn_qkv(self.attn_norm(x, delta))
-        if shape.clamp is not None:
-            q, k, v = (t.clamp(-shape.clamp, shape.clamp) for t in (q, k, v))
-        if self.qk_norm == "all":
-            q, k = self.attn_q_norm(q), self.attn_k_norm(k)
-        q = q.view(tokens, shape.heads, shape.key_length)
-        k = k.view(tokens, shape.kv_heads, shape.key_length)
-        return q, k, v.view(tokens, shape.kv_heads, shape.value_length)
-
-    def feed(self, x: Tensor, delta: Tensor) -> Tensor:
-        """The feed-forward part; arguments and result as those of `attend`."""
-        return self._scaled(self.ffn(self.ffn_norm(x, delta)))
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of everything but the routed experts."""
-        owned: list[Any] = [
-            self.attn_norm,
-            self.attn_qkv,
-            self.attn_output,
-            self.ffn_norm,
-            self.ffn,
-        ]
-        if self.qk_norm is not None:
-            owned += [self.attn_q_norm, self.attn_k_norm]
-        if self.spec.sinks is not None:
-            owned.append(self.spec.sinks)
-        return sum(part.nbytes for part in owned)
-
-    def _scaled(self, delta: Tensor) -> Tensor:
-        return delta if self.residual == 1.0 else delta * self.residual
 
 
 class Model:
@@ -168,9 +56,8 @@ class Model:
         self._groups = [config.kv_group(i) for i in range(config.layers)]
         self.recorder: TraceRecorder | None = None
         self.meters: dict[int, Meter] = {}  # by layer, see `meter`
-        self.graphs: Graphs | None = None
-        if not self.mixed:
-            self.graphs = self.backend.graphs(self.rope)
+        self.lead = Lead(self)
+        self.graphs: Graphs | None = self.lead.device.graphs(self.rope)
 
     # What a family may override.
 
@@ -227,9 +114,9 @@ class Model:
         """
         if self._recordable:
             assert self.graphs is not None
-            replayed = self.graphs(batch, caches, self.token_embd, self._compute)
+            replayed = self.graphs(batch, caches, self.lead, self._compute)
             if replayed is not None:
-                return replayed
+                return replayed if self._whole else self._logits(self._end(replayed))
         return self._logits(self.hidden(batch, caches))
 
     def launch(
@@ -244,15 +131,15 @@ class Model:
             chosen: (sequences,) int64 where the last step left them, the tokens if `batch` does
                 not tell them; only if `chains`.
         """
-        if not self._recordable:
+        if not self._recordable or not self._whole:
             return None
         assert self.graphs is not None
-        return self.graphs.replay(batch, caches, self.token_embd, chosen)
+        return self.graphs.replay(batch, caches, self.lead, chosen)
 
     @property
     def chains(self) -> bool:
         """Whether a launched step can go on with tokens the host has not seen."""
-        return self._recordable and self.token_embd.reads
+        return self._recordable and self._whole and self.lead.reads
 
     def prepare(self, batch: Batch, caches: Sequence[KVCache]) -> None:
         """While a launched step is computed: takes in the batch of the next `launch`, whose
@@ -277,56 +164,81 @@ class Model:
         if self.recorder is not None:
             self.recorder.begin(batch.positions, batch.output_rows)
         # First: a step may send experts to the device, and what comes later waits behind them.
-        x = self._embed(batch.tokens)
+        x = self.scaled(self.token_embd(batch.tokens))
         steps = {id(backend): backend.step(batch, self.rope) for backend in self.backends}
-        return self._layers(x, steps, caches, batch.output_rows)
+        return self._end(*self.through(x, steps, caches, rows=batch.output_rows))
 
-    def _embed(self, tokens: Tensor) -> Tensor:
-        return self._scaled(self.token_embd(tokens))
-
-    def _scaled(self, x: Tensor) -> Tensor:
+    def scaled(self, x: Tensor) -> Tensor:
+        """Rows of the embedding as the first layer takes them."""
         scale = self.config.scales.embedding
         return x if scale == 1.0 else x * scale
 
     def _compute(self, x: Tensor, step: Step, caches: Sequence[KVCache]) -> Tensor:
-        """Rows of the embedding to logits of every row, on one backend."""
-        return self._logits(self._layers(self._scaled(x), {id(self.backend): step}, caches, None))
+        """What follows the lead, on one backend: its rows to logits of every row, or where the
+        head is elsewhere, to the residual stream."""
+        steps = {id(self.lead.device): step}
+        x, delta = self.through(x, steps, caches, slice(self.lead.layers, None))
+        if self._whole:
+            return self._logits(self._end(x, delta))
+        return x if delta is None else x.add_(delta)
 
-    def _layers(
+    def through(
         self,
         x: Tensor,
         steps: dict[int, Step],
         caches: Sequence[KVCache],
-        rows: Tensor | None,
-    ) -> Tensor:
-        """Embeddings (tokens, d) to hidden states of `rows`, or of all: (outputs, d) float32."""
+        layers: slice = slice(None),
+        rows: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor | None]:
+        """The residual stream through some layers.
+
+        Args:
+            x: (tokens, d) float32; overwritten.
+            steps: of the backends of these layers, by id.
+            caches: one per layer of the model.
+            layers: which.
+            rows: that matter behind the last layer, None for all.
+
+        Returns:
+            (outputs, d) float32, and what is still to be added to it.
+        """
         delta: Tensor | None = None
-        last, here = self.blk[-1], self.backend
-        for blk, cache in zip(self.blk, caches, strict=True):
-            if blk.backend is not here:  # the border between the processors' layers
-                here = blk.backend
-                x, delta = here.bring(x), None if delta is None else here.bring(delta)
+        last = self.blk[-1]
+        for blk, cache in zip(self.blk[layers], caches[layers], strict=True):
+            here = blk.backend  # brings what another processor has computed
+            x, delta = here.bring(x), None if delta is None else here.bring(delta)
             delta = blk.attend(x, delta, steps[id(here)], cache)
             if blk is last and rows is not None:
                 if len(rows) == 0:  # all but the last chunk of a prompt
-                    return x[:0]
+                    return x[:0], None
                 # Behind the last attention only the rows that are asked for matter.
                 x, delta = x[rows], delta[rows]
             delta = blk.feed(x, delta)
-        if self.ending is not here:
-            assert delta is not None
-            x, delta = self.ending.bring(x), self.ending.bring(delta)
-        return self.output_norm(x, delta)
+        return x, delta
+
+    def _end(self, x: Tensor, delta: Tensor | None = None) -> Tensor:
+        """The residual stream normalised, where the head is."""
+        if len(x) == 0:
+            return x
+        bring = self.ending.bring
+        return self.output_norm(bring(x), None if delta is None else bring(delta))
 
     @property
     def mixed(self) -> bool:
-        """Whether layers are computed by different processors; then no graph can hold a step."""
+        """Whether layers, or layers and head, are computed by different processors."""
         return len(self.backends) > 1
 
     @property
+    def _whole(self) -> bool:
+        """Whether what follows the lead includes the head."""
+        return self.ending is self.lead.device
+
+    @property
     def waits(self) -> bool:
-        """Whether a step waits for experts on another processor; no graph can hold it then."""
-        banks = (blk.ffn.experts for blk in self.blk if isinstance(blk.ffn, Moe))
+        """Whether what follows the lead waits for experts on another processor; no graph can hold
+        it then."""
+        following = self.blk[self.lead.layers :]
+        banks = (blk.ffn.experts for blk in following if isinstance(blk.ffn, Moe))
         return any(getattr(bank, "waits", True) for bank in banks)
 
     @property

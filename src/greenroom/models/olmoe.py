@@ -5,7 +5,8 @@ Weights are the softmax probabilities as they are; no shared expert.
 
 from greenroom.layers.moe import Moe
 from greenroom.layers.router import Rule
-from greenroom.models.model import Model, Traits
+from greenroom.models.block import Traits
+from greenroom.models.model import Model
 from greenroom.models.parts import Parts
 
 

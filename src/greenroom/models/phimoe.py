@@ -10,7 +10,8 @@ from greenroom.errors import UnsupportedModelError
 from greenroom.layers.moe import Matrix, Moe
 from greenroom.layers.rope import Rope
 from greenroom.layers.router import Rule
-from greenroom.models.model import Model, Traits
+from greenroom.models.block import Traits
+from greenroom.models.model import Model
 from greenroom.models.parts import Parts
 from greenroom.models.ropes import build_rope
 

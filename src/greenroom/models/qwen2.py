@@ -5,7 +5,8 @@ Published MoE checkpoints have norm_topk_prob false, which their GGUF files do n
 
 from greenroom.layers.moe import Moe
 from greenroom.layers.router import Rule
-from greenroom.models.model import Model, Traits
+from greenroom.models.block import Traits
+from greenroom.models.model import Model
 from greenroom.models.parts import Parts
 
 

@@ -5,7 +5,8 @@ Published MoE checkpoints all have norm_topk_prob true, which their GGUF files d
 
 from greenroom.layers.moe import Moe
 from greenroom.layers.router import Rule
-from greenroom.models.model import Model, Traits
+from greenroom.models.block import Traits
+from greenroom.models.model import Model
 from greenroom.models.parts import Parts
 
 
