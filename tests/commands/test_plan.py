@@ -81,7 +81,7 @@ def test_a_long_prompt_takes_several_steps() -> None:
 def test_decode_with_half_of_the_experts_in_vram() -> None:
     # dense 1 ms; misses 0.5 GB / 50 = 10 ms, longer than the hits' 0.5 ms; 10 handshakes, the
     # short kernels of 10 layers, the host
-    place = Placement("cuda", "", layers=10, layers_on_gpu=10, slots=50)
+    place = Placement("cuda", "", layers=10, layers_on_gpu=10, head_on_gpu=True, slots=50)
     found = predict.decode(WORK, place, GPU, 0)
     assert found.rate == pytest.approx(1 / (0.001 + 0.010 + 10 * (11e-6 + 43e-6)))
 
@@ -208,7 +208,9 @@ def test_prefill_streams_experts() -> None:
     # 10 + 80 GB at 0.6 * 4e12 = 37.5 ms. 10 GB / 25 = 400 ms of copies, 4 ms an expert. At 51.2
     # tokens an expert takes the CPU 51 ms beside them (0.4e12), with ten times the rate 5 ms: two
     # of ten, with a millisecond to meet, are done within half of eight copies, three are not.
-    place = Placement("cuda", "", layers=10, layers_on_gpu=10, staging=1, prefill_chunk=512)
+    place = Placement(
+        "cuda", "", layers=10, layers_on_gpu=10, head_on_gpu=True, staging=1, prefill_chunk=512
+    )
     slow = replace(GPU, vram=4000.0, pcie_up={64: 25.0})
     for machine, copied in ((slow, 0.4), (replace(slow, experts_batch={"X": 1e4}), 0.32)):
         found = predict.prefill(WORK, place, machine, 512)
@@ -228,7 +230,9 @@ def test_prefill_streams_experts() -> None:
 def test_prefill_of_few_tokens_multiplies_experts_in_slots_straight() -> None:
     # 512 tokens, 51.2 each: products 4.096e12 operations at a third of 1e14, 10 GB at 22 % of 4e12
     # and 0.2 ms a layer; nothing waits for the host. 2,048 tokens would be 205 each
-    place = Placement("cuda", "", layers=10, layers_on_gpu=10, staging=1, slots=100)
+    place = Placement(
+        "cuda", "", layers=10, layers_on_gpu=10, head_on_gpu=True, staging=1, slots=100
+    )
     machine = replace(GPU, vram=4000.0)
     found = predict.prefill(WORK, replace(place, prefill_chunk=512), machine, 512)
     seconds = 4.096e12 / 0.33e14 + 10e9 / (0.22 * 4e12) + 10 * 0.2e-3 + 0.35e-3
@@ -240,7 +244,7 @@ def test_prefill_of_few_tokens_multiplies_experts_in_slots_straight() -> None:
 
 def test_a_few_sequences_read_weights_in_vram_slower() -> None:
     # 1 + 10 GB at 1,000 GB/s, the experts' 1 - 0.9**4 = 34 %; a layer has 43 us
-    place = Placement("cuda", "", layers=10, layers_on_gpu=10, slots=100)
+    place = Placement("cuda", "", layers=10, layers_on_gpu=10, head_on_gpu=True, slots=100)
     one = predict.decode(replace(WORK, share=1.0), place, GPU, 0)
     assert one.rate == pytest.approx(1 / (0.011 + 10 * 43e-6))
     four = predict.decode(WORK, place, GPU, 0, batch=4)

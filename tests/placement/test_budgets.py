@@ -127,7 +127,7 @@ def test_long_steps_stream_as_soon_as_two_experts_fit(name: str) -> None:
     wish = Wish(vram=0, named=True, context=4096)
     plan = Plan(sizes, config, wish)
     two = 2 * sizes.slab + sizes.staged
-    least = plan.need(True, config.layers) + plan.graphs + two
+    least = plan.need(True, config.layers) + two
     assert placed(name, least, context=4096).staging == two
     assert placed(name, least - 1, context=4096).staging == 0
 
@@ -190,3 +190,17 @@ def test_rows_computed_at_a_time_are_planned_as_they_are_computed() -> None:
 
     assert EXPERT_ROWS == stream.EXPERT_ROWS == resident.EXPERT_ROWS
     assert BESIDE_STAGED == tiers.BESIDE_STAGED
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_layers_on_the_gpu_always_have_their_recorded_steps_and_steps_long_enough(
+    name: str,
+) -> None:
+    tensors, config = model(name)
+    graphs = Plan(Sizes.of(tensors, config), config, Wish(context=4096)).graphs
+    for mib in range(100, 2500, 50):
+        found = placed(name, mib * MIB, context=4096)
+        if found.backend == "cuda":
+            assert found.parts["graphs"] == graphs
+            assert found.prefill_chunk >= 256
+            assert found.prefill_chunk <= 512 or not found.mixed

@@ -80,11 +80,11 @@ def _plan(file: "GGUFFile", vram: str | None, context: int | None) -> dict[str, 
     from greenroom.placement.hardware import Gpu, Hardware, probe
 
     config = EngineConfig(vram=vram, context_length=context, max_sequences=1)
-    hardware = probe()
     budget = None if vram is None else parse_size(vram, "vram")
-    if hardware.gpu is None and budget:
-        hardware = Hardware(Gpu(f"a GPU with {vram}", budget, budget))
-    found = planned(file, config, hardware)
+    supposed = None
+    if budget and probe().gpu is None:
+        supposed = Hardware(Gpu(f"a GPU with {vram}", budget, budget))
+    found = planned(file, config, supposed)
     parts = [{"part": p, "remark": remark, "bytes": n} for p, remark, n in found.table()]
     return {"backend": found.backend, "reason": found.reason, "vram": parts}
 

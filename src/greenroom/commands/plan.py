@@ -155,6 +155,7 @@ def predicted(
     from greenroom.placement.hardware import Gpu, Hardware
     from greenroom.placement.planner import Wish, place
     from greenroom.placement.work import Work
+    from greenroom.placement.worth import worthwhile
 
     place_of(file)
     config = read_config(file)
@@ -163,6 +164,7 @@ def predicted(
         gpu = Gpu(profile.gpu, profile.vram_total, profile.vram_total)
     wish = Wish(vram=vram, named=vram is not None, sequences=batch, context=context)
     found = place(file.tensors, config, wish, Hardware(gpu, f"{profile.name} has no GPU"))
+    found = worthwhile(found, file.tensors, config, profile)
     work = Work.of(file.tensors, config)
     there = sum(found.parts.values())
     cache = 0 if found.layers_on_gpu else work.cache * context * batch

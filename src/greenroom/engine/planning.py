@@ -6,9 +6,12 @@ from greenroom.engine.config import EngineConfig
 from greenroom.gguf import GGUFFile
 from greenroom.models.registry import place_of, read_config
 from greenroom.placement.budget import parse_size
+from greenroom.placement.calibrate import saved_profile
 from greenroom.placement.hardware import Hardware, probe
+from greenroom.placement.machine import machine
 from greenroom.placement.placement import Placement
 from greenroom.placement.planner import Wish, place
+from greenroom.placement.worth import worthwhile
 
 VALUE_BYTES = {"f16": 2, "f32": 4}  # of one value in the cache
 
@@ -19,7 +22,8 @@ def planned(file: GGUFFile, config: EngineConfig, hardware: Hardware | None = No
     Args:
         file: the model.
         config: the settings.
-        hardware: instead of this machine's.
+        hardware: instead of this machine's, of which more is known where it was measured: that
+            computing some layers on the GPU and some on the CPU does not pay.
 
     Raises:
         BudgetError, RequestError: see `placement.planner.place`.
@@ -38,6 +42,12 @@ def planned(file: GGUFFile, config: EngineConfig, hardware: Hardware | None = No
         value_bytes=VALUE_BYTES[config.kv_type],
     )
     wanted = config.backend in ("auto", "cuda") and vram != 0
-    if hardware is None:
-        hardware = probe() if wanted else Hardware(None, "not asked for")
-    return place(file.tensors, read_config(file), wish, hardware)
+    model = read_config(file)
+    if hardware is not None:
+        return place(file.tensors, model, wish, hardware)
+    hardware = probe() if wanted else Hardware(None, "not asked for")
+    found = place(file.tensors, model, wish, hardware)
+    if not found.mixed or config.backend == "cuda":
+        return found
+    profile = saved_profile(machine().fingerprint)
+    return found if profile is None else worthwhile(found, file.tensors, model, profile)

@@ -41,6 +41,12 @@ class Placement:
     cache_tokens: int | None = None
 
     @property
+    def mixed(self) -> bool:
+        """Whether both processors have layers, or one the layers and the other the head."""
+        whole = self.layers_on_gpu == self.layers and self.head_on_gpu
+        return self.backend == "cuda" and not whole
+
+    @property
     def lasting(self) -> int | None:
         """Bytes of VRAM for everything but what single steps use; None without a GPU."""
         if self.vram is None:

@@ -1,8 +1,8 @@
 """Decides what of a model goes to VRAM under a budget, before anything is allocated.
 
-In this order: scratch and a short step's activations, the head, whole layers with their keys and
-values (from the last one on), then longer contexts and steps, and experts with the rest. What
-does not fit stays on the CPU. Knows a file's sizes and the hardware; allocates nothing.
+In this order: scratch, a short step's activations and recorded steps, the head, whole layers with
+their keys and values (from the last one on), then longer contexts and steps, and experts with the
+rest. What does not fit stays on the CPU. Knows a file's sizes and the hardware; allocates nothing.
 """
 
 from collections.abc import Callable, Mapping
@@ -28,9 +28,10 @@ from greenroom.placement.sizes import (
 
 MARGIN = 512 << 20  # of "max", left to other programs and the allocator's rounding
 LEAST_SCRATCH, MOST_SCRATCH = 16 << 20, 64 << 20
-# Tokens of a step: the least, what comes before any expert, the most. Every expert passes
-# through VRAM in a step, so twice the tokens mean twice the speed of long prompts.
-LEAST_CHUNK, GOOD_CHUNK, MOST_CHUNK, CHUNK_STEP = 64, 2048, 8192, 64
+# Tokens of a step: the least, what comes before any expert, the most. A step reads every expert
+# from RAM or has it pass through VRAM, so twice the tokens mean up to twice the speed of prompts.
+LEAST_CHUNK, GOOD_CHUNK, MOST_CHUNK, CHUNK_STEP = 256, 2048, 8192, 64
+CPU_CHUNK = 512  # most tokens of a step whose experts are all computed from RAM
 LEAST_CONTEXT = 4096  # tokens of a session on the GPU, if nobody asked for a number
 MOST_STAGING = 512 << 20
 STAGED_EXPERTS = 2  # one arrives while the other is computed
@@ -167,15 +168,18 @@ class Plan:
             known = self._pieces[head, count] = reserved(tensors) - sum(tensors)
         return known
 
-    def dense_parts(self, head: bool, count: int) -> dict[str, int]:
-        """Bytes by part with as little scratch, context and step as can be."""
+    def dense_parts(self, head: bool, count: int, chunk: int = 0) -> dict[str, int]:
+        """Bytes by part with as little scratch and context as can be, and with steps of `chunk`
+        tokens or, if it is 0, as short ones as can be."""
         layers = self.sizes.layers[self.config.layers - count :]
+        chunk = chunk or self.least_chunk
         return {
             "dense": sum(layers) + (self.sizes.head if head else 0),
-            "cache": self.cache(count, self.least_tokens, self.least_chunk),
+            "cache": self.cache(count, self.least_tokens, chunk),
             "scratch": LEAST_SCRATCH,
-            "activations": self.activations(self.least_chunk),
-            "allocator": self.rounding(head, count, self.least_tokens, self.least_chunk),
+            "activations": self.activations(chunk),
+            "allocator": self.rounding(head, count, self.least_tokens, chunk),
+            "graphs": self.graphs,  # without them a step on the GPU is slower than on the CPU
         }
 
     def need(self, head: bool, count: int) -> int:
@@ -217,9 +221,15 @@ class Plan:
             f"budget {budget >> 20} MiB; {mib(self.next_step(head, count))} hold more, "
             f"{mib(self.need(True, total))} all of it"
         )
+        least, rest = self.least_chunk, budget - self.need(head, count)
+
+        def cost(chunk: int) -> int:
+            return sum(self.dense_parts(head, count, chunk).values()) - self.need(head, count)
+
+        chunk = _largest(cost, rest, least, min(CPU_CHUNK, self.most_chunk), CHUNK_STEP)
         return self._placement(
-            reason, budget, self.dense_parts(head, count), head, count,
-            chunk=self.least_chunk, tokens=self.least_tokens, scratch=LEAST_SCRATCH,
+            reason, budget, self.dense_parts(head, count, chunk), head, count,
+            chunk=chunk, tokens=self.least_tokens, scratch=LEAST_SCRATCH,
         )  # fmt: skip
 
     def filled(self, budget: int) -> Placement:
@@ -230,8 +240,6 @@ class Plan:
         """
         total = self.config.layers
         rest = budget - self.need(True, total)
-        graphs = min(self.graphs, rest)
-        rest -= graphs
         slab = self.sizes.slab
         least = STAGED_EXPERTS * slab + self.sizes.staged
         staging = min(max(MOST_STAGING, 2 * least), max(rest // 3, min(least, rest)))
@@ -251,7 +259,7 @@ class Plan:
             "scratch": LEAST_SCRATCH + scratch,
             "activations": self.activations(chunk),
             "allocator": self.rounding(True, total, tokens, chunk),
-            "graphs": graphs,
+            "graphs": self.graphs,
             "staging": staging,
             "experts": slots * slab,
         }

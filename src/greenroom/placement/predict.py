@@ -21,8 +21,12 @@ from greenroom.placement.work import Work
 HANDSHAKE_SECONDS = 11e-6  # with experts in RAM: bells, and 11 KB each way
 GPU_LAYER_SECONDS = 43e-6  # kernels too short to fill the bandwidth
 GPU_FEW = 0.38  # share of VRAM's bandwidth that products of 3 to 16 tokens reach
-# Of other steps: the launch, waking up, the next call. Recorded ones are launched ahead.
+# Of other steps: the launch, waking up, the next call. Recorded ones are launched ahead, unless
+# they begin behind layers on the CPU.
 GPU_STEP_SECONDS = 0.35e-3
+# Of a step that is not recorded and whose experts the CPU computes, by layer: launches while the
+# CPU waits for hidden states (demo model, 26 November 2026: 24 such layers took 20 ms).
+PLAIN_LAYER_SECONDS = 0.8e-3
 # Of a long step, by layer: what the host needs while GPU and bus work, and what passes between the
 # last copy or product and the next layer's first.
 LONG_LAYER_HOST_SECONDS = 4.7e-3
@@ -57,6 +61,17 @@ def _share_on_gpu(placement: Placement) -> float:
     return placement.layers_on_gpu / placement.layers if placement.layers else 0.0
 
 
+def _head_on_gpu(placement: Placement) -> bool:
+    return placement.backend == "cuda" and placement.head_on_gpu
+
+
+def _dense_on_gpu(placement: Placement, dense: Mapping[str, int], head: Mapping[str, int]) -> float:
+    """Of the dense part's bytes or weights, those in VRAM."""
+    last = sum(head.values())
+    body = _share_on_gpu(placement) * (sum(dense.values()) - last)
+    return body + _head_on_gpu(placement) * last
+
+
 def decode(
     work: Work,
     placement: Placement,
@@ -74,16 +89,17 @@ def decode(
     gpu = _share_on_gpu(placement)
     rows = 1 if measured else batch
     cpu = CpuSeconds(machine, work, batch * work.cached(context))
+    whole = cpu.dense(work.dense, rows, work.dense_values, work.dense_outputs)
+    head = cpu.dense(work.head, rows, work.head_values, work.head_outputs)
     parts = {
-        "dense layers from RAM": (1 - gpu)
-        * cpu.dense(work.dense, rows, work.dense_values, work.dense_outputs),
+        "dense layers from RAM": (1 - gpu) * (whole - head),
+        "head from RAM": (1 - _head_on_gpu(placement)) * head,
         "attention on the CPU": (1 - gpu) * cpu.attention_step(batch, context),
         "norms and the like": (1 - gpu) * cpu.between(rows),
     }
     vram = _bytes(machine.vram)
-    if gpu:
-        there = sum(work.dense.values()) / _reached(batch) + work.cache * context * batch
-        parts["dense layers from VRAM"] = gpu * there / vram
+    there = _dense_on_gpu(placement, work.dense, work.head) / _reached(batch)
+    parts["dense layers from VRAM"] = (there + gpu * work.cache * context * batch) / vram
     if hits is None:
         hits = resident(placement, work) if gpu else 0.0
     used = work.touched(batch)
@@ -92,10 +108,10 @@ def decode(
     # Both work at once; the longer decides.
     longer = "experts from RAM" if from_ram >= from_vram else "experts from VRAM"
     parts[longer] = max(from_ram, from_vram)
-    if gpu and not measured:
+    if placement.backend == "cuda" and not measured:
         parts["handshakes"] = gpu * work.layers * HANDSHAKE_SECONDS * (hits < 1)
         parts["short kernels"] = placement.layers_on_gpu * GPU_LAYER_SECONDS
-        parts["host"] = GPU_STEP_SECONDS * (placement.layers_on_gpu < placement.layers)
+        parts["host"] = GPU_STEP_SECONDS * (gpu < 1 or not _head_on_gpu(placement))
     if not measured:
         parts["host and threads"] = (1 - gpu) * _host(work, machine, batch)
     return _predicted(parts, batch)
@@ -128,7 +144,7 @@ def prefill(
     last = cpu.dense(work.head, sequences, work.head_values, work.head_outputs)
     parts = {
         "dense products on the CPU": (1 - gpu) * dense,
-        "head on the CPU": (1 - gpu) * last,  # of the last token only
+        "head on the CPU": (1 - _head_on_gpu(placement)) * last,  # of the last token only
         "attention on the CPU": (1 - gpu) * cpu.attention_prompt(sequences, tokens),
         "norms and the like": (1 - gpu) * cpu.between(every),
         "host and threads": (1 - gpu) * (steps * _host(work, machine, 1) + beside),
@@ -210,7 +226,8 @@ def _on_gpu(
     # A slab is read, and as float16 written and read.
     moved = resident_or_staged * (experts + 4 * weights) / GPU_EXPANDING
     moved = experts / GPU_STRAIGHT if straight else moved
-    between = LONG_LAYER_KERNEL_SECONDS if straight else LONG_LAYER_GAP_SECONDS
+    between = LONG_LAYER_GAP_SECONDS if resident_or_staged else PLAIN_LAYER_SECONDS
+    between = LONG_LAYER_KERNEL_SECONDS if straight else between
     return {
         "products on the GPU": gpu * operations / (GPU_PRODUCTS * _bytes(machine.gpu_bf16)),
         "attention on the GPU": gpu * attended / GPU_ATTENTION,
