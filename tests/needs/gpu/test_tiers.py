@@ -145,7 +145,7 @@ def test_every_budget_gives_the_answers_of_the_cpu(case, pool, budget: str) -> N
     if budget in ("half", "all"):
         slots = model.backend.tiers.slots
         assert (slots.seats >= 0).any()
-    if budget in ("minimal", "half", "all"):  # one processor has all layers' dense parts
+    if budget in ("part", "minimal", "half", "all"):  # layers of the CPU come before the graph
         assert not model.waits
         assert model.graphs.usable
         assert model.graphs._graphs
