@@ -2,6 +2,7 @@
 
 import os
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -75,6 +76,19 @@ def test_quantised_files_stay_close_to_the_reference(case: str, type: str, tmp_p
     session = Session(model, dtype=torch.float16)
     found = torch.cat([session.step([(0, tokens[:18])]), session.step([(0, tokens[18:])])]).cpu()
     assert divergence(found, one_pass(wanted, tokens)) < 1e-3
+
+
+def test_what_is_on_the_device_is_not_brought_again() -> None:
+    from greenroom.layers.cuda_backend import CudaBackend  # Triton, once it is told how to run
+
+    class There:
+        device = torch.device("cuda:0")
+
+    for mine in ("cuda", "cuda:0"):
+        backend = SimpleNamespace(device=torch.device(mine))
+        assert CudaBackend.bring(backend, here := There()) is here
+    backend = SimpleNamespace(device=torch.device("cpu"))
+    assert CudaBackend.bring(backend, row := torch.ones(3)) is row
 
 
 def test_memory_is_booked(load: Loader) -> None:

@@ -193,7 +193,10 @@ class CudaBackend:
 
     def bring(self, x: Tensor) -> Tensor:
         """See `Backend.bring`."""
-        return x if x.device == self.device else to_device(x.contiguous(), self.device)
+        mine, there = self.device, x.device  # "cuda" is any GPU, as tensors are on "cuda:0"
+        if there.type == mine.type and mine.index in (None, there.index):
+            return x
+        return to_device(x.contiguous(), mine)
 
     def cache(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
         """See `Backend.cache`."""
