@@ -34,6 +34,10 @@ BACKENDS: dict[str, dict[str, Any]] = {
         "backend": "cuda", "device": DEVICE, "threads": 1, "slot_bytes": 1 << 20,
         "staging_bytes": 2 << 20, "scratch_bytes": 1 << 20,
     },
+    "mixed": {
+        "backend": "cuda", "device": DEVICE, "threads": 1, "layers_on_gpu": 1,
+        "scratch_bytes": 1 << 20,
+    },
 }  # fmt: skip
 LETTERS = SimpleNamespace(
     eog_ids=frozenset(), encode=lambda text, add_special: [1, 2, 3],
@@ -59,7 +63,7 @@ def opened(path: Path, options: dict[str, Any]) -> tuple[LLM, list[weakref.ref[A
     engine = assemble(model, LETTERS, config)
     parts: list[Any] = [model, engine._blocks.store, engine._runner.caches[0].k, model.output]
     parts += [blk.ffn.experts for blk in model.blk]
-    if options["backend"] == "cuda":
+    if "slot_bytes" in options:
         tiers = model.backend.tiers
         parts += [tiers.slots.arenas[0].memory, model.blk[0].ffn.experts.stream]
         parts += [blk.ffn.experts.cpu for blk in model.blk]
@@ -70,7 +74,7 @@ def opened(path: Path, options: dict[str, Any]) -> tuple[LLM, list[weakref.ref[A
 def test_closing_frees_weights_and_caches_at_once(path: Path, name: str) -> None:
     llm, parts = opened(path, BACKENDS[name])
     assert all(part() is not None for part in parts)
-    if name != "cuda" or DEVICE == "cuda":  # a minute in the interpreter
+    if "device" not in BACKENDS[name] or DEVICE == "cuda":  # a minute in the interpreter
         llm.generate([[5] * 40, [6] * 40], PARAMS)  # long and short steps, prefixes kept
     gc.collect()
     gc.disable()

@@ -2,6 +2,7 @@
 embedding, and the layers that are computed in RAM.
 """
 
+import weakref
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -25,7 +26,7 @@ class Lead:
     """
 
     def __init__(self, model: "Model") -> None:
-        self._model = model
+        self._model: Model = weakref.proxy(model)  # it has this, and is freed when it is closed
         last = model.blk[-1].backend
         self.device = model.ending if model.ending.tier else last
         owners = [blk.backend for blk in model.blk]
