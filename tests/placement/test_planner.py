@@ -1,5 +1,6 @@
 """Sizes as people write them, the choice of a backend, and budgets against what gets allocated."""
 
+import gc
 import os
 import weakref
 from dataclasses import replace
@@ -162,6 +163,8 @@ class LiveBytes(TorchDispatchMode):
             if key not in known | self.known:
                 self.known.add(key)
                 self.now += storage.nbytes()
+                if self.now > self.peak:  # the interpreter leaves cycles, a device does not
+                    gc.collect()
                 self.peak = max(self.peak, self.now)
                 weakref.finalize(storage, self.gone, key, storage.nbytes())
         return found
