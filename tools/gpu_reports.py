@@ -146,7 +146,7 @@ def join(parts: Sequence[Path], folder: Path) -> None:
     calls = dict.fromkeys(part["command"] for part in found)
     whole = found[-1] | {"models": [models[name] for name in order], "command": " ; ".join(calls)}
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "matrix.json").write_text(json.dumps(whole, indent=1) + "\n")
+    (folder / "matrix.json").write_text(json.dumps(whole) + "\n")
     (folder / "matrix.md").write_text(table.markdown(whole))
 
 
