@@ -129,5 +129,5 @@ def test_demo_answers(capsys: pytest.CaptureFixture[str]) -> None:
         pytest.skip(captured.err)
     assert status == 0
     assert "Paris" in captured.out
-    assert "12 of 18 per token and layer" in captured.err
+    assert "24 of 36 per token and layer" in captured.err
     assert "tokens/s" in captured.err

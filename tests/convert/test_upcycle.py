@@ -118,8 +118,8 @@ def test_sparse_experts_are_the_trained_ones(dense: Path, sparse: Path) -> None:
 def test_the_demo_model_is_nearly_as_good_as_the_dense_one(
     dense: Path, sparse: Path, samples: list[list[int]]
 ) -> None:
-    # On all of the held-out texts the ratio is 1.154 (docs/demo-model.md).
-    assert perplexity(sparse, samples) / perplexity(dense, samples) < 1.2
+    # On much more of the held-out texts the ratio is 1.085 (docs/demo-model.md).
+    assert perplexity(sparse, samples) / perplexity(dense, samples) < 1.1
 
 
 QUESTION = [{"role": "user", "content": "What is the capital of France?"}]
@@ -188,7 +188,7 @@ def test_only_dense_llama_models_are_taken(exact: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("active", "used"), [(50, 6), (62.5, 9), (75, 12), (87.5, 15), (100, 18), (30, 1)]
+    ("active", "used"), [(50, 12), (62.5, 18), (75, 24), (87.5, 30), (100, 36), (27, 1)]
 )
 def test_activity_becomes_a_number_of_experts(active: float, used: int) -> None:
     assert read_deltas(DELTAS).used(active) == used
@@ -196,7 +196,7 @@ def test_activity_becomes_a_number_of_experts(active: float, used: int) -> None:
 
 @pytest.mark.parametrize("active", [0, 25, 101, -75])
 def test_impossible_activity_is_refused(active: float) -> None:
-    with pytest.raises(UnsupportedModelError, match="allow 29 to 100 percent"):
+    with pytest.raises(UnsupportedModelError, match="allow 27 to 100 percent"):
         read_deltas(DELTAS).used(active)
 
 
@@ -208,7 +208,7 @@ def broken(change: str) -> dict[str, Any]:
     elif change == "order":
         arrays["order"][4, :2] = 7
     elif change == "not finite":
-        arrays["router"][0, 0, 0] = np.inf
+        arrays["router_scale"][0, 0] = np.inf
     elif change == "shape":
         arrays["gain"] = arrays["gain"][:, :-1]
     elif change == "object":
@@ -236,7 +236,7 @@ def test_deltas_of_another_model_are_refused(dense: Path, tmp_path: Path) -> Non
     with np.load(DELTAS) as packed:
         arrays = {
             key: value[:-1]
-            if key in ("order", "router", "gain")
+            if key in ("order", "router", "router_scale", "gain")
             or ("_norm" in key and key != "output_norm")
             or "." in key
             else value

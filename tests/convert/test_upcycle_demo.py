@@ -34,7 +34,7 @@ def test_the_model_is_built_once(dense: Path, home: Path) -> None:
     path = demo_model(50)
     made = path.stat().st_mtime_ns
     with GGUFFile(path) as file:
-        assert file.metadata["deepseek.expert_used_count"] == 6
+        assert file.metadata["deepseek.expert_used_count"] == 12
     assert demo_model(50) == path
     assert path.stat().st_mtime_ns == made
     assert sorted(home.iterdir()) == sorted([home / dense.name, path])

@@ -29,7 +29,7 @@ MaxTokens = Annotated[int, Option(help="Most tokens of an answer.", min=1)]
 def demo(
     prompt: Prompt = None,
     active: Active = 75,
-    max_tokens: MaxTokens = 80,
+    max_tokens: MaxTokens = 128,
     threads: options.Threads = None,
 ) -> None:
     """Build a small Mixture-of-Experts model from SmolLM2-135M-Instruct and let it answer.

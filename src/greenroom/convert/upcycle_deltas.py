@@ -65,7 +65,8 @@ class Deltas:
 
     def router(self, layer: int) -> Floats:
         """(routed, hidden) float32."""
-        return np.asarray(self.arrays["router"][layer], np.float32)
+        codes, scale = self.arrays["router"][layer], self.arrays["router_scale"][layer]
+        return np.asarray(codes * scale[:, None], np.float32)
 
     def factor(self, name: str, layer: int | None = None) -> Floats:
         """Factors of a norm's weights, or of neurons' outputs (`gain`); (n,) float32."""
@@ -75,8 +76,8 @@ class Deltas:
     def change(self, name: str, layer: int) -> Floats:
         """What is added to a matrix, (out, in) float32, its neurons in the new order."""
         a = self.arrays[f"{name}.a"][layer] * self.arrays[f"{name}.a_scale"][layer][:, None]
-        b = self.arrays[f"{name}.b"][layer] * self.arrays[f"{name}.b_scale"][layer]
-        product: Floats = (b @ a).astype(np.float32)
+        b = self.arrays[f"{name}.b"][layer] * self.arrays[f"{name}.b_scale"][layer][:, None]
+        product: Floats = (b.T @ a).astype(np.float32)
         return product
 
 
@@ -113,15 +114,16 @@ def _check(deltas: Deltas) -> None:
     shapes: dict[str, tuple[int, ...]] = {
         "order": (layers, neurons),
         "router": (layers, deltas.routed, hidden),
+        "router_scale": (layers, deltas.routed),
         "gain": (layers, neurons),
         "attn_norm": (layers, hidden),
         "ffn_norm": (layers, hidden),
         "output_norm": (hidden,),
     }
     for name in MATRICES:
-        rank = deltas.arrays[f"{name}.a"].shape[1]
-        out, into = deltas.arrays[f"{name}.b"].shape[1], deltas.arrays[f"{name}.a"].shape[2]
-        shapes |= {f"{name}.a": (layers, rank, into), f"{name}.b": (layers, out, rank)}
+        rank, into = deltas.arrays[f"{name}.a"].shape[1:]
+        out = deltas.arrays[f"{name}.b"].shape[2]
+        shapes |= {f"{name}.a": (layers, rank, into), f"{name}.b": (layers, rank, out)}
         shapes |= {f"{name}.{side}_scale": (layers, rank) for side in "ab"}
     for key, shape in shapes.items():
         if deltas.arrays[key].shape != shape:

@@ -85,7 +85,7 @@ def _check(file: GGUFFile, deltas: Deltas) -> None:
     )
     wanted = (deltas.layers, deltas.hidden, deltas.neurons)
     changes = (
-        deltas.arrays[f"{n}.b"].shape[1:2] + deltas.arrays[f"{n}.a"].shape[2:] for n in MATRICES
+        deltas.arrays[f"{n}.b"].shape[2:] + deltas.arrays[f"{n}.a"].shape[2:] for n in MATRICES
     )
     same = all(
         file.tensors[f"blk.0.{name}.weight"].shape == shape
