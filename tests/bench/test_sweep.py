@@ -119,7 +119,8 @@ def test_a_shelf_keeps_the_experts_of_one_file(tmp_path) -> None:
     params = SamplingParams(max_tokens=8, temperature=0, ignore_eos=True)
     with on_shelf(path, shelf, 1) as llm:
         first, bank = llm.generate(prompt, params), llm.engine.model.blk[0].ffn.experts
-    assert shelf.nbytes == sum(blk.ffn.experts.nbytes for blk in llm.engine.model.blk) > 0
+        packed = sum(blk.ffn.experts.nbytes for blk in llm.engine.model.blk)
+    assert shelf.nbytes == packed > 0
     with on_shelf(path, shelf, 2) as llm:
         again = llm.engine.model.blk[0].ffn.experts
         assert again is bank
