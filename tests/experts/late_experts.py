@@ -219,6 +219,7 @@ def patched(patch: pytest.MonkeyPatch, device: Device) -> Kernels:
     patch.setattr(slots, "hits", kernels.hits)
     patch.setattr(slots, "ResidentMlp", kernels.resident)
     patch.setattr(stream, "Routes", kernels)
+    patch.setattr(slots, "by_expert", lambda ids, n: (None, None, kernels.starts(ids, n)))
     patch.setattr(stream, "GroupMlp", kernels.group)
     patch.setattr(stream, "scaled_rows", lambda hidden: (hidden, hidden))
     patch.setattr(stream, "carry", kernels.carry)

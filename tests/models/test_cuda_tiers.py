@@ -41,6 +41,12 @@ def with_tiers(load: Loader, case: str, share: float, staged: int):
     return wanted, model
 
 
+@pytest.fixture
+def expanded(monkeypatch) -> None:
+    """Matrices are expanded first, however few rows: the interpreter takes much less time."""
+    monkeypatch.setattr(resident_mlp, "FEW_ROWS", 0)
+
+
 @pytest.mark.parametrize(
     ("case", "share", "few"), [("gpt-oss", 0.5, FEW_ROWS), ("deepseek", 1.0, 0)]
 )
@@ -84,6 +90,7 @@ def test_a_stream_without_slots_copies_what_is_routed(load: Loader, monkeypatch,
     assert not stream.ring.staged
 
 
+@pytest.mark.usefixtures("expanded")
 @pytest.mark.parametrize("reading", [1e3, 1e11, 1e18])
 def test_the_cpu_takes_its_share_of_a_long_step(load: Loader, reading: float) -> None:
     """From nothing to nearly everything; the result stays the reference's."""
@@ -107,6 +114,7 @@ def test_the_cpu_takes_its_share_of_a_long_step(load: Loader, reading: float) ->
         assert 0 < copied < everything
 
 
+@pytest.mark.usefixtures("expanded")
 def test_a_long_step_copies_ahead_but_not_for_the_last_layer(load: Loader) -> None:
     """The first layer's pages set off before its routes are known, the last one's after."""
     _, model = with_tiers(load, "gpt-oss", 0.0, staged=2)
@@ -133,6 +141,7 @@ def test_a_long_step_copies_ahead_but_not_for_the_last_layer(load: Loader) -> No
     assert not ring.staged
 
 
+@pytest.mark.usefixtures("expanded")
 def test_answers_stay_the_same_after_thousands_of_promotions(load: Loader) -> None:
     wanted, model = with_tiers(load, "gpt-oss", 0.5, staged=0)
     slots = model.backend.tiers.slots

@@ -66,6 +66,9 @@ class Slots(Protocol):
     def many(self, hidden: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
         """`hits` for a long step."""
 
+    def passed_by(self, ids: Tensor) -> None:
+        """A long step is left to the CPU, with these routes (tokens, k) int32."""
+
     def hits(self, hidden: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
         """The sum over the routes whose expert has a slot; part of a captured step, so without
         waiting for the device.
@@ -257,7 +260,8 @@ class ExpertsBeside:
         if slots is not None and slots.full:  # nothing is left for the CPU
             self._done = slots.hits(hidden, ids, weights)
             return
-        if long:  # no memory is planned for what the slots' kernels would leave of it
+        if long and slots is not None:  # no memory is planned for so much of the slots' kernels
+            slots.passed_by(ids)
             slots = None
         table = None if slots is None else slots.table
         live = self._courier.send(self.cpu, hidden, ids, weights, table)

@@ -22,6 +22,7 @@ from greenroom.experts.slabs import SlabLayout
 from greenroom.experts.uselog import SEEN, Account, Seen, UseLog
 from greenroom.kernels.experts import hits
 from greenroom.kernels.planes import Cutter
+from greenroom.kernels.sorting import by_expert
 
 EVERY = 4  # steps between promotions
 
@@ -74,6 +75,10 @@ class LayerSlots:
         return hits(
             self.memory, self.table, self._layout, *arguments, self._activation, seen, self.cut
         )
+
+    def passed_by(self, ids: Tensor) -> None:
+        """Counts a long step that is left to the CPU; ids: (tokens, k) int32."""
+        self.seen.later(by_expert(ids.contiguous(), len(self.table))[2])
 
     def count(self, uses: Sequence[int]) -> None:
         """Tells of a long step how often each expert was chosen."""
