@@ -138,7 +138,7 @@ class Desk:
         self._native.cancel()
         self._answers[:] = self._number + FAILED  # the thread that answers may be stuck
         with suppress(RuntimeError):
-            self._native.wait(0.0)
+            self._native.wait(CHECK)  # it looks up often, but may have lost its processor
         if self._device.type == "cuda":
             torch.cuda.synchronize(self._device)
 
