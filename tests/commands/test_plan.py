@@ -204,7 +204,8 @@ def test_work_is_read_off_the_tensors(tmp_path) -> None:
 
 
 def test_prefill_streams_experts() -> None:
-    # 512 tokens: (2 + 2) * 1e9 * 2 * 512 operations at a third of 1e14 = 124 ms; expanding
+    # 512 tokens: (2 + 2) * 1e9 * 2 * 512 operations at a third of 1e14 = 124 ms; 51.2 rows an
+    # expert straight from 10 GB at 0.22 * 4e12 = 11.4 ms, but 204.8 rows of 2,048 tokens expanded,
     # 10 + 80 GB at 0.6 * 4e12 = 37.5 ms. 10 GB / 25 = 400 ms of copies, 4 ms an expert. At 51.2
     # tokens an expert takes the CPU 51 ms beside them (0.4e12), with ten times the rate 5 ms: two
     # of ten, with a millisecond to meet, are done within half of eight copies, three are not.
@@ -216,15 +217,19 @@ def test_prefill_streams_experts() -> None:
         found = predict.prefill(WORK, place, machine, 512)
         assert found.rate == pytest.approx(512 / (copied + 10 * 0.4e-3 + 0.35e-3))
         assert found.bound == "experts over PCIe"
-    found = predict.prefill(WORK, place, replace(GPU, vram=4000.0, pcie_up={64: 500.0}), 512)
-    computed = 4.096e12 / 0.33e14 + 90e9 / (0.6 * 4e12)
-    assert found.rate == pytest.approx(512 / (computed + 10 * 0.4e-3 + 0.35e-3))
-    assert found.bound == "products on the GPU"
-    # what is computed in no time has to be launched: 4.7 ms a layer
+    quick = replace(GPU, vram=4000.0, pcie_up={64: 500.0})
     fast = replace(GPU, vram=1e6, pcie_up={64: 5000.0}, gpu_bf16=1e9)
-    found = predict.prefill(WORK, place, fast, 512)
-    assert found.rate == pytest.approx(512 / (10 * 5.1e-3 + 0.35e-3))
-    assert found.bound == "launches"
+    for tokens, expanding in ((512, 10e9 / (0.22 * 4e12)), (2048, 90e9 / (0.6 * 4e12))):
+        place = replace(place, prefill_chunk=tokens)
+        found = predict.prefill(WORK, place, quick, tokens)
+        computed = 8e9 * tokens / 0.33e14 + expanding
+        assert found.rate == pytest.approx(tokens / (computed + 10 * 0.4e-3 + 0.35e-3))
+        assert found.bound == "products on the GPU"
+        # what is computed in no time has to be launched: 2.2 ms a layer, or 4.7
+        found = predict.prefill(WORK, place, fast, tokens)
+        launched = 2.2e-3 if tokens == 512 else 4.7e-3
+        assert found.rate == pytest.approx(tokens / (10 * (launched + 0.4e-3) + 0.35e-3))
+        assert found.bound == "launches"
 
 
 def test_prefill_of_few_tokens_multiplies_experts_in_slots_straight() -> None:

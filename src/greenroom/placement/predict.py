@@ -28,8 +28,9 @@ GPU_STEP_SECONDS = 0.35e-3
 # CPU waits for hidden states (demo model, 26 November 2026: 24 such layers took 20 ms).
 PLAIN_LAYER_SECONDS = 0.8e-3
 # Of a long step, by layer: what the host needs while GPU and bus work, and what passes between the
-# last copy or product and the next layer's first.
-LONG_LAYER_HOST_SECONDS = 4.7e-3
+# last copy or product and the next layer's first. Experts of few rows take fewer launches
+# (gpt-oss-20b with nearly all in VRAM, 64 and 256 tokens, an H100, 26 November 2026).
+LONG_LAYER_HOST_SECONDS, FEW_ROWS_HOST_SECONDS = 4.7e-3, 2.2e-3
 LONG_LAYER_GAP_SECONDS = 0.4e-3
 # Of long steps: share of the peak rate that products reach, operations of attention in a second,
 # share of VRAM's bandwidth that expanding experts reaches.
@@ -157,8 +158,9 @@ def prefill(
     if gpu and placement.staging and machine.pcie:
         copied = steps * missing * sum(work.experts.values()) / _bytes(machine.pcie)
         copied *= (1 - work.late) * (1 - _lent(work, machine, rows, missing))
-        waits = not _straight(work, placement, rows)
-        launched = waits * steps * placement.layers_on_gpu * LONG_LAYER_HOST_SECONDS
+        waits = not _runs_ahead(work, placement, rows)
+        launching = FEW_ROWS_HOST_SECONDS if _straight(work, rows) else LONG_LAYER_HOST_SECONDS
+        launched = waits * steps * placement.layers_on_gpu * launching
         parts = _longest(parts, {"experts over PCIe": copied, "launches": launched})
     elif missing:
         parts["experts on the CPU"] = missing * on_cpu
@@ -202,9 +204,14 @@ def _lent(work: Work, machine: MachineProfile, rows: float, missing: float) -> f
     return len(Share(rates).lend(range(absent), absent, sizes, nbytes, weights)) / absent
 
 
-def _straight(work: Work, placement: Placement, rows: float) -> bool:
-    """Whether a step of so many tokens multiplies experts straight from their slots' blocks."""
-    return resident(placement, work) >= 1 and rows * work.share <= FEW_ROWS
+def _straight(work: Work, rows: float) -> bool:
+    """Whether a step of so many tokens multiplies experts straight from their blocks."""
+    return rows * work.share <= FEW_ROWS
+
+
+def _runs_ahead(work: Work, placement: Placement, rows: float) -> bool:
+    """Whether the host need not know such a step's routes."""
+    return resident(placement, work) >= 1 and _straight(work, rows)
 
 
 def _on_gpu(
@@ -222,12 +229,12 @@ def _on_gpu(
     values = resident_or_staged * weights * (1 - work.late)
     dense = sum(work.dense_values.values()) - sum(work.head_values.values())
     operations = 2 * rows * steps * (dense + values * work.share)
-    experts, straight = sum(work.experts.values()), _straight(work, placement, rows)
-    # A slab is read, and as float16 written and read.
-    moved = resident_or_staged * (experts + 4 * weights) / GPU_EXPANDING
-    moved = experts / GPU_STRAIGHT if straight else moved
+    experts = sum(work.experts.values())
+    # A slab is read, and unless its rows are few, as float16 written and read.
+    straight, expanded = experts / GPU_STRAIGHT, (experts + 4 * weights) / GPU_EXPANDING
+    moved = resident_or_staged * (straight if _straight(work, rows) else expanded)
     between = LONG_LAYER_GAP_SECONDS if resident_or_staged else PLAIN_LAYER_SECONDS
-    between = LONG_LAYER_KERNEL_SECONDS if straight else between
+    between = LONG_LAYER_KERNEL_SECONDS if _runs_ahead(work, placement, rows) else between
     return {
         "products on the GPU": gpu * operations / (GPU_PRODUCTS * _bytes(machine.gpu_bf16)),
         "attention on the GPU": gpu * attended / GPU_ATTENTION,
