@@ -63,7 +63,7 @@ class Resident:
         self.table = torch.tensor(slots, dtype=torch.int32, device=DEVICE)
         self.full = min(slots) >= 0
 
-    def hits(self, hidden, ids, weights) -> torch.Tensor:
+    def hits(self, hidden, ids, weights, guests=None) -> torch.Tensor:
         here = (ids >= 0) & (self.table[ids.clamp(min=0).long()] >= 0)
         return (hidden * (weights * here).sum(1, keepdim=True)).contiguous()
 

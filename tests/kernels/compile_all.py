@@ -23,6 +23,7 @@ from greenroom.kernels.errand import meet, send, tell
 from greenroom.kernels.expert_rows import activated_rows, add_rows, scaled_rows
 from greenroom.kernels.experts import hits
 from greenroom.kernels.gather import KINDS, gather
+from greenroom.kernels.guests import Guests, fetch
 from greenroom.kernels.handover import publish
 from greenroom.kernels.matvec import matvec
 from greenroom.kernels.norm import norm
@@ -102,8 +103,11 @@ choose(x, "softmax", 8, renormalise=True)
 logits(x, torch.zeros(4, 256), x)
 publish(x, ints.view(2, 4), torch.zeros(2, 4), (x, ints, x))
 box = Box(x, ints.view(2, 4), torch.zeros(2, 4), x, ints, ints)
-for table, part in ((None, None), (ints, x)):
-    ring(x, ints.view(2, 4), torch.zeros(2, 4), box, ints, table, table)
+slabs = torch.zeros(8, 64, dtype=torch.uint8)
+here, copied = Guests(ints, ints, slabs, slabs), Guests(ints, ints, slabs[:2], slabs)
+fetch(copied)
+for table, part, guests in ((None, None, None), (ints, x, here), (None, x, copied)):
+    ring(x, ints.view(2, 4), torch.zeros(2, 4), box, ints, table, table, guests)
     collect(box, 2, ints, part, part)
 grouped.carry(ints, ints)
 send(x, ints, ints, x)
@@ -116,7 +120,9 @@ group = grouped.Group(0, 0, (2,))
 for kinds in [(39, 39, 39), (12, 12, 14), (30, 30, 30)][: 1 if quick else 3]:
     layout = SlabLayout.plan(tuple(GGMLType(kind) for kind in kinds), 256, 256, True)
     memory = torch.zeros(1, 64, dtype=torch.uint8)
-    hits(memory, ints, layout, x, ints.view(2, 4), torch.zeros(2, 4), "gpt-oss")
+    for guests in (None, here):
+        x_routes = x, ints.view(2, 4), torch.zeros(2, 4)
+        hits(memory, ints, layout, *x_routes, "gpt-oss", guests=guests)
     both = torch.zeros(1, 512)
     activated_rows(both, memory, (0, 0), x, routes, group, 0, "gpt-oss")
     add_rows(x, x, x, memory, 0, routes, group, 0)

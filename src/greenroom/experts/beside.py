@@ -14,7 +14,10 @@ from torch import Tensor
 
 from greenroom.errors import NativeError
 from greenroom.experts.cpu import CpuExperts
+from greenroom.experts.limits import SHORT_STEP
+from greenroom.kernels.guests import Guests, fetch
 from greenroom.kernels.handover import publish
+from greenroom.kernels.planes import Cutter
 
 
 class Mailbox:
@@ -55,10 +58,12 @@ class Slots(Protocol):
         table: (experts,) int32 on the device: an expert's slot, or -1 if it has none. Its values
             change between steps only, its address never.
         full: whether every expert has a slot; then none ever leaves.
+        cut: cuts hidden states into planes.
     """
 
     table: Tensor
     full: bool
+    cut: Cutter
 
     def takes(self, routes: int) -> bool:
         """Whether `many` computes steps of so many routes, only if `full`."""
@@ -69,18 +74,37 @@ class Slots(Protocol):
     def passed_by(self, ids: Tensor) -> None:
         """A long step is left to the CPU, with these routes (tokens, k) int32."""
 
-    def hits(self, hidden: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
-        """The sum over the routes whose expert has a slot; part of a captured step, so without
-        waiting for the device.
+    def hits(
+        self, hidden: Tensor, ids: Tensor, weights: Tensor, guests: Guests | None = None
+    ) -> Tensor:
+        """The sum over the routes whose expert has a slot or is a guest; part of a captured step,
+        so without waiting for the device.
 
         Args:
             hidden: (tokens, d) float32 on the device.
             ids: (tokens, k) int32 on the device; -1 for rows that only pad the batch.
             weights: (tokens, k) float32 on the device.
+            guests: of this step, or None.
 
         Returns:
             (tokens, d) float32 on the device.
         """
+
+
+class Bus(Protocol):
+    """Brings experts in RAM over the bus in short steps, see `kernels.guests`.
+
+    Attributes:
+        cut: as that of `Slots`.
+    """
+
+    cut: Cutter
+
+    def guests(self, tokens: int) -> Guests | None:
+        """Those of a step of so many tokens; None if there are never any."""
+
+    def hits(self, hidden: Tensor, ids: Tensor, weights: Tensor, guests: Guests) -> Tensor:
+        """As `Slots.hits`, of a layer without slots."""
 
 
 class Stream(Protocol):
@@ -98,9 +122,13 @@ class Courier(Protocol):
 
     Attributes:
         records: whether steps that use it can be recorded and replayed.
+        shares: whether what is sent now may have guests.
     """
 
     records: bool
+
+    @property
+    def shares(self) -> bool: ...
 
     def recording(self, layers: Sequence[CpuExperts]) -> AbstractContextManager[None]:
         """Within it, steps that use `layers`, in this order, can be recorded.
@@ -124,11 +152,13 @@ class Courier(Protocol):
         ids: Tensor,
         weights: Tensor,
         table: Tensor | None,
+        guests: Guests | None = None,
     ) -> Tensor:
         """Starts; arguments on the device, as those of `CpuExperts.__call__`.
 
         Args:
             table: of `Slots`; routes whose expert has a slot do not go to the CPU.
+            guests: who they are is decided by this; neither do their routes.
 
         Returns:
             The ids, with -1 for rows that only pad the batch.
@@ -149,6 +179,7 @@ class WaitingCourier:
     """
 
     records = False
+    shares = False
 
     def __init__(self, device: torch.device) -> None:
         self._box = Mailbox(device)
@@ -174,8 +205,10 @@ class WaitingCourier:
         ids: Tensor,
         weights: Tensor,
         table: Tensor | None,
+        guests: Guests | None = None,
     ) -> Tensor:
         """See `Courier.send`."""
+        assert guests is None
         if self._work is not None:
             raise NativeError("experts: a layer was started before the one before it was fetched")
         tokens, width = hidden.shape
@@ -215,9 +248,12 @@ class ExpertsBeside:
         courier: shared by all layers of a model.
         slots: this layer's experts in VRAM, or None.
         stream: computes steps of more than `FEW` tokens, or None for the CPU.
+
+    Attributes:
+        bus: brings guests, if it pays.
     """
 
-    FEW = 32
+    FEW = SHORT_STEP
 
     def __init__(
         self,
@@ -229,6 +265,7 @@ class ExpertsBeside:
         self.cpu = cpu
         self.slots = slots
         self.stream = stream
+        self.bus: Bus | None = None
         self._courier = courier
         self._hits: Tensor | None = None
         self._done: Tensor | None = None
@@ -263,9 +300,16 @@ class ExpertsBeside:
         if long and slots is not None:  # no memory is planned for so much of the slots' kernels
             slots.passed_by(ids)
             slots = None
+        bus = self.bus if self._courier.shares and not long else None
+        guests = None if bus is None else bus.guests(len(hidden))
         table = None if slots is None else slots.table
-        live = self._courier.send(self.cpu, hidden, ids, weights, table)
-        self._hits = None if slots is None else slots.hits(hidden, live, weights)
+        live = self._courier.send(self.cpu, hidden, ids, weights, table, guests)
+        if guests is not None:
+            fetch(guests)
+        if slots is not None:
+            self._hits = slots.hits(hidden, live, weights, guests)
+        elif bus is not None and guests is not None:
+            self._hits = bus.hits(hidden, live, weights, guests)
 
     def abandon(self) -> None:
         """Forgets a `start` whose step failed before `finish`."""

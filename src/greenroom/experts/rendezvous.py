@@ -19,9 +19,10 @@ from greenroom import native
 from greenroom.errors import NativeError
 from greenroom.experts.beside import Courier, WaitingCourier
 from greenroom.experts.cpu import CpuExperts
+from greenroom.experts.limits import SHORT_STEP
+from greenroom.kernels.guests import Guests
 from greenroom.kernels.rendezvous import LIMIT_MS, STATE_WORDS, Box, collect, ring
 
-MOST_TOKENS = 32  # of a recorded step
 WORDS = 16  # a bell has a cache line to itself
 PATIENCE = 10.0  # seconds until the native thread calls a bell that does not ring a failure
 SECONDS = 15.0  # for one layer on the CPU; the device waits LIMIT_MS, which is longer
@@ -80,12 +81,18 @@ class Desk:
         return Box(hidden, ids, weights, result, self._ring[layer], self._done[layer])
 
     def send(
-        self, layer: int, hidden: Tensor, ids: Tensor, weights: Tensor, table: Tensor | None
+        self,
+        layer: int,
+        hidden: Tensor,
+        ids: Tensor,
+        weights: Tensor,
+        table: Tensor | None,
+        guests: Guests | None = None,
     ) -> None:
         """Rings for a layer, see `kernels.rendezvous.ring`."""
         source = self._source if layer == 0 else None
         parts = (hidden.contiguous(), ids.contiguous(), weights.contiguous())
-        ring(*parts, self.box(layer), self.state, table, source)
+        ring(*parts, self.box(layer), self.state, table, source, guests)
 
     def begin(self, tokens: int) -> None:
         """Has the native thread expect a step, which may be given to the device then.
@@ -182,13 +189,19 @@ class RendezvousCourier:
         self._sent: tuple[int, int] | None = None  # layer and tokens
         self.records = True
 
+    @property
+    def shares(self) -> bool:
+        """See `Courier`: only what is recorded; a plain step's host would have to wait for who
+        comes."""
+        return self._recording
+
     @contextmanager
     def recording(self, layers: Sequence[CpuExperts]) -> Iterator[None]:
         """See `Courier.recording`; a plain step must have come before."""
         if layers and (self._desk is None or self._desk.layers != list(layers)):
             self._try(layers[0])
             self._desk = None  # gives its memory back first
-            self._desk = Desk(self._device, layers, MOST_TOKENS, self._k)
+            self._desk = Desk(self._device, layers, SHORT_STEP, self._k)
         elif not layers:
             self._desk = None
         self._recording = self._desk is not None
@@ -230,6 +243,7 @@ class RendezvousCourier:
         ids: Tensor,
         weights: Tensor,
         table: Tensor | None,
+        guests: Guests | None = None,
     ) -> Tensor:
         """See `Courier.send`."""
         self._k = ids.shape[1]
@@ -237,7 +251,7 @@ class RendezvousCourier:
             return self._plain.send(experts, hidden, ids, weights, table)
         assert self._desk is not None
         layer = self._desk.layers.index(experts)
-        self._desk.send(layer, hidden, ids, weights, table)
+        self._desk.send(layer, hidden, ids, weights, table, guests)
         self._sent = layer, len(hidden)
         return ids
 

@@ -55,6 +55,12 @@ class Ring:
     def room(self) -> bool:
         return bool(self._free)
 
+    def follow(self) -> None:
+        """Copies from now on wait for what the device was given before: short steps use the pages
+        as they like."""
+        if self.cuda:
+            self._stream.wait_stream(torch.cuda.current_stream())
+
     def fetch(self, layer: int, experts: tuple[int, ...]) -> None:
         """Begins the copies of a page's experts; there must be room."""
         page = self._free.popleft()

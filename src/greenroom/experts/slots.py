@@ -21,6 +21,7 @@ from greenroom.experts.selfcheck import SelfCheck
 from greenroom.experts.slabs import SlabLayout
 from greenroom.experts.uselog import SEEN, Account, Seen, UseLog
 from greenroom.kernels.experts import hits
+from greenroom.kernels.guests import Guests
 from greenroom.kernels.planes import Cutter
 from greenroom.kernels.sorting import by_expert
 
@@ -68,13 +69,14 @@ class LayerSlots:
         self.seen.later(starts)
         return total
 
-    def hits(self, hidden: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
-        """The sum over routes whose expert has a slot, see `kernels.experts.hits`."""
+    def hits(
+        self, hidden: Tensor, ids: Tensor, weights: Tensor, guests: Guests | None = None
+    ) -> Tensor:
+        """The sum over routes whose expert has a slot or is a guest, see `kernels.experts.hits`."""
+        where = self.memory, self.table, self._layout
         arguments = (hidden.contiguous(), ids.contiguous(), weights.contiguous())
         seen = self.seen.row(ids)
-        return hits(
-            self.memory, self.table, self._layout, *arguments, self._activation, seen, self.cut
-        )
+        return hits(*where, *arguments, self._activation, seen, self.cut, guests)
 
     def passed_by(self, ids: Tensor) -> None:
         """Counts a long step that is left to the CPU; ids: (tokens, k) int32."""

@@ -135,6 +135,7 @@ class LayerStream:
     def begin(self, tokens: int) -> None:
         """A step of so many tokens begins, and this is its first layer: pages set off before
         routes are known, unless those are few."""
+        self.ring.follow()
         used, experts = self._desk.used, self.cpu.experts
         if not self._all(tokens, used) or self.ring.drop(self._index):
             return

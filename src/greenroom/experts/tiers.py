@@ -12,9 +12,11 @@ import torch
 from numpy.typing import NDArray
 
 from greenroom.experts.beside import ExpertsBeside
+from greenroom.experts.bus import Bus, LayerBus
 from greenroom.experts.cpu import CpuExperts
 from greenroom.experts.errands import Errands
-from greenroom.experts.limits import BESIDE_STAGED
+from greenroom.experts.limits import BESIDE_STAGED, STREAMED
+from greenroom.experts.pace import Pace, measure
 from greenroom.experts.pinned import register
 from greenroom.experts.ring import Ring
 from greenroom.experts.share import Share
@@ -65,6 +67,7 @@ class Tiers:
         self._worker: ThreadPoolExecutor | None = None
         self._staged = 0  # bytes of staging slabs and their scratch
         self._errands: Errands | None = None
+        self._bus: Bus | None = None
         self.slots: Slots | None = None
 
     def add(self, experts: ExpertsBeside) -> None:
@@ -95,6 +98,16 @@ class Tiers:
             for layer, slots in zip(self._layers, self.slots.layers, strict=True):
                 layer.slots = slots
         self._stage(banks)
+        if self._bus is not None and self._used and all(bank.pinned for bank in banks):
+            self.share_bus(measure(banks, self._used, self._bus.staging))
+
+    def share_bus(self, pace: Pace) -> None:
+        """Short steps that are recorded from now on have the device read some of the experts in
+        RAM, as the pace says; there must be staging memory."""
+        assert self._bus is not None
+        self._bus.follow(pace, [layer.cpu for layer in self._layers], self._used)
+        for layer in self._layers:
+            layer.bus = LayerBus(self._bus, layer.cpu)
 
     def begin(self, tokens: int) -> None:
         """A step of so many tokens begins, but for one that is replayed: if it is a long one, its
@@ -124,8 +137,8 @@ class Tiers:
         if self._account.device.type == "cuda":  # copies of the step that failed may be under way
             torch.cuda.synchronize(self._account.device)
         for layer in self._layers:
-            layer.stream = None
-        self._errands = None
+            layer.stream = layer.bus = None
+        self._errands = self._bus = None
         freed, self._staged = self._staged, 0
         self._account.release("staging", freed)
         torch.cuda.empty_cache()
@@ -141,13 +154,16 @@ class Tiers:
             return
         pages = min(pages, len(banks) * -(-experts // slabs) + 1)
         scratch = self._account.empty("staging", [slabs * numbers], torch.float16)
-        table = self._account.empty("staging", [BESIDE_STAGED // 4 * experts], torch.int32)
+        table = self._account.empty("staging", [BESIDE_STAGED // 4, experts], torch.int32)
+        quota, places = table[STREAMED // 4 : -1], table[-1]
         self.share = self.share or Share(None)
-        ring = Ring(self._account.empty("staging", [pages, slabs * slab], torch.uint8), slabs)
-        self._staged = scratch.nbytes + table.nbytes + pages * slabs * slab
+        memory = self._account.empty("staging", [pages, slabs * slab], torch.uint8)
+        ring, self._bus = Ring(memory, slabs), Bus(quota, places, memory.view(-1))
+        self._staged = scratch.nbytes + table.nbytes + memory.nbytes
         none: list[LayerSlots | None] = [None] * len(banks)
         self._errands = Errands(self._account.device, banks)
-        desk, before = Desk(table, scratch, self._used, self.share, self._errands), None
+        streamed = table[: STREAMED // 4].view(-1)
+        desk, before = Desk(streamed, scratch, self._used, self.share, self._errands), None
         for layer, seats in zip(
             self._layers, none if self.slots is None else self.slots.layers, strict=True
         ):

@@ -1,9 +1,11 @@
-"""Experts that sit in VRAM slots, for steps of a few tokens: every route whose expert the table
-finds is computed from its slab; the others are left alone. Shapes do not depend on the routes and
-nothing waits for the host, so the launches can be captured in a graph. Knows slabs, not policy.
+"""Experts that sit in VRAM slots, or come as guests over the bus, for steps of a few tokens: every
+route whose expert is found is computed from its slab; the others are left alone. Shapes do not
+depend on the routes and nothing waits for the host, so the launches can be captured in a graph.
+Knows slabs, not policy.
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
@@ -11,6 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from greenroom.kernels.guests import Guests
 from greenroom.kernels.lines import Walk, line_products
 from greenroom.kernels.matvec import iq4_table
 from greenroom.kernels.planes import (
@@ -96,21 +99,32 @@ def _rows(
 
 
 @triton.jit
+def _slab(memory, table, guests, places, expert, slab_bytes, GUESTS: tl.constexpr):
+    """(address of an expert's slab, whether there is one that the device reads)."""
+    slot = tl.load(table + tl.maximum(expert, 0))
+    if GUESTS:  # noqa: SIM102 (known when compiled, unlike the other)
+        if slot < 0:
+            slot = tl.load(places + tl.maximum(expert, 0))
+            memory = guests
+    return memory + tl.maximum(slot, 0).to(tl.int64) * slab_bytes, (expert >= 0) & (slot >= 0)
+
+
+@triton.jit
 def _gate_up(
-    memory, table, ids, seen, x, words, units, inner, inner_words, inner_units, iq4, slab_bytes,
-    d, f, up_at, gate_bias, up_bias, g_group, g_payload, g_lines, u_group, u_payload, u_lines,
-    K: tl.constexpr, G: tl.constexpr, U: tl.constexpr, ORDER: tl.constexpr, THEN: tl.constexpr,
-    PLANES: tl.constexpr, ASM: tl.constexpr, BIAS: tl.constexpr, ACTIVATION: tl.constexpr,
-    SEEN: tl.constexpr, SAME: tl.constexpr, LINES: tl.constexpr,
+    memory, table, guests, places, ids, seen, x, words, units, inner, inner_words, inner_units,
+    iq4, slab_bytes, d, f, up_at, gate_bias, up_bias, g_group, g_payload, g_lines, u_group,
+    u_payload, u_lines, K: tl.constexpr, G: tl.constexpr, U: tl.constexpr, ORDER: tl.constexpr,
+    THEN: tl.constexpr, PLANES: tl.constexpr, ASM: tl.constexpr, BIAS: tl.constexpr,
+    ACTIVATION: tl.constexpr, SEEN: tl.constexpr, SAME: tl.constexpr, GUESTS: tl.constexpr,
+    LINES: tl.constexpr,
 ):  # fmt: skip
     route = tl.program_id(0)
     expert = tl.load(ids + route)
     if SEEN:
         tl.store(seen + route, expert, mask=tl.program_id(1) == 0)
-    slot = tl.load(table + tl.maximum(expert, 0))
-    if (expert < 0) | (slot < 0):
+    slab, there = _slab(memory, table, guests, places, expert, slab_bytes, GUESTS)
+    if not there:
         return
-    slab = memory + slot.to(tl.int64) * slab_bytes
     token = (route // K).to(tl.int64)
     x += token * d
     words += token * PLANES * (d // 4)
@@ -143,16 +157,16 @@ def _gate_up(
 
 @triton.jit
 def _down(
-    memory, table, ids, inner, words, units, out, iq4, slab_bytes, d, f, down_at, bias_at,
-    group_bytes, payload_bytes, lines, C: tl.constexpr, ORDER: tl.constexpr, PLANES: tl.constexpr,
-    ASM: tl.constexpr, BIAS: tl.constexpr, LINES: tl.constexpr,
+    memory, table, guests, places, ids, inner, words, units, out, iq4, slab_bytes, d, f, down_at,
+    bias_at, group_bytes, payload_bytes, lines, C: tl.constexpr, ORDER: tl.constexpr,
+    PLANES: tl.constexpr, ASM: tl.constexpr, BIAS: tl.constexpr, GUESTS: tl.constexpr,
+    LINES: tl.constexpr,
 ):  # fmt: skip
     route = tl.program_id(0).to(tl.int64)
     expert = tl.load(ids + route)
-    slot = tl.load(table + tl.maximum(expert, 0))
-    if (expert < 0) | (slot < 0):
+    slab, there = _slab(memory, table, guests, places, expert, slab_bytes, GUESTS)
+    if not there:
         return
-    slab = memory + slot.to(tl.int64) * slab_bytes
     rows = tl.program_id(1)
     group = slab + down_at + rows.to(tl.int64) * group_bytes
     y, _ = _rows(
@@ -168,18 +182,37 @@ def _down(
 
 
 @triton.jit
-def _reduce(table, ids, weights, parts, out, d, K: tl.constexpr, BLOCK: tl.constexpr):
+def _reduce(
+    table, places, ids, weights, parts, out, d, K: tl.constexpr, GUESTS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
     token = tl.program_id(0)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     acc = tl.zeros((BLOCK,), tl.float32)
     for i in range(K):  # in the order of the routes: the same sum every time
         route = token * K + i
         expert = tl.load(ids + route)
-        slot = tl.load(table + tl.maximum(expert, 0))
-        if (expert >= 0) & (slot >= 0):
+        _, there = _slab(parts, table, parts, places, expert, 0, GUESTS)
+        if there:
             part = tl.load(parts + route.to(tl.int64) * d + column, mask=column < d, other=0.0)
             acc += part * tl.load(weights + route)
     tl.store(out + token.to(tl.int64) * d + column, acc, mask=column < d)
+
+
+@dataclass(frozen=True, slots=True)
+class Slabs:
+    """Where `hits` finds experts; see there."""
+
+    memory: Tensor
+    table: Tensor
+    guests: Guests | None
+
+    @property
+    def arguments(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """As the kernels take them."""
+        if self.guests is None:
+            return self.memory, self.table, self.memory, self.table
+        return self.memory, self.table, self.guests.memory, self.guests.places
 
 
 def hits(
@@ -192,8 +225,9 @@ def hits(
     activation: str = "silu",
     seen: Tensor | None = None,
     cut: Callable[[Tensor, int], tuple[Tensor, Tensor]] = split,
+    guests: Guests | None = None,
 ) -> Tensor:
-    """Weighted sum of the chosen experts that have a slot.
+    """Weighted sum of the chosen experts that have a slot or are guests.
 
     Args:
         memory: (slots, layout.nbytes) uint8.
@@ -205,6 +239,7 @@ def hits(
         activation: "silu" or "gpt-oss".
         seen: (at least tokens * k,) int32 that takes the ids, hits or not, or None.
         cut: `split`, or what knows the planes of `hidden` already.
+        guests: of this layer in this step; where they lie is known by now.
 
     Returns:
         (tokens, d) float32; zeros where nothing hit.
@@ -216,16 +251,21 @@ def hits(
     gate, up = (Walk.of(int(kind), d) for kind in layout.types[:2])
     first = order(gate.constants) if order(gate.constants) == order(up.constants) else 0
     planes = cut(hidden, first) if first else (ids, hidden)
-    inner = _activations(memory, table, layout, hidden, planes, ids, activation, seen, first, then)
+    slabs = Slabs(memory, table, guests)
+    inner = _activations(slabs, layout, hidden, planes, ids, activation, seen, first, then)
     parts = torch.empty(tokens * k, d, device=hidden.device)
     out = torch.empty(tokens, d, device=hidden.device)
     _down[(tokens * k, -(-d // 16))](
-        memory, table, ids, *inner, parts, iq4_table(hidden.device), layout.nbytes, d, f,
+        *slabs.arguments, ids, *inner, parts, iq4_table(hidden.device), layout.nbytes, d, f,
         layout.matrices[2][0], layout.biases[2][0] if layout.biases else 0, walk.group_bytes,
         walk.payload_bytes, walk.lines, C=walk.constants, ORDER=then, PLANES=PLANES,
-        ASM=not INTERPRETED, BIAS=layout.biases is not None, LINES=_lines(then), num_warps=WARPS,
+        ASM=not INTERPRETED, BIAS=layout.biases is not None, GUESTS=guests is not None,
+        LINES=_lines(then), num_warps=WARPS,
     )  # fmt: skip
-    _reduce[(tokens, -(-d // REDUCE))](table, ids, weights, parts, out, d, K=k, BLOCK=REDUCE)
+    _reduce[(tokens, -(-d // REDUCE))](
+        table, slabs.arguments[3], ids, weights, parts, out, d, K=k, GUESTS=guests is not None,
+        BLOCK=REDUCE,
+    )  # fmt: skip
     return out
 
 
@@ -234,8 +274,7 @@ def _lines(order: int) -> int:
 
 
 def _activations(
-    memory: Tensor,
-    table: Tensor,
+    slabs: Slabs,
     layout: Layout,
     hidden: Tensor,
     cut: tuple[Tensor, Tensor],
@@ -253,12 +292,12 @@ def _activations(
     planes = room(tokens * k, f, device) if then else (ids, inner)
     gate_bias, up_bias = (layout.biases[0][0], layout.biases[1][0]) if layout.biases else (0, 0)
     _gate_up[(tokens * k, -(-f // 16))](
-        memory, table, ids, ids if seen is None else seen, hidden, *cut, inner, *planes,
+        *slabs.arguments, ids, ids if seen is None else seen, hidden, *cut, inner, *planes,
         iq4_table(device), layout.nbytes, d, f, layout.matrices[1][0], gate_bias, up_bias,
         gate.group_bytes, gate.payload_bytes, gate.lines, up.group_bytes, up.payload_bytes,
         up.lines, K=k, G=gate.constants, U=up.constants, ORDER=first, THEN=then, PLANES=PLANES,
         ASM=not INTERPRETED, BIAS=layout.biases is not None, ACTIVATION=ACTIVATIONS[activation],
-        SEEN=seen is not None, SAME=gate.constants == up.constants, LINES=_lines(first),
-        num_warps=WARPS,
+        SEEN=seen is not None, SAME=gate.constants == up.constants,
+        GUESTS=slabs.guests is not None, LINES=_lines(first), num_warps=WARPS,
     )  # fmt: skip
     return inner, *planes

@@ -16,6 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from greenroom.kernels.guests import ROUTES_AT_ONCE, Guests, absent, invite, invite_twin
 from greenroom.kernels.planes import INTERPRETED
 
 STATE_WORDS = 3  # on the device: the step's number, routes sent in this layer, step given up
@@ -113,9 +114,10 @@ def _now(ASM: tl.constexpr):
 
 @triton.jit
 def _ring(
-    hidden, ids, weights, table, to_hidden, to_ids, to_weights, bell, state, source, values,
-    routes, TABLE: tl.constexpr, FIRST: tl.constexpr, ROUTES: tl.constexpr, BLOCK: tl.constexpr,
-    THREADS: tl.constexpr, ASM: tl.constexpr,
+    hidden, ids, weights, table, quota, places, to_hidden, to_ids, to_weights, bell, state, source,
+    values, routes, experts, TABLE: tl.constexpr, GUESTS: tl.constexpr, FETCHED: tl.constexpr,
+    FIRST: tl.constexpr, ROUTES: tl.constexpr, NAMES: tl.constexpr, STEP: tl.constexpr,
+    BLOCK: tl.constexpr, THREADS: tl.constexpr, ASM: tl.constexpr,
 ):  # fmt: skip
     if FIRST:
         thread = tl.arange(0, THREADS)
@@ -127,10 +129,11 @@ def _ring(
     place = tl.arange(0, BLOCK)
     value = tl.load(hidden + place, mask=place < values)  # before anything depends on routes
     weight = tl.load(weights + at, mask=at < routes)
-    expert = tl.load(ids + at, mask=at < routes, other=-1)
-    if TABLE:
-        slot = tl.load(table + expert, mask=expert >= 0, other=-1)
-        expert = tl.where(slot >= 0, -1, expert)
+    expert = absent(ids, table, at, routes, TABLE)
+    if GUESTS:
+        expert = invite(
+            expert, ids, table, quota, places, routes, experts, TABLE, FETCHED, NAMES, STEP
+        )
     sent = tl.sum((expert >= 0).to(tl.int32), 0)
     tl.store(state + 1, sent)
     word = step
@@ -217,6 +220,7 @@ def ring(
     state: Tensor,
     table: Tensor | None = None,
     source: Tensor | None = None,
+    guests: Guests | None = None,
 ) -> None:
     """Hands a layer to the CPU: fills the box and rings its bell with the step's number, or, if
     there is nothing for the CPU, with the number and `FLAG`, and leaves the rest of the box alone.
@@ -229,16 +233,21 @@ def ring(
         state: (STATE_WORDS,) int32 on the device, the same for all layers of a step.
         table: (experts,) int32; experts whose entry is not -1 are not the CPU's.
         source: (1,) int32 in pinned memory, from which the first layer takes the step's number.
+        guests: of the layer; who comes is decided here, and is not the CPU's either.
 
     Raises:
         ValueError: shapes do not fit together.
     """
     routes = _checked(hidden, ids, weights, box, state)
+    quota, places = (ids, ids) if guests is None else (guests.quota, guests.places)
     _ring[(1,)](
-        hidden, ids, weights, ids if table is None else table, box.hidden, box.ids, box.weights,
-        box.ring, state, state if source is None else source, hidden.numel(), routes,
-        TABLE=table is not None, FIRST=source is not None, ROUTES=triton.next_power_of_2(routes),
-        BLOCK=COPIED, THREADS=32 * WARPS, ASM=not INTERPRETED, num_warps=WARPS,
+        hidden, ids, weights, ids if table is None else table, quota, places, box.hidden, box.ids,
+        box.weights, box.ring, state, state if source is None else source, hidden.numel(), routes,
+        len(places), TABLE=table is not None, GUESTS=guests is not None,
+        FETCHED=guests is not None and guests.fetched, FIRST=source is not None,
+        ROUTES=triton.next_power_of_2(routes), NAMES=triton.next_power_of_2(len(places)),
+        STEP=ROUTES_AT_ONCE, BLOCK=COPIED, THREADS=32 * WARPS, ASM=not INTERPRETED,
+        num_warps=WARPS,
     )  # fmt: skip
 
 
@@ -250,12 +259,15 @@ def ring_twin(
     state: Tensor,
     table: Tensor | None = None,
     source: Tensor | None = None,
+    guests: Guests | None = None,
 ) -> None:
     """`ring` in plain torch; the truth it is held against."""
     _checked(hidden, ids, weights, box, state)
     if source is not None:
         state[0] = source[0]
-    if table is not None:
+    if guests is not None:
+        ids = invite_twin(ids, table, guests)
+    elif table is not None:
         here = (ids >= 0) & (table[ids.clamp(min=0).long()] >= 0)
         ids = ids.masked_fill(here, -1)
     sent, step = int((ids >= 0).sum()), int(state[0])

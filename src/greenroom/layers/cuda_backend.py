@@ -153,9 +153,10 @@ class CudaBackend:
     def complete(self) -> None:
         """See `Backend.complete`."""
         self.tiers.complete()
-        for layer in () if self.tiers.slots is None else self.tiers.slots.layers:
-            if layer is not None:
-                layer.cut = self.bench.cut
+        for beside in self._beside:
+            for part in (beside.slots, beside.bus):
+                if part is not None:
+                    part.cut = self.bench.cut
 
     def step_done(self, tokens: int, seconds: float = 0.0) -> None:
         """Sees a long step's CPU part done and promotes experts, see `Slots.step_done`."""

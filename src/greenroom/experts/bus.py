@@ -1,0 +1,110 @@
+"""How many experts the device takes from the CPU in a short step, reading them over the bus itself
+while the CPU computes the others: as many as make the layer shortest. One token reads them where
+they lie; for several they are copied to staging memory first, as each of an expert's tokens would
+read it again. Knows paces and memory; who comes is decided on the device.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from greenroom.experts.cpu import CpuExperts
+from greenroom.experts.pace import Pace
+from greenroom.kernels.experts import hits
+from greenroom.kernels.guests import Guests
+from greenroom.kernels.planes import Cutter
+
+# Seconds of a layer besides its experts', H100 with 16 cores, 26 November 2026: until the CPU has
+# begun and its sum is seen; until the device's first bytes have come; a route computed from a copy.
+MEETING = 25e-6
+ARRIVAL = 10e-6
+ROUTE = 5e-6
+WORTH = 0.97  # of the time: another guest must save more than the rest
+
+
+def quotas(
+    pace: Pace, experts: int, used: int, nbytes: int, room: int, tokens: int
+) -> NDArray[np.int32]:
+    """How many of 1, 2, ... experts that have no slot the device takes in a step.
+
+    Args:
+        pace: of bus and CPU.
+        experts, used: of a layer, and of them by each token.
+        nbytes: of an expert.
+        room: copies there are places for; of one token none are needed.
+        tokens: of the step.
+
+    Returns:
+        (experts,) int32.
+    """
+    chosen = 1 - (1 - used / experts) ** tokens  # by anybody, if routing is uniform
+    rows = tokens * used / (experts * chosen)
+    each = nbytes / pace.bus + (ROUTE * rows if tokens > 1 else 0.0)
+    missing, guests = np.ogrid[1 : experts + 1, 0 : experts + 1]
+    left = missing - guests
+    cpu = left * pace.computing(rows) + MEETING * (left > 0)
+    seconds = np.maximum(cpu, guests * each + ARRIVAL * (guests > 0))
+    seconds[(left < 0) | (guests > (room if tokens > 1 else experts))] = np.inf
+    enough = WORTH * seconds <= seconds.min(1, keepdims=True)
+    found: NDArray[np.int32] = enough.argmax(1).astype(np.int32)
+    return found
+
+
+class Bus:
+    """What all layers of a device share.
+
+    Args:
+        quota: (longest short step, experts) int32 on the device, see `quotas`, by tokens - 1.
+        places: (experts,) int32 on the device.
+        staging: (bytes,) uint8 on the device that nobody else uses in short steps.
+    """
+
+    def __init__(self, quota: Tensor, places: Tensor, staging: Tensor) -> None:
+        self.quota, self.places, self.staging = quota, places, staging
+        self.comes = [False] * len(quota)  # whether there are ever guests
+
+    def follow(self, pace: Pace, banks: Sequence[CpuExperts], used: int) -> None:
+        """Decides how many come in steps to be recorded from now on."""
+        nbytes = max(bank.layout.nbytes for bank in banks)
+        room, (longest, experts) = len(self.staging) // nbytes, self.quota.shape
+        steps = range(1, longest + 1)
+        found = np.stack([quotas(pace, experts, used, nbytes, room, n) for n in steps])
+        self.quota.copy_(torch.from_numpy(found))
+        self.comes = [bool(row.any()) for row in found]
+
+
+class LayerBus:
+    """The bus as one layer sees it.
+
+    Args:
+        bus: of all layers.
+        cpu: the layer's slabs, pinned and in one piece.
+
+    Attributes:
+        cut: cuts hidden states into planes.
+    """
+
+    def __init__(self, bus: Bus, cpu: CpuExperts) -> None:
+        assert cpu.block is not None
+        self._bus, self._layout, self._activation = bus, cpu.layout, cpu.activation
+        self._source = torch.from_numpy(cpu.block)
+        room, slab = len(bus.staging) // cpu.layout.nbytes, cpu.layout.nbytes
+        self._copies = bus.staging[: room * slab].view(room, slab)
+        self.cut = Cutter()
+
+    def guests(self, tokens: int) -> Guests | None:
+        """See `beside.Bus.guests`."""
+        bus, count = self._bus, len(self._source)
+        if not bus.comes[tokens - 1]:
+            return None
+        memory = self._source if tokens == 1 else self._copies
+        return Guests(bus.quota[tokens - 1, :count], bus.places[:count], memory, self._source)
+
+    def hits(self, hidden: Tensor, ids: Tensor, weights: Tensor, guests: Guests) -> Tensor:
+        """See `beside.Bus.hits`."""
+        arguments = (hidden.contiguous(), ids.contiguous(), weights.contiguous())
+        where = guests.memory, guests.places, self._layout
+        return hits(*where, *arguments, self._activation, None, self.cut)

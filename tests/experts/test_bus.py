@@ -1,0 +1,124 @@
+"""Short steps whose experts in RAM are shared by CPU and device, and how many each takes."""
+
+import os
+
+import numpy as np
+import pytest
+import torch
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
+
+from greenroom import native
+from greenroom.experts import bus as bus_module
+from greenroom.experts.beside import ExpertsBeside, WaitingCourier
+from greenroom.experts.bus import MEETING, Bus, LayerBus, quotas
+from greenroom.experts.cpu import CpuExperts
+from greenroom.experts.limits import SHORT_STEP
+from greenroom.experts.pace import Pace, _computing, rounded
+from greenroom.experts.rendezvous import RendezvousCourier
+from greenroom.experts.tiers import pin
+
+from .test_rendezvous import DEVICE, EXPERTS, LAYERS, K, bank, step
+
+
+@pytest.fixture(scope="module")
+def pool():
+    return native.lib().Pool(2)
+
+
+@pytest.fixture(scope="module")
+def banks(pool) -> list[CpuExperts]:
+    return [bank(pool, seed) for seed in range(LAYERS)]
+
+
+def plain_hits(pool, banks):
+    """`hits` by the CPU, of guests whose slabs must lie where they are said to."""
+
+    def hits(memory, places, layout, hidden, ids, weights, activation, seen, cut):
+        here = (ids >= 0) & (places[ids.clamp(min=0).long()] >= 0)
+        known = [bank for bank in banks if bank.layout == layout]
+        for expert in set(ids[here].tolist()):
+            slab = memory[int(places[expert])].numpy()
+            known = [bank for bank in known if np.array_equal(bank.slab(expert), slab)]
+        assert known
+        return known[0](hidden, torch.where(here, ids, -1), weights)
+
+    return hits
+
+
+def bus_for(banks, quota: list[int], room: int) -> Bus:
+    bus = Bus(
+        torch.zeros(SHORT_STEP, EXPERTS, dtype=torch.int32, device=DEVICE),
+        torch.zeros(EXPERTS, dtype=torch.int32, device=DEVICE),
+        torch.zeros(room * banks[0].layout.nbytes, dtype=torch.uint8, device=DEVICE),
+    )
+    bus.quota.copy_(torch.tensor(quota, dtype=torch.int32).expand(SHORT_STEP, -1))
+    bus.comes = [any(quota)] * SHORT_STEP
+    return bus
+
+
+@pytest.mark.parametrize("quota", [[0, 1, 1, 2, 2], [1, 2, 3, 4, 5]])
+@pytest.mark.parametrize("tokens", [1, 3])
+def test_a_step_with_guests_gives_what_the_cpu_gives(
+    pool,
+    banks,
+    monkeypatch,
+    quota,
+    tokens,
+) -> None:
+    if DEVICE.type == "cpu":  # the interpreter takes longer than the CPU's patience lasts
+        monkeypatch.setattr(bus_module, "hits", plain_hits(pool, banks))
+    waiting = [ExpertsBeside(cpu, WaitingCourier(DEVICE)) for cpu in banks]
+    courier = RendezvousCourier(DEVICE)
+    meeting = [ExpertsBeside(cpu, courier) for cpu in banks]
+    bus = bus_for(banks, quota, EXPERTS)
+    for layer in meeting:
+        if DEVICE.type == "cuda":
+            pin(layer.cpu)
+        layer.bus = LayerBus(bus, layer.cpu)
+    alone = quota == [1, 2, 3, 4, 5]
+    for seed in range(3):
+        wanted = step(waiting, tokens, seed)
+        assert torch.equal(step(meeting, tokens, seed), wanted)  # plain ones have none
+        with courier.recording(banks), courier.answering(tokens):
+            found = step(meeting, tokens, seed)
+        torch.testing.assert_close(found, wanted, atol=2e-4, rtol=1e-3)
+        assert (bus.places >= 0).any()  # of the last layer
+        nothing = courier._desk._words[: len(banks), 0] < 0
+        assert nothing.all() if alone else not nothing.any()
+
+
+@pytest.mark.parametrize(
+    ("bus", "expert", "wanted"),
+    [
+        (25e9, 100e-6, [0, 0, 0, 0]),  # one takes the bus longer than four the CPU
+        (50e9, 140e-6, [0, 1, 1, 1]),  # 165; 274 for 305; 305 for 445; 445 for 585 us
+        (500e9, 140e-6, [1, 2, 3, 4]),  # no meeting with the CPU at all
+    ],
+)
+def test_guests_are_as_many_as_shorten_the_layer(bus, expert, wanted) -> None:
+    found = quotas(Pace(bus, expert, expert / 3), 32, 4, 13_200_000, 0, 1)
+    assert found.dtype == np.int32
+    assert found[:4].tolist() == wanted
+
+
+def test_several_tokens_share_out_what_they_need_and_no_more_than_there_is_room_for() -> None:
+    pace = Pace(50e9, 140e-6, 140e-6 / 3)
+    free, tight = (quotas(pace, 32, 4, 13_200_000, room, 32) for room in (32, 5))
+    missing = np.arange(1, 33)
+    assert (free <= missing).all()
+    assert (np.diff(free) >= 0).all()
+    left = (missing - free) * pace.computing(4.06) + MEETING
+    coming = free * (13.2e6 / 50e9)
+    assert 0.75 < coming[-1] / left[-1] < 1.25  # both are busy for as long
+    assert tight.max() == 5
+    assert (np.minimum(free, 5) == tight).all()
+
+
+def test_paces_are_rounded_and_measured_on_the_layers(pool) -> None:
+    assert rounded(1024.0) == 1024.0
+    assert rounded(1100.0) == 1024.0
+    assert rounded(1130.0) == pytest.approx(2**10.25)
+    one, many = _computing([bank(pool, seed) for seed in range(3)], K)
+    assert 0 < many < one < 1
