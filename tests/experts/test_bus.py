@@ -12,10 +12,10 @@ if not torch.cuda.is_available():
 from greenroom import native
 from greenroom.experts import bus as bus_module
 from greenroom.experts.beside import ExpertsBeside, WaitingCourier
-from greenroom.experts.bus import MEETING, Bus, LayerBus, quotas
+from greenroom.experts.bus import BELLS, ROUTE, Bus, LayerBus, quotas
 from greenroom.experts.cpu import CpuExperts
 from greenroom.experts.limits import SHORT_STEP
-from greenroom.experts.pace import Pace, _computing, rounded
+from greenroom.experts.pace import Pace, computing, line, rounded, seconds_of
 from greenroom.experts.rendezvous import RendezvousCourier
 from greenroom.experts.tiers import pin
 
@@ -90,28 +90,28 @@ def test_a_step_with_guests_gives_what_the_cpu_gives(
 
 
 @pytest.mark.parametrize(
-    ("bus", "expert", "wanted"),
+    ("guest", "expert", "wanted"),
     [
-        (25e9, 100e-6, [0, 0, 0, 0]),  # one takes the bus longer than four the CPU
-        (50e9, 140e-6, [0, 1, 1, 1]),  # 165; 274 for 305; 305 for 445; 445 for 585 us
-        (500e9, 140e-6, [1, 2, 3, 4]),  # no meeting with the CPU at all
+        (530e-6, 100e-6, [0, 0, 0, 0]),  # one takes the bus longer than four the CPU
+        (264e-6, 140e-6, [0, 1, 1, 1]),  # 165; 274 for 305; 305 for 445; 445 for 585 us
+        (26e-6, 140e-6, [1, 2, 3, 4]),  # no meeting with the CPU at all
     ],
 )
-def test_guests_are_as_many_as_shorten_the_layer(bus, expert, wanted) -> None:
-    found = quotas(Pace(bus, expert, expert / 3), 32, 4, 13_200_000, 0, 1)
+def test_guests_are_as_many_as_shorten_the_layer(guest, expert, wanted) -> None:
+    pace = Pace(25e-6 - BELLS, expert, expert / 3, 10e-6, guest, 1.0)
+    found = quotas(pace, 32, 4, 0, 1)
     assert found.dtype == np.int32
     assert found[:4].tolist() == wanted
 
 
 def test_several_tokens_share_out_what_they_need_and_no_more_than_there_is_room_for() -> None:
-    pace = Pace(50e9, 140e-6, 140e-6 / 3)
-    free, tight = (quotas(pace, 32, 4, 13_200_000, room, 32) for room in (32, 5))
+    pace = Pace(14e-6, 140e-6, 140e-6 / 3, 10e-6, 1.0, 264e-6)
+    free, tight = (quotas(pace, 32, 4, room, 32) for room in (32, 5))
     missing = np.arange(1, 33)
     assert (free <= missing).all()
     assert (np.diff(free) >= 0).all()
-    left = (missing - free) * pace.computing(4.06) + MEETING
-    coming = free * (13.2e6 / 50e9)
-    assert 0.75 < coming[-1] / left[-1] < 1.25  # both are busy for as long
+    left = (missing - free) * pace.computing(4.06)
+    assert 0.75 < free[-1] * (pace.copy + 4.06 * ROUTE) / left[-1] < 1.25  # busy for as long
     assert tight.max() == 5
     assert (np.minimum(free, 5) == tight).all()
 
@@ -120,5 +120,13 @@ def test_paces_are_rounded_and_measured_on_the_layers(pool) -> None:
     assert rounded(1024.0) == 1024.0
     assert rounded(1100.0) == 1024.0
     assert rounded(1130.0) == pytest.approx(2**10.25)
-    one, many = _computing([bank(pool, seed) for seed in range(3)], K)
-    assert 0 < many < one < 1
+    banks = [bank(pool, seed) for seed in range(3)]
+    assert 0 < computing(banks, K) < 1
+    assert 0 < seconds_of(banks[0], 32, K) < 1
+
+
+def test_lines_have_neither_a_negative_start_nor_an_odd_slope() -> None:
+    assert line(2, 4, 30e-6, 50e-6) == pytest.approx((10e-6, 10e-6))
+    assert line(2, 4, 10e-6, 50e-6) == pytest.approx((1e-6, 12.5e-6))  # steeper than the origin's
+    assert line(2, 4, 60e-6, 50e-6) == pytest.approx((25e-6, 6.25e-6))  # the second was quicker
+    assert line(1, 1, 30e-6, 30e-6) == pytest.approx((1e-6, 30e-6))

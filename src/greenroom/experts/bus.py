@@ -17,23 +17,19 @@ from greenroom.kernels.experts import hits
 from greenroom.kernels.guests import Guests
 from greenroom.kernels.planes import Cutter
 
-# Seconds of a layer besides its experts', H100 with 16 cores, 26 November 2026: until the CPU has
-# begun and its sum is seen; until the device's first bytes have come; a route computed from a copy.
-MEETING = 25e-6
-ARRIVAL = 10e-6
+# Seconds, H100 with 16 cores, 26 November 2026: the bells of CPU and device, and a route that is
+# computed from a copy.
+BELLS = 11e-6
 ROUTE = 5e-6
 WORTH = 0.97  # of the time: another guest must save more than the rest
 
 
-def quotas(
-    pace: Pace, experts: int, used: int, nbytes: int, room: int, tokens: int
-) -> NDArray[np.int32]:
+def quotas(pace: Pace, experts: int, used: int, room: int, tokens: int) -> NDArray[np.int32]:
     """How many of 1, 2, ... experts that have no slot the device takes in a step.
 
     Args:
         pace: of bus and CPU.
         experts, used: of a layer, and of them by each token.
-        nbytes: of an expert.
         room: copies there are places for; of one token none are needed.
         tokens: of the step.
 
@@ -42,11 +38,11 @@ def quotas(
     """
     chosen = 1 - (1 - used / experts) ** tokens  # by anybody, if routing is uniform
     rows = tokens * used / (experts * chosen)
-    each = nbytes / pace.bus + (ROUTE * rows if tokens > 1 else 0.0)
+    each = pace.guest if tokens == 1 else pace.copy + ROUTE * rows
     missing, guests = np.ogrid[1 : experts + 1, 0 : experts + 1]
     left = missing - guests
-    cpu = left * pace.computing(rows) + MEETING * (left > 0)
-    seconds = np.maximum(cpu, guests * each + ARRIVAL * (guests > 0))
+    cpu = left * pace.computing(rows) + (pace.meeting + BELLS) * (left > 0)
+    seconds = np.maximum(cpu, guests * each + pace.arrival * (guests > 0))
     seconds[(left < 0) | (guests > (room if tokens > 1 else experts))] = np.inf
     enough = WORTH * seconds <= seconds.min(1, keepdims=True)
     found: NDArray[np.int32] = enough.argmax(1).astype(np.int32)
@@ -71,7 +67,7 @@ class Bus:
         nbytes = max(bank.layout.nbytes for bank in banks)
         room, (longest, experts) = len(self.staging) // nbytes, self.quota.shape
         steps = range(1, longest + 1)
-        found = np.stack([quotas(pace, experts, used, nbytes, room, n) for n in steps])
+        found = np.stack([quotas(pace, experts, used, room, n) for n in steps])
         self.quota.copy_(torch.from_numpy(found))
         self.comes = [bool(row.any()) for row in found]
 
