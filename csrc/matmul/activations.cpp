@@ -48,6 +48,22 @@ void quantise(const float* x, XBlock& out) {
     out.sum = out.scale * static_cast<float>(first + second);
 }
 
+// Calls body(number of the block, its 32 values) for all of a token, filled up with zeros; x: cols
+// floats, or null for zeros.
+template <class Body>
+void for_blocks(const float* x, std::int64_t cols, Body body) {
+    float last[32] = {};
+    const std::int64_t whole = x ? cols / 32 : 0, blocks = (cols + 31) / 32;
+    for (std::int64_t b = 0; b < whole; ++b) body(b, x + 32 * b);
+    if (x && cols % 32) std::memcpy(last, x + 32 * whole, (cols % 32) * sizeof(float));
+    for (std::int64_t b = whole; b < blocks; ++b) body(b, last);
+}
+
+// 32 columns of a token in a tile of floats.
+void put_floats(const float* x, float* to, int width) {
+    for (int k = 0; k < 32; ++k) to[k * width] = x[k];
+}
+
 struct Free {
     void operator()(std::uint8_t* p) const { std::free(p); }
 };
@@ -92,20 +108,81 @@ void Activations::put(const Place& place, std::int64_t block, const float* x) co
         quantise(x, to);
         if (width > 1) simd::planes_to_words(to.high);
     }
-    if (floats) {
-        float* to = floats + (first * blocks + block * width) * 32 + i;
-        for (int k = 0; k < 32; ++k) to[k * width] = x[k];
+    if (floats) put_floats(x, floats + (first * blocks + block * width) * 32 + i, width);
+    if (bf16 && first + i < tokens) {
+        std::uint8_t* high = bf16_row(first + i, block);
+        amx::split(x, high, high + tile_bytes);
     }
-    if (bf16 && first + i < tokens) amx::put(*this, first + i, block, x);
 }
 
 void Activations::put_token(std::int64_t token, const float* x) const {
     const Place place = place_of(token, tokens);
-    float last[32] = {};
-    const std::int64_t whole = x ? cols / 32 : 0;
-    for (std::int64_t b = 0; b < whole; ++b) put(place, b, x + 32 * b);
-    if (x && cols % 32) std::memcpy(last, x + 32 * whole, (cols % 32) * sizeof(float));
-    for (std::int64_t b = whole; b < blocks; ++b) put(place, b, last);
+    for_blocks(x, cols, [&](std::int64_t b, const float* values) { put(place, b, values); });
+}
+
+void Activations::gather(const Rows& from, const std::int64_t* numbers) const {
+    for (std::int64_t first = 0; first < tokens;) {
+        const int width = tile_width(tokens - first);
+        gather_tile(from, numbers, first, width);
+        first += width;
+    }
+    for (std::int64_t t = 0; bf16 && t < tokens; ++t) {
+        const std::uint8_t* row = from.bf16 + numbers[t] * blocks * Rows::bf16_bytes;
+        for (std::int64_t b = 0; b < blocks; ++b, row += Rows::bf16_bytes) {
+            std::uint8_t* high = bf16_row(t, b);
+            std::memcpy(high, row, 64);
+            std::memcpy(high + tile_bytes, row + 64, 64);
+        }
+    }
+}
+
+// Block by block, as the tile lies.
+void Activations::gather_tile(const Rows& from, const std::int64_t* numbers, std::int64_t first,
+                              int width) const {
+    std::int64_t at[simd::wide_tile];
+    for (int i = 0; i < width; ++i)
+        at[i] = blocks * (first + i < tokens ? numbers[first + i] : from.tokens);
+    for (std::int64_t b = 0; quantised && b < blocks; ++b)
+        for (int i = 0; i < width; ++i) {
+            XBlock& to = quantised[first * blocks + b * width + i];
+            to = from.quantised[at[i] + b];
+            if (width > 1) simd::planes_to_words(to.high);
+        }
+    for (std::int64_t b = 0; floats && b < blocks; ++b)
+        for (int i = 0; i < width; ++i)
+            put_floats(from.floats + (at[i] + b) * 32,
+                       floats + (first * blocks + b * width) * 32 + i, width);
+}
+
+Rows Rows::take(Arena& arena, Forms forms, std::int64_t tokens, std::int64_t cols) {
+    Rows r;
+    r.tokens = tokens;
+    r.cols = cols;
+    r.blocks = (cols + 31) / 32;
+    const std::int64_t all = (tokens + 1) * r.blocks;
+    if (forms.quantised) r.quantised = arena.take<XBlock>(all);
+    if (forms.floats) r.floats = arena.take<float>(all * 32);
+    if (forms.bf16) r.bf16 = arena.take<std::uint8_t>(all * bf16_bytes);
+    return r;
+}
+
+void Rows::put(std::int64_t token, const float* x) const {
+    for_blocks(x, cols, [&](std::int64_t b, const float* values) {
+        const std::int64_t at = token * blocks + b;
+        if (quantised) quantise(values, quantised[at]);
+        if (floats) std::memcpy(floats + at * 32, values, 32 * sizeof(float));
+        if (bf16) amx::split(values, bf16 + at * bf16_bytes, bf16 + at * bf16_bytes + 64);
+    });
+}
+
+Activations Rows::tile_of_one(std::int64_t token) const {
+    Activations a;
+    a.tokens = 1;
+    a.cols = cols;
+    a.blocks = blocks;
+    if (quantised) a.quantised = quantised + token * blocks;
+    if (floats) a.floats = floats + token * blocks * 32;
+    return a;
 }
 
 }  // namespace greenroom

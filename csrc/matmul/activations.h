@@ -96,6 +96,8 @@ class Arena {
 // step does not pay for fresh pages. `slot` tells independent users apart.
 std::uint8_t* scratch(int slot, std::int64_t bytes);
 
+struct Rows;
+
 struct Activations {
     std::int64_t tokens = 0, cols = 0, blocks = 0;
     XBlock* quantised = nullptr;
@@ -110,11 +112,38 @@ struct Activations {
     std::uint8_t* bf16_tile(std::int64_t first) const {
         return bf16 + first / 16 * blocks * 2 * tile_bytes;
     }
+    // 32 high parts of a token; the low ones are a tile further.
+    std::uint8_t* bf16_row(std::int64_t token, std::int64_t block) const {
+        return bf16_tile(token) + block * 2 * tile_bytes + token % 16 * 64;
+    }
 
     // Stores 32 columns of a token in every form there is.
     void put(const Place& place, std::int64_t block, const float* x) const;
     // Stores a whole token; x: cols floats, or null for zeros.
     void put_token(std::int64_t token, const float* x) const;
+    // Stores all tokens, cut before: token t is row numbers[t] of `from`.
+    void gather(const Rows& from, const std::int64_t* numbers) const;
+
+  private:
+    void gather_tile(const Rows& from, const std::int64_t* numbers, std::int64_t first,
+                     int width) const;
+};
+
+// Tokens cut once, each by itself, for all the tiles that want copies of them: a token meets
+// several experts. [token][block] in every form; one more row, behind the others, is zeros.
+struct Rows {
+    std::int64_t tokens = 0, cols = 0, blocks = 0;
+    XBlock* quantised = nullptr;
+    float* floats = nullptr;
+    std::uint8_t* bf16 = nullptr;
+    static constexpr std::int64_t bf16_bytes = 128;  // of a block: 32 high parts, 32 low parts
+
+    static Rows take(Arena& arena, Forms forms, std::int64_t tokens, std::int64_t cols);
+
+    // Stores a token; x: cols floats, or null for zeros.
+    void put(std::int64_t token, const float* x) const;
+    // A token where it lies, which is how a tile of one lies. Not for bf16.
+    Activations tile_of_one(std::int64_t token) const;
 };
 
 }  // namespace greenroom

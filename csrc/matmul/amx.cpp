@@ -174,13 +174,12 @@ bool in_tiles(int type, std::int64_t tokens) {
     return enabled && tokens >= fewest_tokens && kernels_of(type).expand;
 }
 
-void put(const Activations& to, std::int64_t token, std::int64_t block, const float* x) {
+void split(const float* x, std::uint8_t* high, std::uint8_t* low) {
     using namespace simd;
-    std::uint8_t* high = to.bf16_tile(token) + block * 2 * tile_bytes + token % 16 * 64;
-    for (int i = 0; i < 2; ++i, x += 16, high += 32) {
+    for (int i = 0; i < 2; ++i, x += 16, high += 32, low += 32) {
         const Floats all = load(x), rounded = nearest_bf16(all);
         store_bf16(high, rounded);
-        store_bf16(high + tile_bytes, nearest_bf16(all - rounded));
+        store_bf16(low, nearest_bf16(all - rounded));
     }
 }
 

@@ -14,8 +14,8 @@ extern bool enabled;
 
 // Whether so many tokens meet weights of this type in tiles.
 bool in_tiles(int type, std::int64_t tokens);
-// Stores 32 columns of a token in the bfloat16 form.
-void put(const Activations& to, std::int64_t token, std::int64_t block, const float* x);
+// 32 columns of a token as bfloat16 and what that leaves over, also as bfloat16: 64 bytes each.
+void split(const float* x, std::uint8_t* high, std::uint8_t* low);
 // Bytes of scratch memory.
 std::int64_t scratch_bytes(std::int64_t groups);
 // As greenroom::multiply().
@@ -25,7 +25,7 @@ void multiply(const Matrix& m, std::int64_t first, std::int64_t groups, const Ac
 #else
 
 inline bool in_tiles(int, std::int64_t) { return false; }
-inline void put(const Activations&, std::int64_t, std::int64_t, const float*) {}
+inline void split(const float*, std::uint8_t*, std::uint8_t*) {}
 inline std::int64_t scratch_bytes(std::int64_t) { return 0; }
 inline void multiply(const Matrix&, std::int64_t, std::int64_t, const Activations&,
                      const std::uint8_t*, float*, std::uint8_t*) {}

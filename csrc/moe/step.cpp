@@ -2,8 +2,9 @@
 // rows), then every (expert, chunk of down rows). A down chunk needs all of its expert's hidden
 // values; it waits for them, which cannot block for ever because all gate/up items were handed
 // out before and depend on nothing. Usually they are long done: other experts lie in between.
-// The last job to finish a chunk of output rows adds up that chunk. One token is quantised by the
-// first thread to come, while the others ask for their first weights.
+// The last job to finish a chunk of output rows adds up that chunk. Before all of them come pieces
+// of the tokens to be quantised; while the last are, other threads ask for their first weights. A
+// thread copies a job's tokens together when it first meets the job.
 #include "moe/step.h"
 
 #include <algorithm>
@@ -44,7 +45,7 @@ std::int64_t named(const Routes& routes, std::size_t experts) {
 
 // The first weights of a thread, which nobody has asked for before.
 void ask_for(const std::uint8_t* weights) {
-    for (int i = 0; i < 8192; i += 64) simd::prefetch_far(weights + i);
+    for (int i = 0; weights && i < 8192; i += 64) simd::prefetch_far(weights + i);
 }
 
 void wait_for_zero(const std::atomic<int>& pending) {
@@ -71,7 +72,9 @@ MoeStep::MoeStep(Pool& pool, const MoeLayer& layer, const Routes& routes, float*
       out_(out),
       named_(named(routes, layer.experts.size())),
       up_(layer.f, named_, pool.size()),
-      down_(layer.d, named_, pool.size()) {
+      down_(layer.d, named_, pool.size()),
+      pieces_(std::min<std::int64_t>(rows(), 4 * pool.size())),
+      unfilled_(static_cast<int>(pieces_)) {
     group_by_expert();
     unreduced_ = std::make_unique<std::atomic<int>[]>(down_.count);
     for (std::int64_t c = 0; c < down_.count; ++c) unreduced_[c] = job_count_;
@@ -113,8 +116,11 @@ void MoeStep::reserve() {
         for (const Matrix* m : {&e.gate, &e.up, &e.down})
             scratch_bytes_ =
                 std::max(scratch_bytes_, multiply_scratch(*m, job.count, groups_at_once));
+        Arena count(nullptr);
+        if (job.count > 1) Activations::take(count, forms_of(job), job.count, layer_.d);
+        tokens_bytes_ = std::max(tokens_bytes_, count.used());
     }
-    buffers_ = scratch(product_slot, (2 * product_bytes_ + scratch_bytes_) * pool_.size());
+    buffers_ = scratch(product_slot, worker_bytes() * pool_.size());
     Arena count(nullptr);
     lay_out(count);
     Arena arena(scratch(activations_slot, count.used()));
@@ -123,28 +129,14 @@ void MoeStep::reserve() {
 
 void MoeStep::lay_out(Arena& arena) {
     partial_ = arena.take<float>(routes_.tokens * routes_.k * layer_.d);
-    Forms shared;
-    for (int j = 0; share_x() && j < job_count_; ++j)
-        shared = shared | forms_for(jobs_[j].expert->gate, 1) | forms_for(jobs_[j].expert->up, 1);
+    Forms forms;
     for (int j = 0; j < job_count_; ++j) {
         Job& job = jobs_[j];
-        const Expert& e = *job.expert;
-        const Forms forms = forms_for(e.gate, job.count) | forms_for(e.up, job.count);
-        if (!share_x())
-            job.x = Activations::take(arena, forms, job.count, layer_.d);
-        else
-            job.x = j ? jobs_[0].x : Activations::take(arena, shared, 1, layer_.d);
-        job.h = Activations::take(arena, forms_for(e.down, job.count), job.count, layer_.f);
+        forms = forms | forms_of(job);
+        job.h =
+            Activations::take(arena, forms_for(job.expert->down, job.count), job.count, layer_.f);
     }
-}
-
-void MoeStep::fill(const Piece& piece) {
-    const Job& job = jobs_[piece.job];
-    for (std::int64_t t = piece.first; t < piece.end; ++t) {
-        const float* x = nullptr;
-        if (t < job.count) x = routes_.hidden + slots_[job.first + t] / routes_.k * layer_.d;
-        job.x.put_token(t, x);
-    }
+    x_ = Rows::take(arena, forms, routes_.tokens, layer_.d);
 }
 
 void MoeStep::run() {
@@ -152,45 +144,41 @@ void MoeStep::run() {
         std::memset(out_, 0, routes_.tokens * layer_.d * sizeof(float));
         return;
     }
-    constexpr std::int64_t step = 16;
-    std::vector<Piece> pieces;
-    for (int j = 0; j < (share_x() ? 1 : job_count_); ++j) {
-        const std::int64_t padded = padded_tokens(jobs_[j].count);
-        for (std::int64_t t = 0; t < padded; t += step)
-            pieces.push_back({j, t, std::min(t + step, padded)});
-    }
-    const bool together = pieces.size() == 1;  // no region of its own for one piece
-    if (!together)
-        pool_.run(static_cast<std::int64_t>(pieces.size()),
-                  [&](std::int64_t i, int) { fill(pieces[i]); });
-    unfilled_ = together;
     std::atomic<std::int64_t> queue{0};
-    pool_.run(pool_.size(), [&](std::int64_t task, int thread) {
-        if (together && task == 0) {
-            fill(pieces[0]);
-            unfilled_.store(0, std::memory_order_release);
-        }
-        work_off(queue, thread);
-    });
+    pool_.run(pool_.size(), [&](std::int64_t, int thread) { work_off(queue, thread); });
+}
+
+MoeStep::Worker MoeStep::worker(int thread) const {
+    std::uint8_t* buffer = buffers_ + thread * worker_bytes();
+    Worker w;
+    w.gate = reinterpret_cast<float*>(buffer);
+    w.up = reinterpret_cast<float*>(buffer + product_bytes_);
+    w.scratch = buffer + 2 * product_bytes_;
+    w.tokens = w.scratch + scratch_bytes_;
+    return w;
 }
 
 // Takes each item while the one before is still to be done, so that its weights can be asked for
 // in time; towards the end only what can be begun at once. An item that waits, waits for earlier
 // ones, and those are in the hands of threads that do not wait.
 void MoeStep::work_off(std::atomic<std::int64_t>& queue, int thread) {
-    const std::int64_t total = job_count_ * (up_.count + down_.count);
+    const std::int64_t total = pieces_ + job_count_ * (up_.count + down_.count);
     const std::int64_t early = total - 2 * pool_.size();
     const auto take = [&] { return queue.fetch_add(1, std::memory_order_relaxed); };
+    Worker own = worker(thread);
     std::int64_t index = take();
     if (index < total) ask_for(start_of(index));
     while (index < total) {
         const std::int64_t next = index < early ? take() : -1;
-        item(index, next < 0 || next >= total ? nullptr : start_of(next), thread);
+        item(index, next < 0 || next >= total ? nullptr : start_of(next), own);
         index = next < 0 ? take() : next;
     }
 }
 
+// The weights an item begins with, or null.
 const std::uint8_t* MoeStep::start_of(std::int64_t index) const {
+    if (index < pieces_) return nullptr;
+    index -= pieces_;
     const std::int64_t ups = job_count_ * up_.count;
     if (index < ups)
         return jobs_[index / up_.count].expert->gate.group(index % up_.count * up_.rows / 16);
@@ -198,27 +186,50 @@ const std::uint8_t* MoeStep::start_of(std::int64_t index) const {
     return jobs_[index / down_.count].expert->down.group(index % down_.count * down_.rows / 16);
 }
 
-void MoeStep::item(std::int64_t index, const std::uint8_t* next, int thread) {
+void MoeStep::item(std::int64_t index, const std::uint8_t* next, Worker& worker) {
+    if (index < pieces_) {
+        fill(index);
+        return ask_for(next);
+    }
+    index -= pieces_;
     const std::int64_t ups = job_count_ * up_.count;
-    if (index < ups) return up_chunk(jobs_[index / up_.count], index % up_.count, next, thread);
+    if (index < ups) return up_chunk(jobs_[index / up_.count], index % up_.count, next, worker);
     index -= ups;
-    down_chunk(jobs_[index / down_.count], index % down_.count, next, thread);
+    down_chunk(jobs_[index / down_.count], index % down_.count, next, worker);
 }
 
-void MoeStep::up_chunk(Job& job, std::int64_t chunk, const std::uint8_t* next, int thread) {
+void MoeStep::fill(std::int64_t piece) {
+    const std::int64_t end = rows() * (piece + 1) / pieces_;
+    for (std::int64_t t = rows() * piece / pieces_; t < end; ++t)
+        x_.put(t, t < routes_.tokens ? routes_.hidden + t * layer_.d : nullptr);
+    unfilled_.fetch_sub(1, std::memory_order_release);
+}
+
+// One token is used where it lies.
+const Activations& MoeStep::tokens_of(const Job& job, Worker& worker) const {
+    if (worker.job == &job) return worker.x;
+    worker.job = &job;
+    std::int64_t numbers[tokens_at_once];
+    for (std::int64_t t = 0; t < job.count; ++t) numbers[t] = slots_[job.first + t] / routes_.k;
+    if (job.count == 1) return worker.x = x_.tile_of_one(numbers[0]);
+    Arena arena(worker.tokens);
+    worker.x = Activations::take(arena, forms_of(job), job.count, layer_.d);
+    worker.x.gather(x_, numbers);
+    return worker.x;
+}
+
+void MoeStep::up_chunk(Job& job, std::int64_t chunk, const std::uint8_t* next, Worker& worker) {
     wait_for_zero(unfilled_);
-    std::uint8_t* buffer = buffers_ + thread * (2 * product_bytes_ + scratch_bytes_);
-    auto* gate = reinterpret_cast<float*>(buffer);
-    auto* up = reinterpret_cast<float*>(buffer + product_bytes_);
-    std::uint8_t* scratch = buffer + 2 * product_bytes_;
+    const Activations& x = tokens_of(job, worker);
     const std::int64_t end = up_.end(chunk);
     for (std::int64_t row = chunk * up_.rows; row < end; row += rows_at_once) {
         const std::int64_t groups = groups_of(std::min(rows_at_once, end - row));
         const Matrix &g = job.expert->gate, &u = job.expert->up;
         const std::int64_t first = row / 16, after = row + rows_at_once;
-        multiply(g, first, groups, job.x, u.group(first), gate, scratch);
-        multiply(u, first, groups, job.x, after < end ? g.group(after / 16) : next, up, scratch);
-        store_hidden(job, row, groups, gate, up);
+        multiply(g, first, groups, x, u.group(first), worker.gate, worker.scratch);
+        multiply(u, first, groups, x, after < end ? g.group(after / 16) : next, worker.up,
+                 worker.scratch);
+        store_hidden(job, row, groups, worker.gate, worker.up);
     }
     job.pending.fetch_sub(1, std::memory_order_acq_rel);
 }
@@ -245,18 +256,17 @@ void MoeStep::store_hidden(const Job& job, std::int64_t row, std::int64_t groups
     }
 }
 
-void MoeStep::down_chunk(Job& job, std::int64_t chunk, const std::uint8_t* next, int thread) {
+void MoeStep::down_chunk(Job& job, std::int64_t chunk, const std::uint8_t* next,
+                         const Worker& worker) {
     wait_for_zero(job.pending);
-    std::uint8_t* buffer = buffers_ + thread * (2 * product_bytes_ + scratch_bytes_);
-    auto* product = reinterpret_cast<float*>(buffer);
     const std::int64_t end = down_.end(chunk);
     for (std::int64_t row = chunk * down_.rows; row < end; row += rows_at_once) {
         const std::int64_t groups = groups_of(std::min(rows_at_once, end - row));
         const std::int64_t after = row + rows_at_once;
         const Matrix& down = job.expert->down;
         multiply(down, row / 16, groups, job.h, after < end ? down.group(after / 16) : next,
-                 product, buffer + 2 * product_bytes_);
-        store_partial(job, row, groups, product);
+                 worker.gate, worker.scratch);
+        store_partial(job, row, groups, worker.gate);
     }
     if (unreduced_[chunk].fetch_sub(1, std::memory_order_acq_rel) == 1) reduce(chunk);
 }

@@ -19,13 +19,15 @@ class MoeStep {
     struct Job {
         const Expert* expert;
         std::int64_t first, count;  // its range in slots_
-        Activations x, h;
+        Activations h;
         std::atomic<int> pending{0};  // gate/up chunks not yet done
     };
-    // Some tokens of a job, to be quantised.
-    struct Piece {
-        int job;
-        std::int64_t first, end;
+    // What one thread works with.
+    struct Worker {
+        float *gate, *up;
+        std::uint8_t *scratch, *tokens;
+        const Job* job = nullptr;  // the one whose tokens x is
+        Activations x;
     };
     // Rows of a matrix cut into chunks of `rows`.
     struct Chunks {
@@ -34,22 +36,30 @@ class MoeStep {
         std::int64_t end(std::int64_t chunk) const { return std::min(total, (chunk + 1) * rows); }
     };
 
+    Forms forms_of(const Job& job) const {
+        return forms_for(job.expert->gate, job.count) | forms_for(job.expert->up, job.count);
+    }
+    // Tokens to be quantised: one of zeros, too, if tiles may have to be filled up.
+    std::int64_t rows() const { return routes_.tokens + (routes_.tokens > 1); }
+    std::int64_t worker_bytes() const {
+        return 2 * product_bytes_ + scratch_bytes_ + tokens_bytes_;
+    }
+
     void group_by_expert();
     void reserve();
     void lay_out(Arena& arena);
-    void fill(const Piece& piece);
+    Worker worker(int thread) const;
     void work_off(std::atomic<std::int64_t>& queue, int thread);
     const std::uint8_t* start_of(std::int64_t index) const;
-    void item(std::int64_t index, const std::uint8_t* next, int thread);
-    void up_chunk(Job& job, std::int64_t chunk, const std::uint8_t* next, int thread);
+    void item(std::int64_t index, const std::uint8_t* next, Worker& worker);
+    void fill(std::int64_t piece);
+    const Activations& tokens_of(const Job& job, Worker& worker) const;
+    void up_chunk(Job& job, std::int64_t chunk, const std::uint8_t* next, Worker& worker);
     void store_hidden(const Job& job, std::int64_t row, std::int64_t groups, const float* gate,
                       const float* up);
-    void down_chunk(Job& job, std::int64_t chunk, const std::uint8_t* next, int thread);
+    void down_chunk(Job& job, std::int64_t chunk, const std::uint8_t* next, const Worker& worker);
     void store_partial(const Job& job, std::int64_t row, std::int64_t groups, const float* product);
     void reduce(std::int64_t chunk);
-    bool share_x() const {
-        return routes_.tokens == 1 && slots_.size() == static_cast<std::size_t>(job_count_);
-    }
 
     Pool& pool_;
     const MoeLayer& layer_;
@@ -60,11 +70,13 @@ class MoeStep {
     int job_count_ = 0;
     std::int64_t named_;  // experts that have tokens
     Chunks up_, down_;
-    std::atomic<int> unfilled_{0};  // 1: the only tile of x is still being quantised
+    Rows x_;
+    std::int64_t pieces_;                            // how many items quantise x_
+    std::atomic<int> unfilled_;                      // those of them that are not yet done
     std::unique_ptr<std::atomic<int>[]> unreduced_;  // jobs still to come, per down chunk
     float* partial_ = nullptr;                       // (tokens * k, d), weighted
-    std::uint8_t* buffers_ = nullptr;
-    std::int64_t product_bytes_ = 0, scratch_bytes_ = 0;
+    std::uint8_t* buffers_ = nullptr;                // of all workers
+    std::int64_t product_bytes_ = 0, scratch_bytes_ = 0, tokens_bytes_ = 0;
 };
 
 }  // namespace greenroom
