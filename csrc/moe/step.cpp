@@ -16,7 +16,8 @@ namespace {
 
 // Rows computed together: their activations are read once, their products stay in L1.
 constexpr std::int64_t rows_at_once = 64, groups_at_once = rows_at_once / 16;
-// A chunk is a multiple of 32 rows, so that whoever has it quantises whole blocks.
+// A chunk is a multiple of 32 rows, so that whoever has it quantises whole blocks. There are chunks
+// of output rows for all threads, as each is added up by one.
 constexpr std::int64_t chunk_unit = 32, largest_chunk = 512;
 
 // An expert's tokens are cut into equal jobs of at most so many, whose activations stay in L2.
@@ -57,11 +58,12 @@ void wait_for_zero(const std::atomic<int>& pending) {
 
 }  // namespace
 
-MoeStep::Chunks::Chunks(std::int64_t total_rows, std::int64_t jobs, int threads)
+MoeStep::Chunks::Chunks(std::int64_t total_rows, std::int64_t jobs, int threads, std::int64_t most)
     : total(total_rows) {
     const std::int64_t units = (total + chunk_unit - 1) / chunk_unit;
     const std::int64_t share = units * jobs / (threads * 16);
-    rows = std::clamp<std::int64_t>(share, 1, largest_chunk / chunk_unit) * chunk_unit;
+    rows = std::clamp<std::int64_t>(share, 1, (most + chunk_unit - 1) / chunk_unit) * chunk_unit;
+    if (rows > rows_at_once) rows = (rows + rows_at_once - 1) / rows_at_once * rows_at_once;
     count = (total + rows - 1) / rows;
 }
 
@@ -71,8 +73,8 @@ MoeStep::MoeStep(Pool& pool, const MoeLayer& layer, const Routes& routes, float*
       routes_(routes),
       out_(out),
       named_(named(routes, layer.experts.size())),
-      up_(layer.f, named_, pool.size()),
-      down_(layer.d, named_, pool.size()),
+      up_(layer.f, named_, pool.size(), largest_chunk),
+      down_(layer.d, named_, pool.size(), std::min(largest_chunk, (layer.d - 1) / pool.size() + 1)),
       pieces_(std::min<std::int64_t>(rows(), 4 * pool.size())),
       unfilled_(static_cast<int>(pieces_)) {
     group_by_expert();
@@ -266,20 +268,26 @@ void MoeStep::down_chunk(Job& job, std::int64_t chunk, const std::uint8_t* next,
         const Matrix& down = job.expert->down;
         multiply(down, row / 16, groups, job.h, after < end ? down.group(after / 16) : next,
                  worker.gate, worker.scratch);
-        store_partial(job, row, groups, worker.gate);
+        store_partial(job, chunk, row, groups, worker.gate);
     }
     if (unreduced_[chunk].fetch_sub(1, std::memory_order_acq_rel) == 1) reduce(chunk);
 }
 
-void MoeStep::store_partial(const Job& job, std::int64_t row, std::int64_t groups,
-                            const float* product) {
+// Asks for the memory of later tokens: it lies here and there, and stores wait long for it.
+void MoeStep::store_partial(const Job& job, std::int64_t chunk, std::int64_t row,
+                            std::int64_t groups, const float* product) {
+    constexpr std::int64_t ahead = 4;
     const Expert& e = *job.expert;
-    const std::int64_t count = std::min(16 * groups, layer_.d - row);
+    const std::int64_t count = std::min(16 * groups, layer_.d - row), at = row - down_.begin(chunk);
     for (std::int64_t t = 0; t < job.count; ++t) {
+        if (t + ahead < job.count) {
+            const float* later = partial(chunk, slots_[job.first + t + ahead]) + at;
+            for (std::int64_t i = 0; i < count; i += 16) simd::prefetch(later + i);
+        }
         const std::int64_t slot = slots_[job.first + t];
         const float weight = routes_.weights[slot];
         const float* from = product + t * groups * 16;
-        float* to = partial_ + slot * layer_.d + row;
+        float* to = partial(chunk, slot) + at;
         for (std::int64_t i = 0; i < count; ++i)
             to[i] = weight * (from[i] * e.down.scale + (e.down_bias ? e.down_bias[row + i] : 0.0f));
     }
@@ -287,13 +295,13 @@ void MoeStep::store_partial(const Job& job, std::int64_t row, std::int64_t group
 
 // Adds a token's routes in their order.
 void MoeStep::reduce(std::int64_t chunk) {
-    const std::int64_t begin = chunk * down_.rows, count = down_.end(chunk) - begin;
+    const std::int64_t count = down_.size(chunk);
     for (std::int64_t token = 0; token < routes_.tokens; ++token) {
-        float* to = out_ + token * layer_.d + begin;
+        float* to = out_ + token * layer_.d + down_.begin(chunk);
         std::memset(to, 0, count * sizeof(float));
         for (std::int64_t slot = token * routes_.k; slot < (token + 1) * routes_.k; ++slot) {
             if (routes_.ids[slot] < 0) continue;
-            const float* from = partial_ + slot * layer_.d + begin;
+            const float* from = partial(chunk, slot);
             for (std::int64_t i = 0; i < count; ++i) to[i] += from[i];
         }
     }

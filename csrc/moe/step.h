@@ -32,8 +32,10 @@ class MoeStep {
     // Rows of a matrix cut into chunks of `rows`.
     struct Chunks {
         std::int64_t total, rows, count;
-        Chunks(std::int64_t total, std::int64_t jobs, int threads);
-        std::int64_t end(std::int64_t chunk) const { return std::min(total, (chunk + 1) * rows); }
+        Chunks(std::int64_t total, std::int64_t jobs, int threads, std::int64_t most);
+        std::int64_t begin(std::int64_t chunk) const { return chunk * rows; }
+        std::int64_t end(std::int64_t chunk) const { return std::min(total, begin(chunk + 1)); }
+        std::int64_t size(std::int64_t chunk) const { return end(chunk) - begin(chunk); }
     };
 
     Forms forms_of(const Job& job) const {
@@ -58,7 +60,12 @@ class MoeStep {
     void store_hidden(const Job& job, std::int64_t row, std::int64_t groups, const float* gate,
                       const float* up);
     void down_chunk(Job& job, std::int64_t chunk, const std::uint8_t* next, const Worker& worker);
-    void store_partial(const Job& job, std::int64_t row, std::int64_t groups, const float* product);
+    float* partial(std::int64_t chunk, std::int64_t slot) const {
+        return partial_ + down_.begin(chunk) * routes_.tokens * routes_.k +
+               slot * down_.size(chunk);
+    }
+    void store_partial(const Job& job, std::int64_t chunk, std::int64_t row, std::int64_t groups,
+                       const float* product);
     void reduce(std::int64_t chunk);
 
     Pool& pool_;
@@ -74,7 +81,7 @@ class MoeStep {
     std::int64_t pieces_;                            // how many items quantise x_
     std::atomic<int> unfilled_;                      // those of them that are not yet done
     std::unique_ptr<std::atomic<int>[]> unreduced_;  // jobs still to come, per down chunk
-    float* partial_ = nullptr;                       // (tokens * k, d), weighted
+    float* partial_ = nullptr;                       // [down chunk][slot][row], weighted
     std::uint8_t* buffers_ = nullptr;                // of all workers
     std::int64_t product_bytes_ = 0, scratch_bytes_ = 0, tokens_bytes_ = 0;
 };

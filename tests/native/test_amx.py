@@ -133,10 +133,11 @@ def test_what_is_not_finite_stays_visible(lib, pool, value: float) -> None:
     assert np.isfinite(np.delete(out, 3, axis=0)).all()
 
 
-@pytest.mark.parametrize("type", [GGMLType.MXFP4, GGMLType.Q4_K, GGMLType.BF16],
+@pytest.mark.parametrize("gate", [GGMLType.MXFP4, GGMLType.Q4_K, GGMLType.BF16],
                          ids=lambda t: t.name)  # fmt: skip
-def test_moe(lib, pool, type: GGMLType) -> None:
-    layer = Layer(lib, pool, (type, type, GGMLType.Q8_0), kind="gpt-oss", bias=True)
+@pytest.mark.parametrize("up", [None, GGMLType.F16], ids=["same", "F16"])  # no tiles for F16
+def test_moe(lib, pool, gate: GGMLType, up: GGMLType | None) -> None:
+    layer = Layer(lib, pool, (gate, up or gate, GGMLType.Q8_0), kind="gpt-oss", bias=True)
     for tokens in (30, 60, 300):  # experts around the fewest tokens for tiles; several jobs each
         batch = routes(tokens, 4, 2, layer.d)
         found, plain = both(lib, lambda batch=batch: layer.run(*batch))

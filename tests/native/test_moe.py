@@ -139,6 +139,26 @@ def test_a_token_does_not_feel_its_neighbours(lib, pool) -> None:
         np.testing.assert_array_equal(layer.run(x[one], ids[one], weights[one]), together[one])
 
 
+@pytest.mark.parametrize("types", [
+    (GGMLType.Q4_1, GGMLType.Q4_1, GGMLType.Q8_0),
+    (GGMLType.Q8_0, GGMLType.F16, GGMLType.F32),
+    (GGMLType.BF16,) * 3,
+], ids=lambda types: "-".join(t.name for t in types))  # fmt: skip
+def test_many_narrow_experts(lib, pool, types) -> None:
+    """Each token meets most of them, in tiles of all widths and in several jobs an expert."""
+    d = 576 if types[0] != GGMLType.BF16 else 549
+    layer = Layer(lib, pool, types, experts=12, d=d, f=32)
+    x, ids, weights = routes(260, 12, 9, d)
+    ids[:, ::4] = -1
+    ids[ids == 5] = -1
+    ids[:7, 1] = 5
+    together = layer.run(x, ids, weights)
+    close(together[:30], layer.twin(x[:30], ids[:30], weights[:30]), False)
+    for t in (0, 1, 6, 15, 16, 131, 259):
+        one = slice(t, t + 1)
+        np.testing.assert_array_equal(layer.run(x[one], ids[one], weights[one]), together[one])
+
+
 @settings(max_examples=25, deadline=None)
 @given(
     tokens=st.integers(1, 20),
