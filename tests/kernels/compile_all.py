@@ -24,6 +24,7 @@ from greenroom.kernels.expert_rows import activated_rows, add_rows, scaled_rows
 from greenroom.kernels.experts import hits
 from greenroom.kernels.gather import KINDS, gather
 from greenroom.kernels.guests import Guests, fetch
+from greenroom.kernels.guests import choose as choose_guests
 from greenroom.kernels.handover import publish
 from greenroom.kernels.matvec import matvec
 from greenroom.kernels.norm import norm
@@ -106,6 +107,7 @@ box = Box(x, ints.view(2, 4), torch.zeros(2, 4), x, ints, ints)
 slabs = torch.zeros(8, 64, dtype=torch.uint8)
 here, copied = Guests(ints, ints, slabs, slabs), Guests(ints, ints, slabs[:2], slabs)
 fetch(copied)
+choose_guests(ints.view(2, 4), None, here)
 for table, part, guests in ((None, None, None), (ints, x, here), (None, x, copied)):
     ring(x, ints.view(2, 4), torch.zeros(2, 4), box, ints, table, table, guests)
     collect(box, 2, ints, part, part)

@@ -26,6 +26,6 @@ def test_every_kernel_compiles() -> None:
         "_product", "_carry", "_gather", "_direct", "_count",
         "_order",
         "_walk", "_dots", "_logits", "_choose", "_split", "_ring", "_collect",
-        "_send", "_tell", "_meet", "_fetch",
+        "_send", "_tell", "_meet", "_fetch", "_pick",
     }  # fmt: skip
     assert lines.count("_dequantise") == len({form.scales for form in FORMATS.values()}) + 1

@@ -7,7 +7,7 @@ from test_rendezvous import make_box, make_state, settle
 
 from greenroom.experts.reference import ReferenceExperts
 from greenroom.kernels.experts import hits
-from greenroom.kernels.guests import BLOCK, Guests, fetch
+from greenroom.kernels.guests import BLOCK, Guests, choose, choose_twin, fetch
 from greenroom.kernels.rendezvous import ring, ring_twin
 
 EXPERTS = 9
@@ -44,6 +44,7 @@ def test_who_comes_is_who_the_twin_says(tokens, k, resident, fetched, device) ->
             sent = box.ids[:tokens].clone() if int(state[1]) else torch.full((tokens, k), -1)
             found.append([state.tolist(), int(box.ring[0]), guests.places.tolist(), sent.tolist()])
         assert found[0] == found[1]
+        assert choose(ids, table, guests).tolist() == choose_twin(ids, table, guests).tolist()
         places, sent = found[0][2:]
         here = {e for e, place in enumerate(places) if place >= 0}
         rest = {e for row in sent for e in row} - {-1}

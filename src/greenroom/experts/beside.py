@@ -15,7 +15,7 @@ from torch import Tensor
 from greenroom.errors import NativeError
 from greenroom.experts.cpu import CpuExperts
 from greenroom.experts.limits import SHORT_STEP
-from greenroom.kernels.guests import Guests, fetch
+from greenroom.kernels.guests import Guests, choose, fetch
 from greenroom.kernels.handover import publish
 from greenroom.kernels.planes import Cutter
 
@@ -122,13 +122,9 @@ class Courier(Protocol):
 
     Attributes:
         records: whether steps that use it can be recorded and replayed.
-        shares: whether what is sent now may have guests.
     """
 
     records: bool
-
-    @property
-    def shares(self) -> bool: ...
 
     def recording(self, layers: Sequence[CpuExperts]) -> AbstractContextManager[None]:
         """Within it, steps that use `layers`, in this order, can be recorded.
@@ -179,7 +175,6 @@ class WaitingCourier:
     """
 
     records = False
-    shares = False
 
     def __init__(self, device: torch.device) -> None:
         self._box = Mailbox(device)
@@ -208,12 +203,14 @@ class WaitingCourier:
         guests: Guests | None = None,
     ) -> Tensor:
         """See `Courier.send`."""
-        assert guests is None
         if self._work is not None:
             raise NativeError("experts: a layer was started before the one before it was fetched")
         tokens, width = hidden.shape
         there = self._box.views(tokens, width, ids.shape[1])[:3]
-        publish(hidden.contiguous(), ids.contiguous(), weights.contiguous(), there, table)
+        mine = ids = ids.contiguous()
+        if guests is not None:
+            mine, table = choose(ids, table, guests), None
+        publish(hidden.contiguous(), mine, weights.contiguous(), there, table)
         if self._event is not None:
             self._event.record()
         self._work = experts, there
@@ -300,7 +297,7 @@ class ExpertsBeside:
         if long and slots is not None:  # no memory is planned for so much of the slots' kernels
             slots.passed_by(ids)
             slots = None
-        bus = self.bus if self._courier.shares and not long else None
+        bus = None if long else self.bus
         guests = None if bus is None else bus.guests(len(hidden))
         table = None if slots is None else slots.table
         live = self._courier.send(self.cpu, hidden, ids, weights, table, guests)

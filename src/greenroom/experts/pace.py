@@ -19,30 +19,32 @@ from greenroom.kernels.experts import hits
 
 STEPS = 4  # to a factor of two
 PIECE = 32 << 20  # bytes of a copy
-BUSY = 0.04  # seconds for which the device is kept busy, at least
+BUSY = 0.03  # seconds for which the device is kept busy, at least
 MOST = 500  # things it is given to do in that time
+ROUNDS = 3
 LAYERS = 12  # computed for one token, so many at most
 READ = 4  # layers whose experts the device reads in turn
 TOGETHER = 32  # tokens of the longer measurement
+# Seconds, H100 with 16 cores, 26 November 2026: of the CPU for a layer's experts, however many they
+# are, and of the device, which starts several kernels one after the other.
+MEETING = 15e-6
+ARRIVAL = 10e-6
+LEAST = 1e-7  # that anything takes
 
 
 @dataclass(frozen=True, slots=True)
 class Pace:
-    """Seconds that the experts of a layer take in a short step.
+    """Seconds that the experts of a layer take in a short step, besides `MEETING` and `ARRIVAL`.
 
     Attributes:
-        meeting: of the CPU, however many it computes.
-        expert: of the CPU besides, for each with one token.
-        row: of the CPU for each of an expert's tokens where there are many.
-        arrival: of the device, however many it reads where they lie.
-        guest: of the device besides, for each of these.
-        copy: of the bus for each that is copied.
+        expert: of the CPU, for each with one token.
+        row: of the CPU, for each of an expert's tokens where there are several.
+        guest: of the device, for each that it reads where it lies.
+        copy: of the bus, for each that is copied to the device.
     """
 
-    meeting: float
     expert: float
     row: float
-    arrival: float
     guest: float
     copy: float
 
@@ -57,51 +59,40 @@ def rounded(value: float) -> float:
 
 
 def measure(banks: Sequence[CpuExperts], used: int, there: Tensor) -> Pace:
-    """Computes some layers' experts while the device reads others; takes some 200 ms.
+    """Computes some layers' experts while the device reads others; takes some 300 ms. Of several
+    times the shortest counts: what disturbs, passes.
 
     Args:
         banks: the slabs of each layer, pinned and in one piece.
         used: experts of a token.
         there: (bytes,) uint8 on a GPU, overwritten.
     """
-    few = max(1, used // 2)
-    cpu, gpu = [], []
-    for count in (few, used):
-        reading = Reading(banks, count, there.device)
-        reading.begin()
-        cpu.append(computing(banks, count))
-        gpu.append(reading.end())
-    torch.cuda.empty_cache()
-    copying = Copying(banks[0], there)
-    copying.begin()
-    row = seconds_of(banks[-1], TOGETHER, used) / (TOGETHER * used)
-    copy = copying.end() * banks[0].layout.nbytes
-    found = *line(few, used, *cpu), row, *line(few, used, *gpu), copy
-    return Pace(*(rounded(seconds) for seconds in found))
-
-
-def line(few: int, many: int, first: float, second: float) -> tuple[float, float]:
-    """Start and slope of the line through (few, first) and (many, second), neither below a
-    microsecond nor the slope below half of what it is from the origin."""
-    each = second / many
-    slope = max(each / 2, (second - first) / (many - few)) if many > few else each
-    slope = min(slope, each)
-    return max(1e-6, second - many * slope), max(1e-6, slope)
-
-
-def computing(banks: Sequence[CpuExperts], count: int) -> float:
-    """Seconds of the CPU for so many experts of a layer with one token."""
-    seconds_of(banks[0], 1, count)  # buffers grow, threads wake
+    seconds_of(banks[0], TOGETHER, used)  # buffers grow, threads wake
     some = banks[:: max(1, len(banks) // LAYERS)]
-    return median(seconds_of(bank, 1, count) for bank in some)
+    reading, copying = Reading(banks[-READ:], used, there.device), Copying(banks[0], there)
+    found = []
+    for _ in range(ROUNDS):
+        reading.begin()
+        one = median(seconds_of(bank, 1, used) for bank in some)
+        guests = reading.end()
+        copying.begin()
+        many = seconds_of(banks[-1], TOGETHER, used)
+        found.append((one, many, guests, copying.end() * banks[0].layout.nbytes))
+    del reading
+    torch.cuda.empty_cache()
+    one, many, guests, copy = (min(times) for times in zip(*found, strict=True))
+    expert, guest = (one - MEETING) / used, (guests - ARRIVAL) / used
+    each = expert, (many - MEETING) / (TOGETHER * used), guest, copy
+    return Pace(*(rounded(max(LEAST, seconds)) for seconds in each))
 
 
 def seconds_of(bank: CpuExperts, tokens: int, used: int) -> float:
-    """Of a call in which every token uses `used` experts, others than those before it."""
-    hidden = torch.zeros(tokens, bank.layout.d)
-    ids = torch.arange(tokens * used, dtype=torch.int32).view(tokens, used) % bank.experts
+    """Of the CPU for a layer in which each of some tokens uses `used` experts of its own."""
+    chance = torch.rand(tokens, bank.experts, generator=torch.Generator().manual_seed(0))
+    ids = chance.argsort(1)[:, :used].int()
+    hidden, weights = torch.zeros(tokens, bank.layout.d), torch.ones(tokens, used)
     begin = time.perf_counter()
-    bank(hidden, ids, torch.ones(tokens, used))
+    bank(hidden, ids, weights)
     return time.perf_counter() - begin
 
 
@@ -140,19 +131,19 @@ class Reading(Busy):
     """Some experts of a layer, with one token, read from where they lie.
 
     Args:
-        banks: of the layers; the device takes them in turn.
+        banks: of the layers, which it takes in turn.
         count: experts.
         device: a GPU.
     """
 
     def __init__(self, banks: Sequence[CpuExperts], count: int, device: torch.device) -> None:
         super().__init__()
-        self._count, self._layers = count, min(READ, len(banks))
+        self._layers = len(banks)
         ids = torch.arange(count, dtype=torch.int32, device=device)[None]
         weights = torch.ones(1, count, device=device)
 
         def work() -> None:
-            for bank in banks[-READ:]:
+            for bank in banks:
                 assert bank.block is not None
                 hidden = torch.zeros(1, bank.layout.d, device=device)
                 places = torch.arange(bank.experts, dtype=torch.int32, device=device)

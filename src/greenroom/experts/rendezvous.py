@@ -189,12 +189,6 @@ class RendezvousCourier:
         self._sent: tuple[int, int] | None = None  # layer and tokens
         self.records = True
 
-    @property
-    def shares(self) -> bool:
-        """See `Courier`: only what is recorded; a plain step's host would have to wait for who
-        comes."""
-        return self._recording
-
     @contextmanager
     def recording(self, layers: Sequence[CpuExperts]) -> Iterator[None]:
         """See `Courier.recording`; a plain step must have come before."""
@@ -248,7 +242,7 @@ class RendezvousCourier:
         """See `Courier.send`."""
         self._k = ids.shape[1]
         if not self._recording:
-            return self._plain.send(experts, hidden, ids, weights, table)
+            return self._plain.send(experts, hidden, ids, weights, table, guests)
         assert self._desk is not None
         layer = self._desk.layers.index(experts)
         self._desk.send(layer, hidden, ids, weights, table, guests)

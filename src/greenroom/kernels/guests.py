@@ -80,17 +80,40 @@ def invite(
     return tl.where(there >= 0, -1, expert)
 
 
-def invite_twin(ids: Tensor, table: Tensor | None, guests: Guests) -> Tensor:
-    """`invite` in plain torch; the truth it is held against.
+@triton.jit
+def _pick(
+    ids, table, quota, places, out, routes, experts, TABLE: tl.constexpr, FETCHED: tl.constexpr,
+    ROUTES: tl.constexpr, NAMES: tl.constexpr, STEP: tl.constexpr,
+):  # fmt: skip
+    at = tl.arange(0, ROUTES)
+    expert = absent(ids, table, at, routes, TABLE)
+    rest = invite(expert, ids, table, quota, places, routes, experts, TABLE, FETCHED, NAMES, STEP)
+    tl.store(out + at, rest, mask=at < routes)
+
+
+def choose(ids: Tensor, table: Tensor | None, guests: Guests) -> Tensor:
+    """Chooses the guests of a layer where nothing else is launched that could.
 
     Args:
-        ids: (tokens, k) int32; -1 for no route.
+        ids: (tokens, k) int32, contiguous; -1 for no route.
         table: (experts,) int32, the slot of each expert or -1, or None.
-        guests: of the layer; its places are written.
+        guests: of the layer; their places are written.
 
     Returns:
-        ids with -1 for experts that have a slot or are guests.
+        (tokens, k) int32, ids with -1 for experts that have a slot or are guests.
     """
+    out, experts = torch.empty_like(ids), len(guests.places)
+    _pick[(1,)](
+        ids, ids if table is None else table, guests.quota, guests.places, out, ids.numel(),
+        experts, TABLE=table is not None, FETCHED=guests.fetched,
+        ROUTES=triton.next_power_of_2(ids.numel()), NAMES=triton.next_power_of_2(experts),
+        STEP=ROUTES_AT_ONCE,
+    )  # fmt: skip
+    return out
+
+
+def choose_twin(ids: Tensor, table: Tensor | None, guests: Guests) -> Tensor:
+    """`choose` in plain torch; the truth it is held against."""
     missing = ids if table is None else torch.where(table[ids.clamp(min=0).long()] >= 0, -1, ids)
     uses = torch.bincount(missing[missing >= 0].long(), minlength=len(guests.places))
     count = int((uses > 0).sum())

@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from greenroom.kernels.guests import ROUTES_AT_ONCE, Guests, absent, invite, invite_twin
+from greenroom.kernels.guests import ROUTES_AT_ONCE, Guests, absent, choose_twin, invite
 from greenroom.kernels.planes import INTERPRETED
 
 STATE_WORDS = 3  # on the device: the step's number, routes sent in this layer, step given up
@@ -266,7 +266,7 @@ def ring_twin(
     if source is not None:
         state[0] = source[0]
     if guests is not None:
-        ids = invite_twin(ids, table, guests)
+        ids = choose_twin(ids, table, guests)
     elif table is not None:
         here = (ids >= 0) & (table[ids.clamp(min=0).long()] >= 0)
         ids = ids.masked_fill(here, -1)
