@@ -105,7 +105,7 @@ logits(x, torch.zeros(4, 256), x)
 publish(x, ints.view(2, 4), torch.zeros(2, 4), (x, ints, x))
 box = Box(x, ints.view(2, 4), torch.zeros(2, 4), x, ints, ints)
 slabs = torch.zeros(8, 64, dtype=torch.uint8)
-here, copied = Guests(ints, ints, slabs, slabs), Guests(ints, ints, slabs[:2], slabs)
+here, copied = Guests(ints, ints, slabs, slabs, 1), Guests(ints, ints, slabs[:2], slabs, 2)
 fetch(copied)
 choose_guests(ints.view(2, 4), None, here)
 for table, part, guests in ((None, None, None), (ints, x, here), (None, x, copied)):

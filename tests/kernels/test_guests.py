@@ -13,18 +13,19 @@ from greenroom.kernels.rendezvous import ring, ring_twin
 EXPERTS = 9
 
 
-def guests_of(quota, source, device, fetched: bool, room: int) -> Guests:
+def guests_of(quota, source, device, fetched: bool, room: int, tokens: int = 4) -> Guests:
     if device.type == "cuda":
         source = source.pin_memory()
     memory = torch.zeros(room, source.shape[1], dtype=torch.uint8, device=device)
     places = torch.full((len(source),), 77, dtype=torch.int32, device=device)
     quota = torch.tensor(quota, dtype=torch.int32, device=device)
-    return Guests(quota, places, memory if fetched else source, source)
+    return Guests(quota, places, memory if fetched else source, source, tokens)
 
 
-@pytest.mark.parametrize("fetched", [False, True])
 @pytest.mark.parametrize("resident", [False, True])
-@pytest.mark.parametrize(("tokens", "k"), [(1, 4), (3, 5), (19, 2)])
+@pytest.mark.parametrize(
+    ("tokens", "k", "fetched"), [(1, 4, False), (3, 5, True), (19, 2, True), (2, 6, False)]
+)
 def test_who_comes_is_who_the_twin_says(tokens, k, resident, fetched, device) -> None:
     torch.manual_seed(tokens)
     hidden, weights = torch.randn(tokens, 24, device=device), torch.rand(tokens, k, device=device)
@@ -37,12 +38,15 @@ def test_who_comes_is_who_the_twin_says(tokens, k, resident, fetched, device) ->
         found = []
         for call in (ring, ring_twin):
             source = torch.zeros(EXPERTS, 64, dtype=torch.uint8)
-            guests = guests_of(quota, source, device, fetched, EXPERTS)
+            guests = guests_of(quota, source, device, fetched, EXPERTS, tokens)
             box, state = make_box(24, k, device, 20), make_state(device, 5, 0, 0)
             call(hidden, ids, weights, box, state, table, None, guests)
             settle(device)
             sent = box.ids[:tokens].clone() if int(state[1]) else torch.full((tokens, k), -1)
-            found.append([state.tolist(), int(box.ring[0]), guests.places.tolist(), sent.tolist()])
+            used = ids.unique()[ids.unique() >= 0].long()
+            places = torch.full_like(guests.places, -1)
+            places[used] = torch.where(guests.places[used] == 77, -1, guests.places[used])
+            found.append([state.tolist(), int(box.ring[0]), places.tolist(), sent.tolist()])
         assert found[0] == found[1]
         assert choose(ids, table, guests).tolist() == choose_twin(ids, table, guests).tolist()
         places, sent = found[0][2:]

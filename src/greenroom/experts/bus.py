@@ -97,7 +97,8 @@ class LayerBus:
         if not bus.comes[tokens - 1]:
             return None
         memory = self._source if tokens == 1 else self._copies
-        return Guests(bus.quota[tokens - 1, :count], bus.places[:count], memory, self._source)
+        quota, places = bus.quota[tokens - 1, :count], bus.places[:count]
+        return Guests(quota, places, memory, self._source, tokens)
 
     def hits(self, hidden: Tensor, ids: Tensor, weights: Tensor, guests: Guests) -> Tensor:
         """See `beside.Bus.hits`."""

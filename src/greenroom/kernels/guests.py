@@ -22,17 +22,19 @@ class Guests:
     Attributes:
         quota: (experts,) int32 on the device: how many of m experts without a slot come as
             guests, at m - 1. At most m, and no more than `memory` holds.
-        places: (experts,) int32 on the device, written in every step: where an expert's slab lies
-            in `memory`, or -1 if it is no guest.
+        places: (experts,) int32 on the device, written in every step for the experts without a
+            slot that it uses: where the slab lies in `memory`, or -1 if it is no guest.
         memory: (slabs, slab bytes) uint8 that the device reads: `source` itself, or room for
             copies.
         source: (experts, slab bytes) uint8 in pinned memory.
+        tokens: of the step; guests of one token are used where they lie.
     """
 
     quota: Tensor
     places: Tensor
     memory: Tensor
     source: Tensor
+    tokens: int
 
     @property
     def fetched(self) -> bool:
@@ -53,10 +55,34 @@ def absent(ids, table, at, routes, TABLE: tl.constexpr):
 @triton.jit
 def invite(
     expert, ids, table, quota, places, routes, experts, TABLE: tl.constexpr, FETCHED: tl.constexpr,
-    NAMES: tl.constexpr, STEP: tl.constexpr,
+    NAMES: tl.constexpr, STEP: tl.constexpr, SINGLE: tl.constexpr,
 ):  # fmt: skip
     """Chooses a layer's guests, those with most routes first, and writes their places; returns
     `expert`, as `absent` gave it, with -1 for guests."""
+    if SINGLE:
+        rest = _invite_single(expert, quota, places)
+    else:
+        rest = _invite_many(
+            expert, ids, table, quota, places, routes, experts, TABLE, FETCHED, NAMES, STEP
+        )
+    return rest
+
+
+@triton.jit
+def _invite_single(expert, quota, places):
+    """Of one token, whose guests are never copied: the first ones."""
+    missing = (expert >= 0).to(tl.int32)
+    wanted = tl.load(quota + tl.maximum(tl.sum(missing, 0) - 1, 0))
+    guest = (missing > 0) & (tl.cumsum(missing, 0) <= wanted)
+    tl.store(places + expert, tl.where(guest, expert, -1), mask=missing > 0)
+    return tl.where(guest, -1, expert)
+
+
+@triton.jit
+def _invite_many(
+    expert, ids, table, quota, places, routes, experts, TABLE: tl.constexpr, FETCHED: tl.constexpr,
+    NAMES: tl.constexpr, STEP: tl.constexpr,
+):  # fmt: skip
     name = tl.arange(0, NAMES)
     uses = tl.zeros((NAMES,), tl.int32)
     for first in range(0, routes, STEP):
@@ -83,11 +109,13 @@ def invite(
 @triton.jit
 def _pick(
     ids, table, quota, places, out, routes, experts, TABLE: tl.constexpr, FETCHED: tl.constexpr,
-    ROUTES: tl.constexpr, NAMES: tl.constexpr, STEP: tl.constexpr,
+    ROUTES: tl.constexpr, NAMES: tl.constexpr, STEP: tl.constexpr, SINGLE: tl.constexpr,
 ):  # fmt: skip
     at = tl.arange(0, ROUTES)
     expert = absent(ids, table, at, routes, TABLE)
-    rest = invite(expert, ids, table, quota, places, routes, experts, TABLE, FETCHED, NAMES, STEP)
+    rest = invite(
+        expert, ids, table, quota, places, routes, experts, TABLE, FETCHED, NAMES, STEP, SINGLE
+    )
     tl.store(out + at, rest, mask=at < routes)
 
 
@@ -107,7 +135,7 @@ def choose(ids: Tensor, table: Tensor | None, guests: Guests) -> Tensor:
         ids, ids if table is None else table, guests.quota, guests.places, out, ids.numel(),
         experts, TABLE=table is not None, FETCHED=guests.fetched,
         ROUTES=triton.next_power_of_2(ids.numel()), NAMES=triton.next_power_of_2(experts),
-        STEP=ROUTES_AT_ONCE,
+        STEP=ROUTES_AT_ONCE, SINGLE=guests.tokens == 1,
     )  # fmt: skip
     return out
 
@@ -115,11 +143,14 @@ def choose(ids: Tensor, table: Tensor | None, guests: Guests) -> Tensor:
 def choose_twin(ids: Tensor, table: Tensor | None, guests: Guests) -> Tensor:
     """`choose` in plain torch; the truth it is held against."""
     missing = ids if table is None else torch.where(table[ids.clamp(min=0).long()] >= 0, -1, ids)
-    uses = torch.bincount(missing[missing >= 0].long(), minlength=len(guests.places))
+    here = missing[missing >= 0].long()
+    uses = torch.bincount(here, minlength=len(guests.places))
     count = int((uses > 0).sum())
     wanted = min(int(guests.quota[count - 1]), count) if count else 0
     chosen = torch.argsort(uses, descending=True, stable=True)[:wanted].sort().values
-    guests.places.fill_(-1)
+    if len(ids) == 1:
+        chosen = here[:wanted]
+    guests.places[here] = -1
     where = torch.arange(wanted) if guests.fetched else chosen
     guests.places[chosen] = where.int().to(guests.places.device)
     there = guests.places[missing.clamp(min=0).long()] >= 0

@@ -117,7 +117,7 @@ def _ring(
     hidden, ids, weights, table, quota, places, to_hidden, to_ids, to_weights, bell, state, source,
     values, routes, experts, TABLE: tl.constexpr, GUESTS: tl.constexpr, FETCHED: tl.constexpr,
     FIRST: tl.constexpr, ROUTES: tl.constexpr, NAMES: tl.constexpr, STEP: tl.constexpr,
-    BLOCK: tl.constexpr, THREADS: tl.constexpr, ASM: tl.constexpr,
+    SINGLE: tl.constexpr, BLOCK: tl.constexpr, THREADS: tl.constexpr, ASM: tl.constexpr,
 ):  # fmt: skip
     if FIRST:
         thread = tl.arange(0, THREADS)
@@ -132,7 +132,7 @@ def _ring(
     expert = absent(ids, table, at, routes, TABLE)
     if GUESTS:
         expert = invite(
-            expert, ids, table, quota, places, routes, experts, TABLE, FETCHED, NAMES, STEP
+            expert, ids, table, quota, places, routes, experts, TABLE, FETCHED, NAMES, STEP, SINGLE
         )
     sent = tl.sum((expert >= 0).to(tl.int32), 0)
     tl.store(state + 1, sent)
@@ -246,8 +246,8 @@ def ring(
         len(places), TABLE=table is not None, GUESTS=guests is not None,
         FETCHED=guests is not None and guests.fetched, FIRST=source is not None,
         ROUTES=triton.next_power_of_2(routes), NAMES=triton.next_power_of_2(len(places)),
-        STEP=ROUTES_AT_ONCE, BLOCK=COPIED, THREADS=32 * WARPS, ASM=not INTERPRETED,
-        num_warps=WARPS,
+        STEP=ROUTES_AT_ONCE, SINGLE=len(hidden) == 1, BLOCK=COPIED, THREADS=32 * WARPS,
+        ASM=not INTERPRETED, num_warps=WARPS,
     )  # fmt: skip
 
 
