@@ -10,6 +10,7 @@
 #include <algorithm>
 #include <cstddef>
 #include <cstdint>
+#include <iterator>
 
 #include "formats/layout.h"
 #include "simd/simd.h"
@@ -40,14 +41,15 @@ struct Forms {
 };
 
 // Tokens of the next tile when `remaining` are left: any number where the tier has tiles of every
-// width, else 1, 4 or simd::wide_tile. A tile may be wider than what is left; its last tokens are
+// width, else one of simd::tile_widths. A tile may be wider than what is left; its last tokens are
 // then zeros.
 inline int tile_width(std::int64_t remaining) {
     if (simd::any_width)
         return static_cast<int>(std::min<std::int64_t>(simd::wide_tile, remaining));
-    if (remaining >= simd::wide_tile || (simd::wide_tile > 4 && remaining > 12))
-        return simd::wide_tile;
-    return remaining == 1 ? 1 : 4;
+    int width = 1;
+    for (std::size_t i = 0; i < std::size(simd::tile_widths); ++i)
+        if (remaining >= simd::tile_least[i]) width = simd::tile_widths[i];
+    return width;
 }
 
 // Tokens rounded up to whole tiles.

@@ -9,7 +9,6 @@ namespace {
 using namespace formats;
 
 constexpr int type_limit = 64;
-constexpr int four = simd::any_width ? simd::wide_tile : 4;
 
 struct Table {
     Kernels of[type_limit];
@@ -17,14 +16,16 @@ struct Table {
 
 template <class F>
 void add_quantised(Table& table) {
-    table.of[F::type] = {tile_quantised<F, 1>, tile_quantised<F, four>,
-                         tile_quantised<F, simd::wide_tile>, expand_of<F>, expanded_parts<F>};
+    Kernels& k = table.of[F::type] = {{}, expand_of<F>, expanded_parts<F>};
+    unrolled<std::size(simd::tile_widths)>(
+        [&](auto i) { k.tiles[i] = tile_quantised<F, simd::tile_widths[i]>; });
 }
 
 template <class F>
 void add_floats(Table& table) {
-    table.of[F::type] = {tile_floats<F, 1>, tile_floats<F, 4>, tile_floats<F, simd::wide_tile>,
-                         expand_of<F>, expanded_parts<F>};
+    Kernels& k = table.of[F::type] = {{}, expand_of<F>, expanded_parts<F>};
+    unrolled<std::size(simd::tile_widths)>(
+        [&](auto i) { k.tiles[i] = tile_floats<F, simd::tile_widths[i]>; });
 }
 
 template <class... Q, class... F>

@@ -4,6 +4,7 @@
 #pragma once
 
 #include <cstdint>
+#include <iterator>
 
 #include "matmul/activations.h"
 
@@ -22,9 +23,15 @@ using ExpandKernel = void (*)(const std::uint8_t* group, std::int64_t blocks, st
                               std::int64_t count, std::uint8_t* out);
 
 struct Kernels {
-    TileKernel one = nullptr, four = nullptr, wide = nullptr;
+    TileKernel tiles[std::size(simd::tile_widths)] = {};
     ExpandKernel expand = nullptr;  // null: never in AMX tiles
     int expanded_parts = 0;
+
+    TileKernel of_width(int width) const {
+        int i = 0;
+        while (simd::tile_widths[i] < width) ++i;
+        return tiles[i];
+    }
 };
 
 // Null pointers for a type without kernels.

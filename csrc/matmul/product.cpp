@@ -28,7 +28,7 @@ void multiply(const Matrix& m, std::int64_t first, std::int64_t groups, const Ac
     const std::int64_t bytes = layout_of(m.type).group_bytes(m.cols), ld = groups * 16;
     for (std::int64_t token = 0; token < x.tokens;) {
         const int width = tile_width(x.tokens - token);
-        const TileKernel run = width == 1 ? kernels.one : width == 4 ? kernels.four : kernels.wide;
+        const TileKernel run = kernels.of_width(width);
         for (std::int64_t g = 0; g < groups; ++g) {
             const std::uint8_t* group = m.data + (first + g) * bytes;
             const std::uint8_t* ahead = g + 1 < groups ? group + bytes : next ? next : group;

@@ -1,5 +1,5 @@
 // A packed matrix times activations, for some of its row groups: what linear layers and experts
-// share. Chooses the kernel by tokens: one, four or a wide tile, or AMX. Knows nothing of threads.
+// share. Chooses the kernel by tokens: tiles of some width, or AMX. Knows nothing of threads.
 #pragma once
 
 #include <cstdint>

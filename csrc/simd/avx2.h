@@ -11,6 +11,7 @@
 namespace greenroom::simd {
 
 constexpr int wide_tile = 48;  // tokens that share the decoding and widening of a block
+constexpr int tile_widths[] = {1, wide_tile}, tile_least[] = {1, 2};
 constexpr bool any_width = true;
 constexpr int float_tile = 4;  // of float weights: their sums stay in registers
 

@@ -9,6 +9,7 @@
 namespace greenroom::simd {
 
 constexpr int wide_tile = 16;  // tokens whose sums fit the register file with 8 code lines
+constexpr int tile_widths[] = {1, 2, 4, 8, wide_tile}, tile_least[] = {1, 2, 3, 7, 13};
 constexpr bool any_width = false;
 constexpr int float_tile = 16;  // of float weights
 

@@ -10,6 +10,7 @@
 namespace greenroom::simd {
 
 constexpr int wide_tile = 4;
+constexpr int tile_widths[] = {1, wide_tile}, tile_least[] = {1, 2};
 constexpr bool any_width = false;
 constexpr int float_tile = 4;
 

@@ -80,12 +80,14 @@ def test_a_token_does_not_feel_its_neighbours(lib, pool, type: GGMLType) -> None
     for t in (0, 15, 16, 64):
         np.testing.assert_array_equal(together[t], linear(lib, pool, m, x[t : t + 1])[0])
     np.testing.assert_array_equal(together[3:10], linear(lib, pool, m, x[3:10]))
+    for count in range(2, 17):  # every way to fill up a tile
+        np.testing.assert_array_equal(together[:count], linear(lib, pool, m, x[:count]))
 
 
 @formats
 def test_tiers_agree(type: GGMLType) -> None:
     results = []
-    x = tokens_of(21, 768)  # tiles of 16, 4 and 1, or of 21
+    x = tokens_of(21, 768)  # tiles of 16, 4 and 1, of 4 and 1, or of 21
     for tier in native.usable_tiers():
         lib = native.module(tier)
         pool = lib.Pool(1)
