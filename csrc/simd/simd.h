@@ -15,9 +15,9 @@
 // of it.
 //
 // wide_tile is the most tokens a tile has, float_tile how many of them meet float weights at once.
-// any_width says whether there are tiles of every width up to it, or those of tile_widths only, each
-// for tile_least tokens or more: what is left of fewer is cheaper in narrower tiles, as measured.
-// Kernels there are for tile_widths in both cases.
+// any_width says whether there are tiles of every width up to it, or those of tile_widths only,
+// each for tile_least tokens or more: what is left of fewer is cheaper in narrower tiles, as
+// measured. Kernels there are for tile_widths in both cases.
 #pragma once
 
 #include <utility>
