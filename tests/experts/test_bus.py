@@ -1,6 +1,7 @@
 """Short steps whose experts in RAM are shared by CPU and device, and how many each takes."""
 
 import os
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -99,14 +100,22 @@ def test_a_step_with_guests_gives_what_the_cpu_gives(
     ],
 )
 def test_guests_are_as_many_as_shorten_the_layer(guest, expert, wanted) -> None:
-    pace = Pace(expert, expert / 3, guest, 1.0)
+    pace = Pace(expert, expert / 3, guest, 1.0, 1.0)
     found = quotas(pace, 32, 4, 0, 1)
     assert found.dtype == np.int32
     assert found[:4].tolist() == wanted
 
 
+def test_a_cpu_that_is_slowed_by_the_bus_keeps_what_would_gain_too_little() -> None:
+    """Of eight small experts a CPU needs 232 us; with two read meanwhile it needs 232, too."""
+    slowed = Pace(25.7e-6, 1e-6, 72.6e-6, 1.0, 1.5)
+    assert quotas(slowed, 128, 8, 0, 1)[:8].max() == 0
+    free = quotas(replace(slowed, slowed=1.0), 128, 8, 0, 1)
+    assert free[:8].tolist() == [0, 0, 1, 1, 1, 1, 2, 2]
+
+
 def test_several_tokens_share_out_what_they_need_and_no_more_than_there_is_room_for() -> None:
-    pace = Pace(140e-6, 140e-6 / 3, 1.0, 264e-6)
+    pace = Pace(140e-6, 140e-6 / 3, 1.0, 264e-6, 1.0)
     free, tight = (quotas(pace, 32, 4, room, 32) for room in (32, 5))
     missing = np.arange(1, 33)
     assert (free <= missing).all()

@@ -83,6 +83,7 @@ def load_engine(
             options = _options(file, config, placement, shelf, _unless_failed(text, progress))
             model = load_model(file, options)
             tokenizer, chat = text.result()
+            model.rehearse()
             engine = assemble(model, tokenizer, config, chat, placement.cache_room)
     engine.placement = placement
     return engine

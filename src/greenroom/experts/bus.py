@@ -41,8 +41,10 @@ def quotas(pace: Pace, experts: int, used: int, room: int, tokens: int) -> NDArr
     each = pace.guest if tokens == 1 else pace.copy + ROUTE * rows
     missing, guests = np.ogrid[1 : experts + 1, 0 : experts + 1]
     left = missing - guests
-    cpu = left * pace.computing(rows) + (MEETING + BELLS) * (left > 0)
-    seconds = np.maximum(cpu, guests * each + ARRIVAL * (guests > 0))
+    bus, cpu = guests * each + ARRIVAL * (guests > 0), left * pace.computing(rows)
+    beside = np.minimum(cpu, bus / pace.slowed)  # of the CPU's work, done while the bus is busy
+    cpu = cpu + beside * (pace.slowed - 1) + (MEETING + BELLS) * (left > 0)
+    seconds = np.maximum(cpu, bus)
     seconds[(left < 0) | (guests > (room if tokens > 1 else experts))] = np.inf
     enough = WORTH * seconds <= seconds.min(1, keepdims=True)
     found: NDArray[np.int32] = np.maximum.accumulate(enough.argmax(1)).astype(np.int32)
@@ -70,6 +72,17 @@ class Bus:
         found = np.stack([quotas(pace, experts, used, room, n) for n in steps])
         self.quota.copy_(torch.from_numpy(found))
         self.comes = [bool(row.any()) for row in found]
+
+    def plan(self, used: int) -> str:
+        """In one line, for steps of one token and for the longest."""
+        one, many = (
+            int(self.quota[row, m - 1]) for row, m in ((0, used), (-1, self.quota.shape[1]))
+        )
+        return (
+            f"of experts in RAM the GPU reads {one} of {used} over the bus itself while the CPU "
+            f"computes the others, in steps of {len(self.quota)} tokens {many} of "
+            f"{self.quota.shape[1]}"
+        )
 
 
 class LayerBus:

@@ -41,12 +41,14 @@ class Pace:
         row: of the CPU, for each of an expert's tokens where there are several.
         guest: of the device, for each that it reads where it lies.
         copy: of the bus, for each that is copied to the device.
+        slowed: times as long the CPU takes while the device reads the same memory.
     """
 
     expert: float
     row: float
     guest: float
     copy: float
+    slowed: float
 
     def computing(self, rows: float) -> float:
         """Of the CPU for an expert with so many tokens."""
@@ -54,36 +56,44 @@ class Pace:
 
 
 def rounded(value: float) -> float:
-    """The nearest power of two, in quarter steps."""
-    return float(2 ** (round(STEPS * math.log2(value)) / STEPS))
+    """The nearest power of two, in quarter steps; of seconds, and at least a tenth of one in a
+    million."""
+    return float(2 ** (round(STEPS * math.log2(max(LEAST, value))) / STEPS))
 
 
 def measure(banks: Sequence[CpuExperts], used: int, there: Tensor) -> Pace:
-    """Computes some layers' experts while the device reads others; takes some 300 ms. Of several
-    times the shortest counts: what disturbs, passes.
+    """Computes some layers' experts alone and while the device reads others; takes some 300 ms.
+    Of several times the shortest counts: what disturbs, passes.
 
     Args:
         banks: the slabs of each layer, pinned and in one piece.
         used: experts of a token.
         there: (bytes,) uint8 on a GPU, overwritten.
     """
-    seconds_of(banks[0], TOGETHER, used)  # buffers grow, threads wake
     some = banks[:: max(1, len(banks) // LAYERS)]
     reading, copying = Reading(banks[-READ:], used, there.device), Copying(banks[0], there)
+
+    def one() -> float:
+        return median(seconds_of(bank, 1, used) for bank in some)
+
+    seconds_of(banks[0], TOGETHER, used)  # buffers grow, threads wake
     found = []
     for _ in range(ROUNDS):
+        alone, many = one(), seconds_of(banks[-1], TOGETHER, used)
         reading.begin()
-        one = median(seconds_of(bank, 1, used) for bank in some)
-        guests = reading.end()
+        beside, guests = one(), reading.end()
         copying.begin()
-        many = seconds_of(banks[-1], TOGETHER, used)
-        found.append((one, many, guests, copying.end() * banks[0].layout.nbytes))
+        found.append((alone, many, beside, guests, copying.end() * banks[0].layout.nbytes))
     del reading
     torch.cuda.empty_cache()
-    one, many, guests, copy = (min(times) for times in zip(*found, strict=True))
-    expert, guest = (one - MEETING) / used, (guests - ARRIVAL) / used
-    each = expert, (many - MEETING) / (TOGETHER * used), guest, copy
-    return Pace(*(rounded(max(LEAST, seconds)) for seconds in each))
+    alone, many, beside, guests, copy = (min(times) for times in zip(*found, strict=True))
+    return Pace(
+        expert=rounded((alone - MEETING) / used),
+        row=rounded((many - MEETING) / (TOGETHER * used)),
+        guest=rounded((guests - ARRIVAL) / used),
+        copy=rounded(copy),
+        slowed=max(1.0, beside / alone),
+    )
 
 
 def seconds_of(bank: CpuExperts, tokens: int, used: int) -> float:

@@ -98,14 +98,26 @@ class Tiers:
             for layer, slots in zip(self._layers, self.slots.layers, strict=True):
                 layer.slots = slots
         self._stage(banks)
-        if self._bus is not None and self._used and all(bank.pinned for bank in banks):
-            self.share_bus(measure(banks, self._used, self._bus.staging))
+
+    def rehearse(self) -> None:
+        """Measures what bus and CPU take, with nothing else running, and shares them; does
+        nothing where a GPU cannot read what is in RAM."""
+        banks = [layer.cpu for layer in self._layers]
+        if self._bus is None or not self._used or not all(bank.pinned for bank in banks):
+            return
+        try:
+            pace = measure(banks, self._used, self._bus.staging)
+        except RuntimeError as error:  # also where memory ran out
+            log.info("experts in RAM are left to the CPU: %.200s", error)
+            return
+        self.share_bus(pace)
 
     def share_bus(self, pace: Pace) -> None:
         """Short steps that are recorded from now on have the device read some of the experts in
         RAM, as the pace says; there must be staging memory."""
         assert self._bus is not None
         self._bus.follow(pace, [layer.cpu for layer in self._layers], self._used)
+        log.info("%s", self._bus.plan(self._used))
         for layer in self._layers:
             layer.bus = LayerBus(self._bus, layer.cpu)
 

@@ -182,6 +182,10 @@ class Backend(Protocol):
     def complete(self) -> None:
         """Called once, when all layers have been prepared."""
 
+    def rehearse(self) -> None:
+        """Called once, when nothing else that loads is running: what depends on the machine's
+        speed is measured."""
+
     def step_done(self, tokens: int, seconds: float = 0.0) -> None:
         """Called between two steps with the tokens of the last one, and the seconds of the one
         before it; 0 where they are not known."""
@@ -236,6 +240,9 @@ class InRam:
 
     def complete(self) -> None:
         """Nothing is left to do."""
+
+    def rehearse(self) -> None:
+        """Nothing depends on it."""
 
     def step_done(self, tokens: int, seconds: float = 0.0) -> None:
         """Nothing moves."""

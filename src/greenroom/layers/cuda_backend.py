@@ -153,10 +153,18 @@ class CudaBackend:
     def complete(self) -> None:
         """See `Backend.complete`."""
         self.tiers.complete()
+        self._share_cuts()
+
+    def _share_cuts(self) -> None:
         for beside in self._beside:
             for part in (beside.slots, beside.bus):
                 if part is not None:
                     part.cut = self.bench.cut
+
+    def rehearse(self) -> None:
+        """See `Backend.rehearse`."""
+        self.tiers.rehearse()
+        self._share_cuts()
 
     def step_done(self, tokens: int, seconds: float = 0.0) -> None:
         """Sees a long step's CPU part done and promotes experts, see `Slots.step_done`."""

@@ -257,6 +257,11 @@ class Model:
             if isinstance(blk.ffn, Moe):
                 blk.ffn.record = None if recorder is None else partial(recorder.add, layer)
 
+    def rehearse(self) -> None:
+        """After loading, with nothing else running: measures what steps depend on."""
+        for backend in self.backends:
+            backend.rehearse()
+
     def step_done(self, tokens: int, seconds: float = 0.0) -> None:
         """Between two steps: what a backend does when nobody waits for it.
 
