@@ -1,8 +1,8 @@
 """Seconds that the CPU takes for matrices and attention, from a machine's measured rates.
 
-Kernels take tokens in tiles of 1, 4 and 16 (csrc/matmul/activations.h; AVX2 has other widths too,
-which are taken for these). The first tile reads the matrix from memory while it computes; the
-others find it in the cache. Measures nothing.
+Kernels take tokens in tiles of 1, 4 and 16 (csrc/matmul/activations.h; other widths that AVX-512
+and AVX2 have are taken for these). The first tile reads the matrix from memory while it computes;
+the others find it in the cache. Measures nothing.
 """
 
 import math
