@@ -13,7 +13,7 @@ if not torch.cuda.is_available():
 from greenroom import native
 from greenroom.experts import bus as bus_module
 from greenroom.experts.beside import ExpertsBeside, WaitingCourier
-from greenroom.experts.bus import ROUTE, Bus, LayerBus, quotas
+from greenroom.experts.bus import ROUTE, Bus, LayerBus, quotas, rows_of
 from greenroom.experts.cpu import CpuExperts
 from greenroom.experts.limits import SHORT_STEP
 from greenroom.experts.pace import Pace, rounded, seconds_of
@@ -120,10 +120,25 @@ def test_several_tokens_share_out_what_they_need_and_no_more_than_there_is_room_
     missing = np.arange(1, 33)
     assert (free <= missing).all()
     assert (np.diff(free) >= 0).all()
-    left = (missing - free) * pace.computing(4.06)
-    assert 0.75 < free[-1] * (pace.copy + 4.06 * ROUTE) / left[-1] < 1.25  # busy for as long
+    rows = rows_of(32, 4, 32)[-1]
+    left = np.maximum(pace.expert, rows[: -free[-1]] * pace.row).sum()
+    coming = free[-1] * pace.copy + ROUTE * rows[-free[-1] :].sum()
+    assert 0.75 < coming / left < 1.25  # busy for as long
     assert tight.max() == 5
     assert (np.minimum(free, 5) == tight).all()
+
+
+def test_rows_of_experts_are_those_of_uniform_routing() -> None:
+    rows = rows_of(32, 4, 32)
+    chosen = 32 * (1 - (1 - 4 / 32) ** 32)
+    assert rows[31].sum() == pytest.approx(32 * 32 * 4 / chosen, rel=0.03)
+    assert (np.diff(rows[31]) >= 0).all()
+    assert rows[31][0] == 1
+    assert rows[31][-1] >= 8
+    assert (rows[4][:5] > 0).all()
+    assert (rows[4][5:] == 0).all()
+    assert (rows_of(8, 8, 3)[7] == 3).all()
+    assert (rows_of(8, 2, 1)[7] == 1).all()
 
 
 def test_paces_are_rounded_and_measured_on_the_layers(pool) -> None:

@@ -4,6 +4,7 @@ they lie; for several they are copied to staging memory first, as each of an exp
 read it again. Knows paces and memory; who comes is decided on the device.
 """
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -36,19 +37,42 @@ def quotas(pace: Pace, experts: int, used: int, room: int, tokens: int) -> NDArr
     Returns:
         (experts,) int32.
     """
-    chosen = 1 - (1 - used / experts) ** tokens  # by anybody, if routing is uniform
-    rows = tokens * used / (experts * chosen)
-    each = pace.guest if tokens == 1 else pace.copy + ROUTE * rows
+    rows = rows_of(experts, used, tokens)
     missing, guests = np.ogrid[1 : experts + 1, 0 : experts + 1]
-    left = missing - guests
-    bus, cpu = guests * each + ARRIVAL * (guests > 0), left * pace.computing(rows)
+    left = np.maximum(missing - guests, 0)
+    cpu = _first(np.maximum(pace.expert, rows * pace.row), left)
+    bus = guests * pace.guest
+    if tokens > 1:
+        bus = guests * pace.copy + ROUTE * (rows.sum(1, keepdims=True) - _first(rows, left))
+    bus = bus + ARRIVAL * (guests > 0)
     beside = np.minimum(cpu, bus / pace.slowed)  # of the CPU's work, done while the bus is busy
     cpu = cpu + beside * (pace.slowed - 1) + (MEETING + BELLS) * (left > 0)
     seconds = np.maximum(cpu, bus)
-    seconds[(left < 0) | (guests > (room if tokens > 1 else experts))] = np.inf
+    seconds[(guests > missing) | (guests > (room if tokens > 1 else experts))] = np.inf
     enough = WORTH * seconds <= seconds.min(1, keepdims=True)
     found: NDArray[np.int32] = np.maximum.accumulate(enough.argmax(1)).astype(np.int32)
     return found
+
+
+def rows_of(experts: int, used: int, tokens: int) -> NDArray[np.float64]:
+    """Tokens of each of 1, 2, ... experts that any of so many tokens use, (experts, experts), in a
+    line the fewest first and zeros behind: quantiles of what uniform routing gives."""
+    counts = np.arange(1, tokens + 1)
+    share = min(used / experts, 1 - 1e-9)
+    ways = [
+        math.lgamma(tokens + 1) - math.lgamma(n + 1) - math.lgamma(tokens - n + 1) for n in counts
+    ]
+    likely = np.exp(ways + counts * np.log(share) + (tokens - counts) * np.log1p(-share))
+    below = np.cumsum(likely) / likely.sum()
+    number, of = np.ogrid[0:experts, 1 : experts + 1]
+    found = counts[np.minimum(np.searchsorted(below, (number + 0.5) / of), tokens - 1)]
+    return np.where(number < of, found, 0).T.astype(np.float64)
+
+
+def _first(values: NDArray[np.float64], count: NDArray[np.int64]) -> NDArray[np.float64]:
+    """Sums of the first so many of each line."""
+    sums = np.pad(np.cumsum(values, 1), ((0, 0), (1, 0)))
+    return np.take_along_axis(sums, count, 1)
 
 
 class Bus:

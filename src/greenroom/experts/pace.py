@@ -50,10 +50,6 @@ class Pace:
     copy: float
     slowed: float
 
-    def computing(self, rows: float) -> float:
-        """Of the CPU for an expert with so many tokens."""
-        return max(self.expert, rows * self.row)
-
 
 def rounded(value: float) -> float:
     """The nearest power of two, in quarter steps; of seconds, and at least a tenth of one in a
@@ -100,7 +96,7 @@ def seconds_of(bank: CpuExperts, tokens: int, used: int) -> float:
     """Of the CPU for a layer in which each of some tokens uses `used` experts of its own."""
     chance = torch.rand(tokens, bank.experts, generator=torch.Generator().manual_seed(0))
     ids = chance.argsort(1)[:, :used].int()
-    hidden, weights = torch.zeros(tokens, bank.layout.d), torch.ones(tokens, used)
+    hidden, weights = torch.randn(tokens, bank.layout.d), torch.ones(tokens, used)
     begin = time.perf_counter()
     bank(hidden, ids, weights)
     return time.perf_counter() - begin
