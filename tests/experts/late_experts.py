@@ -2,6 +2,8 @@
 the real ones read. A slab tells whose it is, so that a result tells which slabs were read."""
 
 import os
+from dataclasses import replace
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -12,10 +14,11 @@ import torch
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # for tests that come later
 
-from greenroom.experts import ring, slots, stream, tiers, uselog
+from greenroom.experts import beside, bus, ring, slots, stream, tiers, uselog
 from greenroom.experts.slabs import SlabLayout
 from greenroom.gguf import GGMLType
 from greenroom.kernels.grouped import BASE, GROUP, ORDER, PLACE
+from greenroom.kernels.guests import choose_twin
 
 from .late_device import Device, Lazy, torch_of
 
@@ -50,6 +53,11 @@ def value(slab: torch.Tensor) -> int:
     found = slab.unique()
     assert len(found) == 1, "a slab is half one expert's and half another's"
     return int(found)
+
+
+def now(memory: torch.Tensor) -> torch.Tensor:
+    """What is there; pinned memory is no late one."""
+    return memory.now if isinstance(memory, Lazy) else memory
 
 
 def summed(ids: np.ndarray, weights: np.ndarray, values: dict[int, int]) -> torch.Tensor:
@@ -91,7 +99,6 @@ class Kernels:
         self.fails = 0  # groups until one finds no memory
 
     def hits(self, memory, table, layout, hidden, ids, weights, activation, seen, cut, guests=None):
-        assert guests is None
         out = torch.zeros(len(ids), 1, dtype=torch.float64)
         ids, weights = ids.numpy(), weights.numpy()
         known: dict[int, int] = {}
@@ -99,15 +106,31 @@ class Kernels:
         def look() -> None:
             if seen is not None:
                 seen.now[: ids.size] = torch.from_numpy(ids.reshape(-1))
-            known.update((int(e), int(table.now[int(e)])) for e in np.unique(ids))
+            known.update((int(e), int(now(table)[int(e)])) for e in np.unique(ids))
 
         def add() -> None:
-            there = {e: value(memory.now[slot]) for e, slot in known.items() if slot >= 0}
+            there = {e: value(now(memory)[slot]) for e, slot in known.items() if slot >= 0}
+            if guests is not None:
+                places = now(guests.places).tolist()
+                coming = [e for e, slot in known.items() if slot < 0 <= places[e]]
+                there |= {e: value(now(guests.memory)[places[e]]) for e in coming}
             out.add_(summed(ids, weights, there))
 
         self.device.give(look)
         self.device.give(add)
         return out
+
+    def fetch(self, guests) -> None:
+        """Copies in two parts, as others may get between."""
+        half = guests.memory.shape[1] // 2
+
+        def copy(part: slice) -> None:
+            for expert, place in enumerate(now(guests.places).tolist()):
+                if place >= 0:
+                    now(guests.memory)[place, part] = guests.source[expert, part]
+
+        for part in (slice(half), slice(half, None)) if guests.fetched else ():
+            self.device.give(partial(copy, part))
 
     def resident(self, layout, activation, experts, chunk):
         def many(memory, table, hidden, ids, weights):
@@ -190,13 +213,18 @@ class Courier:
         self.device = device
         self.out: torch.Tensor | None = None
 
-    def send(self, cpu, hidden, ids, weights, table):
+    def send(self, cpu, hidden, ids, weights, table, guests=None):
         assert self.out is None
         out = self.out = torch.zeros(len(ids), 1, dtype=torch.float64)
 
         def work() -> None:
-            wanted = [e for e in range(cpu.experts) if table is None or table.now[e] < 0]
-            there = {e: int(cpu.values[e]) for e in wanted}
+            mine = ids
+            if guests is not None:
+                quota, places = now(guests.quota), now(guests.places)
+                there = replace(guests, quota=quota, places=places)
+                mine = choose_twin(ids, None if table is None else table.now, there)
+            wanted = set(mine.flatten().tolist()) - {-1}
+            there = {e: int(cpu.values[e]) for e in wanted if table is None or table.now[e] < 0}
             out.add_(summed(ids.numpy(), weights.numpy(), there))
 
         self.device.give(work)
@@ -218,6 +246,8 @@ def patched(patch: pytest.MonkeyPatch, device: Device) -> Kernels:
     for part in (ring, slots, stream, tiers, uselog):
         patch.setattr(part, "torch", module)
     patch.setattr(slots, "hits", kernels.hits)
+    patch.setattr(bus, "hits", kernels.hits)
+    patch.setattr(beside, "fetch", kernels.fetch)
     patch.setattr(slots, "ResidentMlp", kernels.resident)
     patch.setattr(stream, "Routes", kernels)
     patch.setattr(slots, "by_expert", lambda ids, n: (None, None, kernels.starts(ids, n)))

@@ -62,9 +62,9 @@ def test_long_steps_are_the_cpus_when_staging_has_gone(model, monkeypatch) -> No
     kind = type(bank.slots)
     real = kind.hits
 
-    def noted(self, hidden, ids, weights):
+    def noted(self, hidden, ids, weights, guests=None):
         seen.append(len(hidden))
-        return real(self, hidden, ids, weights)
+        return real(self, hidden, ids, weights, guests)
 
     monkeypatch.setattr(kind, "hits", noted)
     assert bank.slots.places()  # a slot is left

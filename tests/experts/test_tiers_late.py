@@ -16,6 +16,8 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # for tests that come later
 
 from greenroom.experts.beside import ExpertsBeside
+from greenroom.experts.limits import BESIDE_STAGED
+from greenroom.experts.pace import Pace
 from greenroom.experts.residency import EMPTY
 from greenroom.experts.share import Rates, Share
 from greenroom.experts.tiers import Tiers
@@ -50,14 +52,15 @@ class Machine(RuleBasedStateMachine):
         pages=st.sampled_from([0, 2, 3, 8]),
         known=st.booleans(),
         reading=st.sampled_from([0.0, 1e9, 1e18]),
+        guests=st.sampled_from([None, 1e-6, 1e-4]),
     )
-    def load(self, seed, kinds, share, pages, known, reading) -> None:
+    def load(self, seed, kinds, share, pages, known, reading, guests) -> None:
         self.random, self.device = random.Random(seed), Device(seed)
         self.kernels = patched(self.patch, self.device)
         self.banks = [Bank(*kind, number) for number, kind in enumerate(kinds)]
         uniform = [bank for bank in self.banks if bank.uniform]
         self.account = Account(self.device)
-        self.beside = 4 * len(uniform) * (SEEN + 6) + 4 * 4 * 6  # tables
+        self.beside = 4 * len(uniform) * (SEEN + 6) + BESIDE_STAGED * 6  # tables
         everything = sum(bank.nbytes for bank in uniform)
         self.room = int(share * everything)
         self.staging = 4 * D * F + pages * max(SLABS) if pages else 0
@@ -72,6 +75,8 @@ class Machine(RuleBasedStateMachine):
         for layer in self.layers:
             self.tiers.add(layer)
         self.tiers.complete()
+        if guests is not None and self.tiers._bus is not None:  # seconds of one on the bus
+            self.tiers.share_bus(Pace(1e-4, 1e-4, guests, guests, 1.0))
         if known and self.tiers.slots is not None:
             for arena in self.tiers.slots.arenas:
                 rows = [self.layers.index(self.tiers._layers[i]) for i in arena.layers]
@@ -270,7 +275,8 @@ def test_a_long_walk(seed) -> None:
         kinds[0] = (0, 4)
     share, pages = draw.choice([0.0, 0.3, 0.6, 0.8]), draw.choice([2, 3, 8])
     try:
-        machine.load(seed, kinds, share, pages, draw.random() < 0.5, draw.choice([0.0, 1e9, 1e18]))
+        machine.load(seed, kinds, share, pages, draw.random() < 0.5, draw.choice([0.0, 1e9, 1e18]),
+                     draw.choice([None, 1e-6, 1e-4]))  # fmt: skip
         rules = [
             lambda: machine.decode(draw.choice(SHORT), 5),
             lambda: machine.prefill(draw.choice(LONG), draw.choice([0, 1, 300])),

@@ -50,7 +50,7 @@ def quotas(pace: Pace, experts: int, used: int, room: int, tokens: int) -> NDArr
     seconds = np.maximum(cpu, bus)
     seconds[(guests > missing) | (guests > (room if tokens > 1 else experts))] = np.inf
     enough = WORTH * seconds <= seconds.min(1, keepdims=True)
-    found: NDArray[np.int32] = np.maximum.accumulate(enough.argmax(1)).astype(np.int32)
+    found: NDArray[np.int32] = enough.argmax(1).astype(np.int32)
     return found
 
 
@@ -59,10 +59,8 @@ def rows_of(experts: int, used: int, tokens: int) -> NDArray[np.float64]:
     line the fewest first and zeros behind: quantiles of what uniform routing gives."""
     counts = np.arange(1, tokens + 1)
     share = min(used / experts, 1 - 1e-9)
-    ways = [
-        math.lgamma(tokens + 1) - math.lgamma(n + 1) - math.lgamma(tokens - n + 1) for n in counts
-    ]
-    likely = np.exp(ways + counts * np.log(share) + (tokens - counts) * np.log1p(-share))
+    ways = np.array([math.comb(tokens, n) for n in range(1, tokens + 1)], np.float64)
+    likely = ways * share**counts * (1 - share) ** (tokens - counts)
     below = np.cumsum(likely) / likely.sum()
     number, of = np.ogrid[0:experts, 1 : experts + 1]
     found = counts[np.minimum(np.searchsorted(below, (number + 0.5) / of), tokens - 1)]

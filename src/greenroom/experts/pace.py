@@ -26,9 +26,11 @@ LAYERS = 12  # computed for one token, so many at most
 READ = 4  # layers whose experts the device reads in turn
 TOGETHER = 32  # tokens of the longer measurement
 # Seconds, H100 with 16 cores, 26 November 2026: of the CPU for a layer's experts, however many they
-# are, and of the device, which starts several kernels one after the other.
-MEETING = 15e-6
-ARRIVAL = 10e-6
+# are; the same and a call by Python, as it is measured here; and of the device, which starts
+# several kernels one after the other.
+MEETING = 6e-6
+CALL = 30e-6
+ARRIVAL = 15e-6
 LEAST = 1e-7  # that anything takes
 
 
@@ -84,8 +86,8 @@ def measure(banks: Sequence[CpuExperts], used: int, there: Tensor) -> Pace:
     torch.cuda.empty_cache()
     alone, many, beside, guests, copy = (min(times) for times in zip(*found, strict=True))
     return Pace(
-        expert=rounded((alone - MEETING) / used),
-        row=rounded((many - MEETING) / (TOGETHER * used)),
+        expert=rounded((alone - CALL) / used),
+        row=rounded((many - CALL) / (TOGETHER * used)),
         guest=rounded((guests - ARRIVAL) / used),
         copy=rounded(copy),
         slowed=max(1.0, beside / alone),

@@ -26,6 +26,7 @@ from greenroom.kernels.dequantise import dequantise_group
 from greenroom.kernels.expert_rows import activated_rows, add_rows, scaled_rows
 from greenroom.kernels.grouped import BASE, GROUP, MOST, ORDER, PLACE, Group, Routes, carry, product
 
+NOBODY = -1  # no layer's index
 COVERAGE = 0.9  # share of a layer's experts that must be in demand to copy before it is known
 
 
@@ -145,8 +146,9 @@ class LayerStream:
         self._fill(deque(self._pages(absent[:first])))
 
     def abandon(self) -> None:
-        """See `Stream.abandon`."""
+        """See `Stream.abandon`; what is staged is dropped, as short steps use its memory."""
         self._desk.errands.abandon()
+        self.ring.drop(NOBODY)
 
     def _all(self, tokens: int, used: int) -> bool:
         """Whether nearly all experts will be in demand when each token uses so many."""

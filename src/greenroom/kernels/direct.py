@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from greenroom.kernels.grouped import Group, Routes, members, pick, wide
+from greenroom.kernels.grouped import Group, Routes, members, pick, room_for, wide
 from greenroom.kernels.lines import Walk
 from greenroom.kernels.matvec import iq4_table
 from greenroom.kernels.packed import factors
@@ -144,6 +144,6 @@ def direct(
         a, slabs.view(-1)[start:], slabs.shape[1], out, out.stride(0), iq4_table(a.device),
         routes.tokens, routes.starts, routes.table, routes.table.shape[1], group.first, experts,
         skip, rows, n, cols, walk.group_bytes, walk.payload_bytes, C=walk.constants,
-        GATHER=gather, PAD=triton.next_power_of_2(experts), BM=bm, BN=bn,
+        GATHER=gather, PAD=room_for(experts, routes.table.shape[1]), BM=bm, BN=bn,
         BLOCKS=blocks, num_warps=warps, num_stages=stages,
     )  # fmt: skip

@@ -9,7 +9,16 @@ import triton.language as tl
 from torch import Tensor
 
 from greenroom.kernels.experts import ACTIVATIONS, activate
-from greenroom.kernels.grouped import GROUP, MOST, PLACE, Group, Routes, members, pick, rows_of
+from greenroom.kernels.grouped import (
+    GROUP,
+    PLACE,
+    Group,
+    Routes,
+    members,
+    pick,
+    room_for,
+    rows_of,
+)
 
 RANGE = 8  # the largest number of a row comes to lie from 2^8 to 2^9
 COLUMNS = 1024  # of a sum that a program adds
@@ -146,7 +155,7 @@ def activated_rows(
         both, slabs, slabs.shape[1], gate_bias, up_bias, row_scales, routes.tokens, routes.starts,
         routes.table, routes.table.shape[1], group.first, len(group.counts), skip, rows, out,
         scales, f, BIAS=biases is not None, KIND=ACTIVATIONS[activation],
-        PAD=max(MOST, triton.next_power_of_2(len(group.counts))), BLOCK=block,
+        PAD=room_for(len(group.counts), routes.table.shape[1]), BLOCK=block,
         num_warps=_warps(block),
     )  # fmt: skip
     return out, scales

@@ -93,6 +93,12 @@ class Group:
         return found
 
 
+def room_for(count: int, experts: int) -> int:
+    """PAD of `members` for a group of `count` of a layer's experts: one of two, as each is
+    compiled by itself, which takes seconds."""
+    return MOST if count <= MOST else triton.next_power_of_2(experts)
+
+
 @triton.jit
 def members(starts, table, experts, first, count, skip, rows, PAD: tl.constexpr):
     """Of each expert of a group, (PAD,) int32: its id, first row of the pass, rows of the pass,

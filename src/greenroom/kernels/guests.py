@@ -22,8 +22,9 @@ class Guests:
     Attributes:
         quota: (experts,) int32 on the device: how many of m experts without a slot come as
             guests, at m - 1. At most m, and no more than `memory` holds.
-        places: (experts,) int32 on the device, written in every step for the experts without a
-            slot that it uses: where the slab lies in `memory`, or -1 if it is no guest.
+        places: (experts,) int32 on the device, written in every step: where an expert's slab lies
+            in `memory`, or -1 if it is no guest. In steps of one token only those of the experts
+            that it uses and that have no slot are written.
         memory: (slabs, slab bytes) uint8 that the device reads: `source` itself, or room for
             copies.
         source: (experts, slab bytes) uint8 in pinned memory.
@@ -150,7 +151,9 @@ def choose_twin(ids: Tensor, table: Tensor | None, guests: Guests) -> Tensor:
     chosen = torch.argsort(uses, descending=True, stable=True)[:wanted].sort().values
     if len(ids) == 1:
         chosen = here[:wanted]
-    guests.places[here] = -1
+        guests.places[here] = -1
+    else:
+        guests.places.fill_(-1)
     where = torch.arange(wanted) if guests.fetched else chosen
     guests.places[chosen] = where.int().to(guests.places.device)
     there = guests.places[missing.clamp(min=0).long()] >= 0
