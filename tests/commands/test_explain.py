@@ -71,7 +71,7 @@ def test_rows_have_what_a_step_took_and_the_last_one_their_sum() -> None:
         {"layer": 3, "short": none, "long": {**long, "calls": 1}},
     ]
     console = Console(width=120, record=True, file=io.StringIO())
-    uses = {"layer_hits": [5, 10, 40], "layer_routes": [40, 40, 40]}
+    uses = {"layer_hits": [5, 10, 40], "layer_routes": [40, 40, 40], "bus": "the GPU reads 1 of 4"}
     show_layers(layers, uses, console)
     rows = [line.split() for line in console.export_text().splitlines()]
     assert rows[1] == ["1", "10", "2.000", "2.0", "1.0", "12.5%", "0", "0.00"]
@@ -79,3 +79,4 @@ def test_rows_have_what_a_step_took_and_the_last_one_their_sum() -> None:
     assert rows[3] == ["3", "0", "0.000", "0.0", "-", "100.0%", "1", "500.00"]
     # 2 + 10 ms, 2 + 5 MiB, 7 MiB in 12 ms, 55 of 120 routes, 250 + 500 ms
     assert rows[4] == ["all", "12.000", "7.0", "0.6", "45.8%", "750.00"]
+    assert " ".join(rows[5]) == "Short steps: the GPU reads 1 of 4."

@@ -77,6 +77,7 @@ class Machine(RuleBasedStateMachine):
         self.tiers.complete()
         if guests is not None and self.tiers._bus is not None:  # seconds of one on the bus
             self.tiers.share_bus(Pace(1e-4, 1e-4, guests, guests, 1.0))
+            assert self.tiers.report()["bus"].startswith("of experts in RAM the GPU reads ")
         if known and self.tiers.slots is not None:
             for arena in self.tiers.slots.arenas:
                 rows = [self.layers.index(self.tiers._layers[i]) for i in arena.layers]

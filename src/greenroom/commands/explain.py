@@ -64,6 +64,8 @@ def show_layers(layers: Any, experts: dict[str, Any], console: "Console") -> Non
     cells = row(short, long, _sum(list(hits.values())))
     table.add_row("all", "", *cells[:4], "", cells[4])
     console.print(table)
+    if "bus" in experts:
+        console.print(f"Short steps: {experts['bus']}.")
 
 
 def _uses(experts: dict[str, Any], layers: int) -> tuple[list[int], list[int]]:

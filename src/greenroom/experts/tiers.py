@@ -6,6 +6,7 @@ their layouts are known. Knows memory; not policy.
 import logging
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
 
 import numpy as np
 import torch
@@ -117,7 +118,8 @@ class Tiers:
         RAM, as the pace says; there must be staging memory."""
         assert self._bus is not None
         self._bus.follow(pace, [layer.cpu for layer in self._layers], self._used)
-        log.info("%s", self._bus.plan(self._used))
+        if any(self._bus.comes):
+            log.info("%s", self._bus.plan(self._used))
         for layer in self._layers:
             layer.bus = LayerBus(self._bus, layer.cpu)
 
@@ -130,6 +132,13 @@ class Tiers:
         stream = self._layers[0].stream if self._layers else None
         if isinstance(stream, LayerStream) and tokens > ExpertsBeside.FEW:
             stream.begin(tokens)
+
+    def report(self) -> dict[str, Any]:
+        """See `Slots.report`; "bus" says in one line who comes over it in short steps."""
+        found = {} if self.slots is None else self.slots.report()
+        if self._bus is not None and any(self._bus.comes):
+            found["bus"] = self._bus.plan(self._used)
+        return found
 
     def settle(self) -> None:
         """Returns when the CPU has done its part of a long step, see `Errands.settle`."""

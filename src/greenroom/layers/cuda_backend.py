@@ -177,8 +177,8 @@ class CudaBackend:
         return self.tiers.relieve()
 
     def expert_stats(self) -> dict[str, Any]:
-        """See `Slots.report`."""
-        return {} if self.tiers.slots is None else self.tiers.slots.report()
+        """See `Tiers.report`."""
+        return self.tiers.report()
 
     def recording(self) -> AbstractContextManager[None]:
         """See `Courier.recording`."""
