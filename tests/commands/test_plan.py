@@ -21,7 +21,7 @@ from greenroom.gguf.header import read_header
 from greenroom.models.loader import read_config
 from greenroom.placement import predict
 from greenroom.placement.calibrate import MachineProfile, save_profile
-from greenroom.placement.cpu_seconds import CpuSeconds, routed, tiles
+from greenroom.placement.cpu_seconds import CpuSeconds, binomial, tiles
 from greenroom.placement.placement import Placement
 from greenroom.placement.work import Work
 
@@ -97,8 +97,8 @@ def test_decode_batches_share_experts() -> None:
     # 2 tokens with 0.1 each meet 1 - 0.9 * 0.9 of the experts, which have 0.2 / 0.19 tokens each
     assert WORK.touched(2) == pytest.approx(0.19)
     assert WORK.per_expert(2) == pytest.approx(0.2 / 0.19)
-    assert routed(2, 0.1) == pytest.approx({1: 0.18, 2: 0.01})
-    assert (routed(3, 1.0), routed(3, 0.0)) == ({3: 1.0}, {})
+    assert binomial(2, 0.1) == pytest.approx({1: 0.18, 2: 0.01})
+    assert (binomial(3, 1.0), binomial(3, 0.0)) == ({3: 1.0}, {})
 
 
 def test_a_batch_takes_the_kernels_time_of_its_tiles() -> None:

@@ -13,10 +13,11 @@ if not torch.cuda.is_available():
 from greenroom import native
 from greenroom.experts import bus as bus_module
 from greenroom.experts.beside import ExpertsBeside, WaitingCourier
-from greenroom.experts.bus import ROUTE, Bus, LayerBus, quotas, rows_of
+from greenroom.experts.bus import Bus, LayerBus
 from greenroom.experts.cpu import CpuExperts
 from greenroom.experts.limits import SHORT_STEP
-from greenroom.experts.pace import Pace, rounded, seconds_of
+from greenroom.experts.pace import rounded, seconds_of
+from greenroom.experts.quota import ROUTE, Pace, quotas, rows_of
 from greenroom.experts.rendezvous import RendezvousCourier
 from greenroom.experts.tiers import pin
 

@@ -15,10 +15,11 @@ if not torch.cuda.is_available():
 
 from test_experts import bank, routes
 
-from greenroom.experts import resident
+from greenroom.experts import limits, resident
 from greenroom.experts.reference import ReferenceExperts
 from greenroom.experts.resident import ResidentMlp
 from greenroom.experts.stream import GroupMlp, Step
+from greenroom.kernels import grouped
 from greenroom.kernels.expert_rows import scaled_rows
 from greenroom.kernels.grouped import Group, Routes
 from greenroom.placement import predict
@@ -86,5 +87,6 @@ def test_packed_experts_of_few_rows_are_multiplied_from_their_blocks() -> None:
     assert not ResidentMlp(packed, "silu", 3, 0).takes(3 * resident.FEW_ROWS + 1)
 
 
-def test_predictions_know_from_how_many_rows_on_experts_are_expanded() -> None:
+def test_predictions_know_how_many_rows_and_experts_are_computed_how() -> None:
     assert predict.FEW_ROWS == resident.FEW_ROWS
+    assert limits.PAGE_EXPERTS == grouped.MOST

@@ -17,7 +17,7 @@ if not torch.cuda.is_available():
 
 from greenroom.experts.beside import ExpertsBeside
 from greenroom.experts.limits import BESIDE_STAGED
-from greenroom.experts.pace import Pace
+from greenroom.experts.quota import Pace
 from greenroom.experts.residency import EMPTY
 from greenroom.experts.share import Rates, Share
 from greenroom.experts.tiers import Tiers

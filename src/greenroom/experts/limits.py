@@ -8,3 +8,22 @@ SHORT_STEP = 32  # tokens; longer steps stream experts
 STREAMED = 16  # bytes an expert takes in the table of who is computed when in a long step
 # The same, and in the tables of who comes over the bus in short ones.
 BESIDE_STAGED = STREAMED + 4 * (SHORT_STEP + 1)
+PAGES = 4  # of staging memory that can be on their way at once
+PAGE_BYTES = 56 << 20  # about a millisecond on the bus
+PAGE_EXPERTS = 16  # most of a page, as kernels compute so many at once
+
+
+def pages_of(nbytes: int, slab: int, expanded: int, experts: int) -> tuple[int, int]:
+    """Pages of staging memory and experts of a page: as many of those as the launches of a group
+    are worth, while at least `PAGES` can be on their way.
+
+    Args:
+        nbytes: of the pages, and of a page's experts expanded.
+        slab, expanded: bytes of one expert.
+        experts: of a layer.
+    """
+    wanted = min(PAGE_EXPERTS, experts, max(1, PAGE_BYTES // slab))
+    slabs = min(wanted, nbytes // (expanded + PAGES * slab))
+    if slabs < 1:
+        return max(0, nbytes - expanded) // slab, 1
+    return (nbytes - slabs * expanded) // (slabs * slab), slabs

@@ -7,7 +7,6 @@ differ in the last digits with the processor that forms them.
 import math
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
 from statistics import median
 from typing import Any
 
@@ -15,6 +14,7 @@ import torch
 from torch import Tensor
 
 from greenroom.experts.cpu import CpuExperts
+from greenroom.experts.quota import ARRIVAL, Pace
 from greenroom.kernels.experts import hits
 
 STEPS = 4  # to a factor of two
@@ -25,32 +25,10 @@ ROUNDS = 3
 LAYERS = 12  # computed for one token, so many at most
 READ = 4  # layers whose experts the device reads in turn
 TOGETHER = 32  # tokens of the longer measurement
-# Seconds, H100 with 16 cores, 26 November 2026: of the CPU for a layer's experts, however many they
-# are; the same and a call by Python, as it is measured here; and of the device, which starts
-# several kernels one after the other.
-MEETING = 6e-6
+# Seconds, H100 with 16 cores, 26 November 2026: of a call by Python, as it is measured here, and of
+# the CPU for a layer's experts, however many they are.
 CALL = 30e-6
-ARRIVAL = 15e-6
 LEAST = 1e-7  # that anything takes
-
-
-@dataclass(frozen=True, slots=True)
-class Pace:
-    """Seconds that the experts of a layer take in a short step, besides `MEETING` and `ARRIVAL`.
-
-    Attributes:
-        expert: of the CPU, for each with one token.
-        row: of the CPU, for each of an expert's tokens where there are several.
-        guest: of the device, for each that it reads where it lies.
-        copy: of the bus, for each that is copied to the device.
-        slowed: times as long the CPU takes while the device reads the same memory.
-    """
-
-    expert: float
-    row: float
-    guest: float
-    copy: float
-    slowed: float
 
 
 def rounded(value: float) -> float:

@@ -16,21 +16,19 @@ from greenroom.experts.beside import ExpertsBeside
 from greenroom.experts.bus import Bus, LayerBus
 from greenroom.experts.cpu import CpuExperts
 from greenroom.experts.errands import Errands
-from greenroom.experts.limits import BESIDE_STAGED, STREAMED
-from greenroom.experts.pace import Pace, measure
+from greenroom.experts.limits import BESIDE_STAGED, STREAMED, pages_of
+from greenroom.experts.pace import measure
 from greenroom.experts.pinned import register
+from greenroom.experts.quota import Pace
 from greenroom.experts.ring import Ring
 from greenroom.experts.share import Share
 from greenroom.experts.slots import LayerSlots, Slots
 from greenroom.experts.stream import Desk, LayerStream
 from greenroom.experts.uselog import Account
-from greenroom.kernels.grouped import MOST
 
 log = logging.getLogger(__name__)
 
 LEAST_STAGED = 2  # pages: one arrives while the other is computed
-PAGES = 4
-PAGE_BYTES = 56 << 20  # about a millisecond on the bus
 
 
 class Tiers:
@@ -189,22 +187,6 @@ class Tiers:
             self._layers, none if self.slots is None else self.slots.layers, strict=True
         ):
             layer.stream = before = LayerStream(ring, layer.cpu, desk, seats, before)
-
-
-def pages_of(nbytes: int, slab: int, expanded: int, experts: int) -> tuple[int, int]:
-    """Pages of staging memory and experts of a page: as many of those as the launches of a group
-    are worth, while at least `PAGES` can be on their way.
-
-    Args:
-        nbytes: of the pages, and of a page's experts expanded.
-        slab, expanded: bytes of one expert.
-        experts: of a layer.
-    """
-    wanted = min(MOST, experts, max(1, PAGE_BYTES // slab))
-    slabs = min(wanted, nbytes // (expanded + PAGES * slab))
-    if slabs < 1:
-        return max(0, nbytes - expanded) // slab, 1
-    return (nbytes - slabs * expanded) // (slabs * slab), slabs
 
 
 def pin(experts: CpuExperts) -> None:

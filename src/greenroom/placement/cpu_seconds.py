@@ -18,7 +18,7 @@ WIDE, FOUR = 16, 4  # tokens of a tile; 13 of them are worth a wide one
 # more numbers for the same operations.
 DENSITY = 2 * 2048
 
-Counts = Mapping[int, float]  # tokens of a matrix: share of the matrices that have so many
+Counts = Mapping[int, float]  # how likely each number is
 
 
 def tiles(tokens: int) -> tuple[int, int, int]:
@@ -31,14 +31,15 @@ def tiles(tokens: int) -> tuple[int, int, int]:
 
 
 @lru_cache(256)
-def routed(tokens: int, share: float) -> Counts:
-    """Tokens of an expert in a step of `tokens` that each use this share, uniformly: binomial."""
+def binomial(number: int, share: float) -> Counts:
+    """How likely 1, 2, ... of so many are, each with this share; of tokens that use an expert, or
+    of experts that have no slot."""
     if not 0 < share < 1:
-        return {tokens: 1.0} if share else {}
+        return {number: 1.0} if share else {}
     found = {}
-    for n in range(1, tokens + 1):
-        ways = math.lgamma(tokens + 1) - math.lgamma(n + 1) - math.lgamma(tokens - n + 1)
-        likely = math.exp(ways + n * math.log(share) + (tokens - n) * math.log1p(-share))
+    for n in range(1, number + 1):
+        ways = math.lgamma(number + 1) - math.lgamma(n + 1) - math.lgamma(number - n + 1)
+        likely = math.exp(ways + n * math.log(share) + (number - n) * math.log1p(-share))
         if likely > 1e-7:
             found[n] = likely
     return found
@@ -77,7 +78,7 @@ class CpuSeconds:
     def experts(self, tokens: int) -> float:
         """All experts in a step of so many tokens, routed uniformly."""
         work, machine = self.work, self.machine
-        counts = routed(tokens, work.share)
+        counts = binomial(tokens, work.share)
         more = work.expert_outputs * machine.expert_output_seconds
         seconds = tokens * work.share * more
         for name, size in work.experts.items():

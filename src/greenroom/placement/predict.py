@@ -13,6 +13,7 @@ from greenroom.experts.limits import FEW_ROWS
 from greenroom.experts.share import Share
 from greenroom.placement.calibrate import MachineProfile
 from greenroom.placement.cpu_seconds import CpuSeconds
+from greenroom.placement.guests import copying, guests_come, shared_seconds
 from greenroom.placement.placement import Placement
 from greenroom.placement.sharing import measured_rates
 from greenroom.placement.work import Work
@@ -104,7 +105,7 @@ def decode(
     if hits is None:
         hits = resident(placement, work) if gpu else 0.0
     used = work.touched(batch)
-    from_ram = (1 - hits) * cpu.experts(rows)
+    from_ram = _from_ram(cpu, placement, rows, hits, measured)
     from_vram = hits * used * sum(work.experts.values()) / (vram * _reached(batch))
     # Both work at once; the longer decides.
     longer = "experts from RAM" if from_ram >= from_vram else "experts from VRAM"
@@ -116,6 +117,17 @@ def decode(
     if not measured:
         parts["host and threads"] = (1 - gpu) * _host(work, machine, batch)
     return _predicted(parts, batch)
+
+
+def _from_ram(
+    cpu: CpuSeconds, placement: Placement, rows: int, hits: float, measured: bool
+) -> float:
+    """Seconds of the experts that have no slot, besides handshakes; see `decode`."""
+    if not (placement.layers_on_gpu and guests_come(cpu, placement.staging, rows)):
+        return (1 - hits) * cpu.experts(rows)
+    if measured:  # at best CPU and bus are busy all the time
+        return (1 - hits) / (1 / cpu.experts(rows) + 1 / copying(cpu, rows))
+    return shared_seconds(cpu, placement.staging, rows, hits)
 
 
 def _reached(rows: int) -> float:

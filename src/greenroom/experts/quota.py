@@ -1,0 +1,98 @@
+"""How many experts without a slot the device takes from the CPU in a short step: as many as make
+the layer shortest. Knows paces alone; without torch, as planning goes by the same rule.
+"""
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+# Seconds, H100 with 16 cores, 26 November 2026: of the CPU for a layer's experts, however many they
+# are; the bells of CPU and device; of the device, which starts several kernels one after the other;
+# and a route that is computed from a copy.
+MEETING = 6e-6
+BELLS = 11e-6
+ARRIVAL = 15e-6
+ROUTE = 5e-6
+WORTH = 0.95  # of the time: more guests must save more than the rest
+
+
+@dataclass(frozen=True, slots=True)
+class Pace:
+    """Seconds that the experts of a layer take in a short step, besides `MEETING` and `ARRIVAL`.
+
+    Attributes:
+        expert: of the CPU, for each with one token.
+        row: of the CPU, for each of an expert's tokens where there are several.
+        guest: of the device, for each that it reads where it lies.
+        copy: of the bus, for each that is copied to the device.
+        slowed: times as long the CPU takes while the device reads the same memory.
+    """
+
+    expert: float
+    row: float
+    guest: float
+    copy: float
+    slowed: float
+
+
+def quotas(pace: Pace, experts: int, used: int, room: int, tokens: int) -> NDArray[np.int32]:
+    """How many of 1, 2, ... experts that have no slot the device takes in a step.
+
+    Args:
+        pace: of bus and CPU.
+        experts, used: of a layer, and of them by each token.
+        room: copies there are places for; of one token none are needed.
+        tokens: of the step.
+
+    Returns:
+        (experts,) int32.
+    """
+    seconds = layer_seconds(pace, experts, used, room, tokens)
+    enough = WORTH * seconds <= seconds.min(1, keepdims=True)
+    found: NDArray[np.int32] = enough.argmax(1).astype(np.int32)
+    return found
+
+
+def layer_seconds(
+    pace: Pace, experts: int, used: int, room: int, tokens: int
+) -> NDArray[np.float64]:
+    """What a layer's experts without a slot take, see `quotas`.
+
+    Returns:
+        (experts, experts + 1) seconds by how many they are, less one, and how many of them the
+        device takes; infinity where it cannot.
+    """
+    rows = rows_of(experts, used, tokens)
+    missing, guests = np.ogrid[1 : experts + 1, 0 : experts + 1]
+    left = np.maximum(missing - guests, 0)
+    cpu = _first(np.maximum(pace.expert, rows * pace.row), left)
+    bus = guests * pace.guest
+    if tokens > 1:
+        bus = guests * pace.copy + ROUTE * (rows.sum(1, keepdims=True) - _first(rows, left))
+    bus = bus + ARRIVAL * (guests > 0)
+    beside = np.minimum(cpu, bus / pace.slowed)  # of the CPU's work, done while the bus is busy
+    cpu = cpu + beside * (pace.slowed - 1) + (MEETING + BELLS) * (left > 0)
+    seconds: NDArray[np.float64] = np.maximum(cpu, bus)
+    seconds[(guests > missing) | (guests > (room if tokens > 1 else experts))] = np.inf
+    return seconds
+
+
+def rows_of(experts: int, used: int, tokens: int) -> NDArray[np.float64]:
+    """Tokens of each of 1, 2, ... experts that any of so many tokens use, (experts, experts), in a
+    line the fewest first and zeros behind: quantiles of what uniform routing gives."""
+    counts = np.arange(1, tokens + 1)
+    share = min(used / experts, 1 - 1e-9)
+    ways = np.array([math.comb(tokens, n) for n in range(1, tokens + 1)], np.float64)
+    likely = ways * share**counts * (1 - share) ** (tokens - counts)
+    below = np.cumsum(likely) / likely.sum()
+    number, of = np.ogrid[0:experts, 1 : experts + 1]
+    found = counts[np.minimum(np.searchsorted(below, (number + 0.5) / of), tokens - 1)]
+    return np.where(number < of, found, 0).T.astype(np.float64)
+
+
+def _first(values: NDArray[np.float64], count: NDArray[np.int64]) -> NDArray[np.float64]:
+    """Sums of the first so many of each line."""
+    sums = np.pad(np.cumsum(values, 1), ((0, 0), (1, 0)))
+    return np.take_along_axis(sums, count, 1)
