@@ -2,10 +2,12 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from threading import Thread
 
 import httpx
@@ -21,7 +23,7 @@ from greenroom.gguf.header import read_header
 from greenroom.models.loader import read_config
 from greenroom.placement import predict
 from greenroom.placement.calibrate import MachineProfile, save_profile
-from greenroom.placement.cpu_seconds import CpuSeconds, binomial, tiles
+from greenroom.placement.cpu_seconds import FINE, CpuSeconds, binomial, tiles
 from greenroom.placement.placement import Placement
 from greenroom.placement.work import Work
 
@@ -89,8 +91,21 @@ def test_decode_with_half_of_the_experts_in_vram() -> None:
 def test_tiles_of_tokens() -> None:
     counts = (1, 2, 5, 12, 13, 16, 31, 100)
     assert [tiles(n) for n in counts] == [
-        (1, 0, 0), (0, 1, 0), (1, 1, 0), (0, 3, 0), (0, 0, 1), (0, 0, 1), (0, 0, 2), (0, 1, 6),
+        {1: 1}, {4: 1}, {4: 1, 1: 1}, {4: 3}, {16: 1}, {16: 1}, {16: 2}, {16: 6, 4: 1},
     ]  # fmt: skip
+    counts = (1, 2, 3, 5, 6, 7, 9, 10, 12, 13, 23, 100)
+    assert [tiles(n, fine=True) for n in counts] == [
+        {1: 1}, {2: 1}, {4: 1}, {4: 1, 1: 1}, {4: 1, 2: 1}, {8: 1}, {8: 1, 1: 1}, {8: 1, 2: 1},
+        {8: 1, 4: 1}, {16: 1}, {16: 1, 8: 1}, {16: 6, 4: 1},
+    ]  # fmt: skip
+
+
+def test_tiles_are_those_of_the_kernels() -> None:
+    source = (Path(__file__).parents[2] / "csrc" / "simd" / "avx512.h").read_text()
+    found = re.search(r"tile_widths\[\] = {(.*), wide_tile}, tile_least\[\] = {(.*)};", source)
+    assert found
+    widths, least = ([int(n) for n in of.split(", ")] for of in found.groups())
+    assert dict(zip([*widths, 16], least, strict=True)) == FINE
 
 
 def test_decode_batches_share_experts() -> None:
@@ -111,6 +126,27 @@ def test_a_batch_takes_the_kernels_time_of_its_tiles() -> None:
     found = predict.decode(WORK, Placement("native", "", layers=10), machine, 0, batch=4)
     experts = 0.2916 * both(0.1, 0.2) + 0.0523 * both(0.8, 0.2)
     assert found.rate == pytest.approx(4 / (both(0.08, 0.01) + experts + 0.003))
+
+
+def test_tiles_of_2_and_8_tokens_where_they_were_measured() -> None:
+    # 2e9 weights, 4e9 operations a token: 2 tokens 8e9 at 250e9 = 32 ms, 8 tokens 32e9 at 320e9 =
+    # 100 ms, 1 and 4 tokens 10 and 40 ms; 5 ms of reading beside the first. Without tiles of 2 and 8
+    # one of 4 and two of 4.
+    given = {"tile_one": 400.0, "tile_four": 400.0, "tile_wide": 400.0, "tile_further": 800.0}
+    coarse = replace(GPU, dense={"X": 200.0}, **{name: {"X": rate} for name, rate in given.items()})
+    fine = replace(coarse, tile_two={"X": 250.0}, tile_eight={"X": 320.0})
+
+    def seconds(machine: MachineProfile, tokens: int) -> float:
+        return CpuSeconds(machine, WORK).dense(WORK.dense, tokens, WORK.dense_values)
+
+    assert seconds(coarse, 2) == pytest.approx(both(0.04, 0.005))
+    assert seconds(fine, 2) == pytest.approx(both(0.032, 0.005))
+    assert seconds(coarse, 8) == pytest.approx(both(0.04, 0.005) + 0.04)
+    assert seconds(fine, 8) == pytest.approx(both(0.1, 0.005))
+    assert seconds(fine, 11) == pytest.approx(both(0.1, 0.005) + 0.04)
+    # 16 tokens take 160 ms, further ones 80
+    assert seconds(fine, 42) == pytest.approx(both(0.16, 0.005) + 0.08 + 0.1 + 0.032)
+    assert seconds(replace(fine, tile_eight={}), 2) == seconds(coarse, 2)
 
 
 def test_a_model_in_the_cache_is_read_faster() -> None:

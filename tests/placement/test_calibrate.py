@@ -40,7 +40,8 @@ def test_rates_of_formats_that_were_not_measured() -> None:
 
 def test_a_file_of_an_earlier_version_is_read(tmp_path) -> None:
     path, earlier = tmp_path / "m.json", PROFILE.json()
-    for name in ("reads", "tile_one", "tile_four", "attention_wide", "token_seconds"):
+    tiles = ("tile_one", "tile_two", "tile_four", "tile_eight")
+    for name in ("reads", *tiles, "attention_wide", "token_seconds"):
         del earlier[name]
     path.write_text(json.dumps({**earlier, "dense_few": {"Q8_0": 9.0}, "dense_batch": {}}))
     assert calibrate.load_profile(path) == PROFILE

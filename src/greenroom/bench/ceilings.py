@@ -41,6 +41,7 @@ _HEADS, _SHARED, _KEYS = 32, 8, 16  # of attention; keys of a block
 _KEYS_MIB = 128  # of keys and values, more than stays in a cache
 _READ_MIB = (4, 16, 64, 256)  # read over and over, besides all there is
 _TILES = {"tile_one": 1, "tile_four": 4, "tile_wide": 16, "tile_further": 128}  # tokens
+_FINE, _FINE_TIERS = {"tile_two": 2, "tile_eight": 8}, ("avx512", "amx")  # that have tiles of them
 _PIECES = (1, 4, 16)  # MiB of a disk read
 _READERS = 4  # reads under way at once, as the experts' loader has
 
@@ -105,6 +106,7 @@ def measure(
 def processor_rates(threads: int, much: Effort) -> dict[str, Any]:
     """DRAM by threads, instructions on registers, and the kernels of each format."""
     tier = native.lib().tier
+    tiles = _TILES | (_FINE if tier in _FINE_TIERS else {})
     plan = kernels.Plan(much.formats, (tier,), (1,), much.repeats, much.megabytes, threads)
     memory = allocate(much.megabytes * MIB)
     memory[:] = 1  # touch every page
@@ -117,7 +119,7 @@ def processor_rates(threads: int, much: Effort) -> dict[str, Any]:
         "experts": {},
         "dense": {},
         "experts_batch": {},
-        **{tile: {} for tile in _TILES},
+        **{tile: {} for tile in tiles},
         **attention_rates(threads, much.repeats),
     }
     often = replace(plan, repeats=3 * plan.repeats)
@@ -127,7 +129,7 @@ def processor_rates(threads: int, much: Effort) -> dict[str, Any]:
         found["dense"][name] = kernels.linear_figure(bank, limits, 1, plan).gigabytes
         found["experts_batch"][name] = kernels.moe_figure(bank, limits, _BATCH, plan).gigaops
         cached = kernels.ExpertBank(name, memory[: _CACHED_MIB * MIB])
-        for tile, tokens in _TILES.items():
+        for tile, tokens in tiles.items():
             found[tile][name] = kernels.linear_figure(cached, limits, tokens, often).gigaops
     return found | narrow_rates(memory, limits, often)
 

@@ -50,6 +50,7 @@ class MachineProfile:
         dense: the same of the dense kernel.
         experts_batch: GOP/s of the expert kernel at 512 tokens, 32 for each expert, by format.
         tile_one, tile_four, tile_wide: GOP/s of a matrix in the cache with 1, 4 and 16 tokens.
+        tile_two, tile_eight: with 2 and 8, where kernels have tiles of them; empty elsewhere.
         tile_further: the same of the 17th to 128th token.
         attention_prompt: GOP/s of attention over a prompt of 512 tokens on the CPU, heads of 64.
         attention_wide: the same with heads of 128.
@@ -87,7 +88,9 @@ class MachineProfile:
     experts_batch: Mapping[str, float] = field(default_factory=dict)
     reads: Mapping[int, float] = field(default_factory=dict)
     tile_one: Mapping[str, float] = field(default_factory=dict)
+    tile_two: Mapping[str, float] = field(default_factory=dict)
     tile_four: Mapping[str, float] = field(default_factory=dict)
+    tile_eight: Mapping[str, float] = field(default_factory=dict)
     tile_wide: Mapping[str, float] = field(default_factory=dict)
     tile_further: Mapping[str, float] = field(default_factory=dict)
     attention_prompt: float = 0.0

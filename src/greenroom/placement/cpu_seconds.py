@@ -1,8 +1,8 @@
 """Seconds that the CPU takes for matrices and attention, from a machine's measured rates.
 
-Kernels take tokens in tiles of 1, 4 and 16 (csrc/matmul/activations.h; other widths that AVX-512
-and AVX2 have are taken for these). The first tile reads the matrix from memory while it computes;
-the others find it in the cache. Measures nothing.
+Kernels take tokens in tiles of 1, 4 and 16, on AVX-512 also of 2 and 8 (csrc/matmul/activations.h;
+the widths AVX2 has besides are taken for these). The first tile reads the matrix from memory while
+it computes; the others find it in the cache. Measures nothing.
 """
 
 import math
@@ -13,7 +13,10 @@ from functools import lru_cache
 from greenroom.placement.calibrate import KEY_TILE, MachineProfile
 from greenroom.placement.work import Work
 
-WIDE, FOUR = 16, 4  # tokens of a tile; 13 of them are worth a wide one
+WIDE, FOUR = 16, 4  # tokens of a tile
+# Tokens that are worth a tile, by its width, and where there are also tiles of 2 and 8.
+COARSE = {1: 1, FOUR: 2, WIDE: 13}
+FINE = {1: 1, 2: 2, FOUR: 3, 8: 7, WIDE: 13}
 # Operations for each number that the measured matrices of 2,048 columns give. Narrower ones give
 # more numbers for the same operations.
 DENSITY = 2 * 2048
@@ -21,13 +24,15 @@ DENSITY = 2 * 2048
 Counts = Mapping[int, float]  # how likely each number is
 
 
-def tiles(tokens: int) -> tuple[int, int, int]:
-    """How many tiles of 1, 4 and 16 the kernels cut so many tokens into."""
+def tiles(tokens: int, fine: bool = False) -> dict[int, int]:
+    """How many tiles the kernels cut so many tokens into, by width, the widest first."""
     wide, left = divmod(tokens, WIDE)
-    if left > WIDE - FOUR:
-        wide, left = wide + 1, 0
-    fours, left = divmod(left, FOUR)
-    return (left, fours, wide) if left < 2 else (0, fours + 1, wide)
+    found = {WIDE: wide} if wide else {}
+    while left > 0:
+        width = max(w for w, least in (FINE if fine else COARSE).items() if left >= least)
+        found[width] = found.get(width, 0) + 1
+        left -= width
+    return found
 
 
 @lru_cache(256)
@@ -45,12 +50,13 @@ def binomial(number: int, share: float) -> Counts:
     return found
 
 
-def _along(tokens: int, each: tuple[float, float, float, float], reading: float) -> float:
-    """Seconds of a matrix for so many tokens, from those of each tile and of reading it."""
-    one, four, wide, further = each
-    ones, fours, wides = tiles(tokens)
-    first = wide if wides else four if fours else one
-    whole = ones * one + fours * four + (wides > 0) * (wide + (wides - 1) * further)
+def _along(tokens: int, each: Mapping[int, float], further: float, reading: float) -> float:
+    """Seconds of a matrix for so many tokens, from those of each tile by width, of a further wide
+    one, and of reading it."""
+    cut = tiles(tokens, 2 in each)
+    whole = sum(each[width] * count for width, count in cut.items())
+    whole += max(0, cut.get(WIDE, 0) - 1) * (further - each[WIDE])
+    first = each[max(cut)]
     return whole - first + _together(first, reading)
 
 
@@ -84,7 +90,7 @@ class CpuSeconds:
         for name, size in work.experts.items():
             reading = self._reading(size, machine.rate(machine.experts, name))
             each = self._tile_seconds(name, work.expert_values[name])
-            seconds += sum(likely * _along(n, each, reading) for n, likely in counts.items())
+            seconds += sum(likely * _along(n, *each, reading) for n, likely in counts.items())
         return seconds
 
     def dense(
@@ -96,7 +102,7 @@ class CpuSeconds:
         seconds = tokens * max(0.0, outputs - wide) * machine.dense_output_seconds
         for name, size in sizes.items():
             reading = self._reading(size, machine.rate(machine.dense, name))
-            seconds += _along(tokens, self._tile_seconds(name, values[name]), reading)
+            seconds += _along(tokens, *self._tile_seconds(name, values[name]), reading)
         return seconds
 
     def between(self, tokens: int) -> float:
@@ -108,17 +114,21 @@ class CpuSeconds:
     def _reading(self, size: int, rate: float) -> float:
         return size / 1e9 / max(rate, 1e-3) / self._faster
 
-    def _tile_seconds(self, name: str, values: float) -> tuple[float, float, float, float]:
-        """Of the tiles of 1, 4 and 16 tokens, and of further 16, over so many weights in the
-        cache. A profile without them has the rate of many tokens alone."""
-        machine = self.machine
-        many = max(machine.expert_batch_rate(name), 1e-3) * 1e9
+    def _tile_seconds(self, name: str, values: float) -> tuple[dict[int, float], float]:
+        """Of tiles by width, and of further wide ones, over so many weights in the cache. A profile
+        without them has the rate of many tokens alone."""
+        machine, size = self.machine, 2 * values
+        many = size * WIDE / 1e9 / max(machine.expert_batch_rate(name), 1e-3)
         if not machine.tile_wide:
-            return 0.0, 2 * FOUR * values / many, 2 * WIDE * values / many, 2 * WIDE * values / many
-        rates = (machine.tile_one, machine.tile_four, machine.tile_wide, machine.tile_further)
-        one, four, wide, further = (max(machine.rate(r, name), 1e-3) * 1e9 for r in rates)
-        size = 2 * values
-        return size / one, size * FOUR / four, size * WIDE / wide, size * WIDE / further
+            return {1: 0.0, FOUR: many * FOUR / WIDE, WIDE: many}, many
+        rates = {1: machine.tile_one, FOUR: machine.tile_four, WIDE: machine.tile_wide}
+        if machine.tile_two and machine.tile_eight:
+            rates |= {2: machine.tile_two, 8: machine.tile_eight}
+
+        def seconds(width: int, rates: Mapping[str, float]) -> float:
+            return size * width / 1e9 / max(machine.rate(rates, name), 1e-3)
+
+        return {w: seconds(w, of) for w, of in rates.items()}, seconds(WIDE, machine.tile_further)
 
     @property
     def _faster(self) -> float:
