@@ -130,8 +130,8 @@ def test_a_batch_takes_the_kernels_time_of_its_tiles() -> None:
 
 def test_tiles_of_2_and_8_tokens_where_they_were_measured() -> None:
     # 2e9 weights, 4e9 operations a token: 2 tokens 8e9 at 250e9 = 32 ms, 8 tokens 32e9 at 320e9 =
-    # 100 ms, 1 and 4 tokens 10 and 40 ms; 5 ms of reading beside the first. Without tiles of 2 and 8
-    # one of 4 and two of 4.
+    # 100 ms, 1 and 4 tokens 10 and 40 ms; 5 ms of reading beside the first. Where there are no
+    # tiles of 2 and 8, they take one of 4 and two of 4.
     given = {"tile_one": 400.0, "tile_four": 400.0, "tile_wide": 400.0, "tile_further": 800.0}
     coarse = replace(GPU, dense={"X": 200.0}, **{name: {"X": rate} for name, rate in given.items()})
     fine = replace(coarse, tile_two={"X": 250.0}, tile_eight={"X": 320.0})
