@@ -79,30 +79,20 @@ def _top_p(row: Row, scale: np.float32, largest: np.float32, top_p: float) -> tu
     if float(weights[ids].sum(dtype=np.float64)) >= top_p * total:
         ids = ids[: _nucleus(weights[ids], top_p * total)]
     else:
-        ids = _wide_nucleus(weights, top_p * total, (1.0 - top_p) * total / row.size)
+        ids = _wide_nucleus(weights, top_p * total)
     return ids, weights[ids]
 
 
-def _wide_nucleus(weights: Row, goal: float, negligible: float) -> Ids:
-    """The fewest largest weights that reach the goal, found by splitting at the mean, over
-    and over: only the last few are sorted. Weights below `negligible` cannot be among them,
-    since all such together are less than what the goal leaves out.
+def _wide_nucleus(weights: Row, goal: float) -> Ids:
+    """The fewest largest weights that reach the goal, in the order of ids, of equal ones the first.
+    Sorting values alone, which processors do many at a time, tells how small the last one is.
     """
-    ids = np.flatnonzero(weights >= negligible)
-    values, taken = weights[ids], [ids[:0]]
-    while ids.size > _LIKELY:
-        large = values > values.mean(dtype=np.float64)
-        if not large.any():
-            break
-        mass = float(values[large].sum(dtype=np.float64))
-        if mass < goal:
-            goal -= mass
-            taken.append(ids[large])
-            large = ~large
-        ids, values = ids[large], values[large]
-    order = np.argsort(-values, kind="stable")
-    rest = ids[order[: _nucleus(values[order], goal)]]
-    return np.concatenate([*taken, rest])
+    falling = np.sort(weights)[::-1]
+    count = _nucleus(falling, goal)
+    least = falling[count - 1]
+    found = weights > least
+    found[np.flatnonzero(weights == least)[: count - np.count_nonzero(found)]] = True
+    return np.flatnonzero(found)
 
 
 def _nucleus(weights: Row, goal: float) -> int:
