@@ -18,7 +18,7 @@ from greenroom.experts import beside, bus, ring, slots, stream, tiers, uselog
 from greenroom.experts.slabs import SlabLayout
 from greenroom.gguf import GGMLType
 from greenroom.kernels.grouped import BASE, GROUP, ORDER, PLACE
-from greenroom.kernels.guests import choose_twin
+from greenroom.kernels.guests import choose_guests_twin
 
 from .late_device import Device, Lazy, torch_of
 
@@ -222,7 +222,7 @@ class Courier:
             if guests is not None:
                 quota, places = now(guests.quota), now(guests.places)
                 there = replace(guests, quota=quota, places=places)
-                mine = choose_twin(ids, None if table is None else table.now, there)
+                mine = choose_guests_twin(ids, None if table is None else table.now, there)
             wanted = set(mine.flatten().tolist()) - {-1}
             there = {e: int(cpu.values[e]) for e in wanted if table is None or table.now[e] < 0}
             out.add_(summed(ids.numpy(), weights.numpy(), there))

@@ -2,6 +2,7 @@
 
 import os
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -10,16 +11,21 @@ import torch
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
+from triton.compiler.errors import CompilationError
+
 from greenroom import native
+from greenroom.errors import NativeError
 from greenroom.experts import bus as bus_module
+from greenroom.experts import tiers as tiers_module
 from greenroom.experts.beside import ExpertsBeside, WaitingCourier
 from greenroom.experts.bus import Bus, LayerBus
 from greenroom.experts.cpu import CpuExperts
-from greenroom.experts.limits import SHORT_STEP
+from greenroom.experts.limits import BESIDE_STAGED, SHORT_STEP
 from greenroom.experts.pace import rounded, seconds_of
-from greenroom.experts.quota import ROUTE, Pace, quotas, rows_of
+from greenroom.experts.quota import Pace, quotas, rows_of
 from greenroom.experts.rendezvous import RendezvousCourier
-from greenroom.experts.tiers import pin
+from greenroom.experts.tiers import Tiers, pin
+from greenroom.layers.ledger import Ledger
 
 from .test_rendezvous import DEVICE, EXPERTS, LAYERS, K, bank, step
 
@@ -52,11 +58,11 @@ def plain_hits(pool, banks):
 def bus_for(banks, quota: list[int], room: int) -> Bus:
     bus = Bus(
         torch.zeros(SHORT_STEP, EXPERTS, dtype=torch.int32, device=DEVICE),
-        torch.zeros(EXPERTS, dtype=torch.int32, device=DEVICE),
+        torch.full((EXPERTS,), -1, dtype=torch.int32, device=DEVICE),
         torch.zeros(room * banks[0].layout.nbytes, dtype=torch.uint8, device=DEVICE),
     )
-    bus.quota.copy_(torch.tensor(quota, dtype=torch.int32).expand(SHORT_STEP, -1))
-    bus.comes = [any(quota)] * SHORT_STEP
+    bus._found = np.array([quota] * SHORT_STEP, np.int32)
+    bus.quota.copy_(torch.from_numpy(bus._found))
     return bus
 
 
@@ -101,7 +107,7 @@ def test_a_step_with_guests_gives_what_the_cpu_gives(
     ],
 )
 def test_guests_are_as_many_as_shorten_the_layer(guest, expert, wanted) -> None:
-    pace = Pace(expert, expert / 3, guest, 1.0, 1.0)
+    pace = Pace(expert, 0.0, guest, 1.0, 0.0, 1.0)
     found = quotas(pace, 32, 4, 0, 1)
     assert found.dtype == np.int32
     assert found[:4].tolist() == wanted
@@ -109,24 +115,24 @@ def test_guests_are_as_many_as_shorten_the_layer(guest, expert, wanted) -> None:
 
 def test_a_cpu_that_is_slowed_by_the_bus_keeps_what_would_gain_too_little() -> None:
     """Of eight small experts a CPU needs 223 us; with one read meanwhile it needs 226."""
-    slowed = Pace(25.7e-6, 1e-6, 72.6e-6, 1.0, 1.5)
+    slowed = Pace(25.7e-6, 0.0, 72.6e-6, 1.0, 0.0, 1.5)
     assert quotas(slowed, 128, 8, 0, 1)[:8].max() == 0
     free = quotas(replace(slowed, slowed=1.0), 128, 8, 0, 1)
     assert free[:8].tolist() == [0, 0, 1, 1, 1, 1, 2, 2]
 
 
 def test_several_tokens_share_out_what_they_need_and_no_more_than_there_is_room_for() -> None:
-    pace = Pace(140e-6, 140e-6 / 3, 1.0, 264e-6, 1.0)
+    pace = Pace(105e-6, 22e-6, 1.0, 244e-6, 5e-6, 1.0)
     free, tight = (quotas(pace, 32, 4, room, 32) for room in (32, 5))
     missing = np.arange(1, 33)
     assert (free <= missing).all()
     assert (np.diff(free) >= 0).all()
     rows = rows_of(32, 4, 32)[-1]
-    left = np.maximum(pace.expert, rows[: -free[-1]] * pace.row).sum()
-    coming = free[-1] * pace.copy + ROUTE * rows[-free[-1] :].sum()
+    left = (pace.expert + (rows[: -free[-1]] - 1) * pace.row).sum()
+    coming = free[-1] * pace.copy + rows[-free[-1] :].sum() * pace.route
     assert 0.75 < coming / left < 1.25  # busy for as long
     assert tight.max() == 5
-    assert (np.minimum(free, 5) == tight).all()
+    assert (tight <= free).all()
 
 
 def test_rows_of_experts_are_those_of_uniform_routing() -> None:
@@ -146,5 +152,80 @@ def test_paces_are_rounded_and_measured_on_the_layers(pool) -> None:
     assert rounded(1024.0) == 1024.0
     assert rounded(1100.0) == 1024.0
     assert rounded(1130.0) == pytest.approx(2**10.25)
-    for tokens in (1, 32):
-        assert 0 < seconds_of(bank(pool, 0), tokens, K) < 1
+    assert rounded(0.0) == rounded(1e-7) > 0
+
+
+def test_the_cpu_is_timed_with_experts_of_every_token() -> None:
+    seen = []
+
+    class Bank:
+        experts, layout = 7, SimpleNamespace(d=4)
+
+        def __call__(self, hidden, ids, weights) -> None:
+            seen.append((tuple(hidden.shape), ids, tuple(weights.shape)))
+
+    for seed in (0, 0, 1):
+        assert seconds_of(Bank(), 5, 3, seed) > 0
+    shapes = [(hidden, tuple(ids.shape), weights) for hidden, ids, weights in seen]
+    assert shapes == [((5, 4), (5, 3), (5, 3))] * 3
+    assert all(len(set(row)) == 3 for _, ids, _ in seen for row in ids.tolist())
+    assert torch.equal(seen[0][1], seen[1][1])
+    assert not torch.equal(seen[0][1], seen[2][1])
+
+
+class Pinned:
+    """A bank of a layer whose experts may be read by a GPU."""
+
+    def __init__(self, bank: CpuExperts, pinned: bool) -> None:
+        self._bank, self.pinned = bank, pinned
+
+    def __getattr__(self, name: str):
+        return getattr(self._bank, name)
+
+
+def staged(banks, used: int, pinned: bool = True) -> Tiers:
+    """Tiers with room for two experts."""
+    account = Ledger(torch.device("cpu"), 64 << 20)
+    slab, layout = banks[0].layout.nbytes, banks[0].layout
+    room = 4 * layout.d * layout.f + 2 * slab + BESIDE_STAGED * EXPERTS
+    tiers = Tiers(account, 0, room, used=used)
+    for cpu in banks:
+        tiers.add(ExpertsBeside(Pinned(cpu, pinned), WaitingCourier(torch.device("cpu"))))
+    tiers.complete()
+    return tiers
+
+
+FAILURES = [RuntimeError("no memory"), NativeError("a shape"), CompilationError("", None, "a line")]
+
+
+@pytest.mark.parametrize("failure", FAILURES, ids=lambda f: type(f).__name__)
+def test_a_measurement_that_fails_leaves_experts_to_the_cpu(
+    banks, monkeypatch, caplog, failure
+) -> None:
+    def measure(*_):
+        raise failure
+
+    monkeypatch.setattr(tiers_module, "measure", measure)
+    tiers = staged(banks, K)
+    tiers.rehearse()
+    assert all(layer.bus is None for layer in tiers._layers)
+    assert "to the CPU" in caplog.text
+    assert "bus" not in tiers.report()
+
+
+@pytest.mark.parametrize(("used", "pinned"), [(0, True), (K, False)])
+def test_nothing_is_measured_where_it_cannot_be_used(banks, monkeypatch, used, pinned) -> None:
+    monkeypatch.setattr(tiers_module, "measure", None)
+    tiers = staged(banks, used, pinned)
+    tiers.rehearse()
+    assert all(layer.bus is None for layer in tiers._layers)
+
+
+def test_what_was_measured_is_followed(banks, monkeypatch) -> None:
+    pace = Pace(1e-4, 0.0, 1e-5, 1e-5, 0.0, 1.0)
+    monkeypatch.setattr(tiers_module, "measure", lambda *_: pace)
+    tiers = staged(banks, K)
+    tiers.rehearse()
+    assert tiers._layers[0].bus.guests(1).quota.tolist() == [1, 2, 2, 2, 2]
+    assert tiers._layers[0].bus.guests(3).quota.max() == 2  # there is room for no more
+    assert tiers.report()["bus"].startswith("of experts in RAM the GPU reads 2 of 2 over the bus")

@@ -75,8 +75,9 @@ class Machine(RuleBasedStateMachine):
         for layer in self.layers:
             self.tiers.add(layer)
         self.tiers.complete()
-        if guests is not None and self.tiers._bus is not None:  # seconds of one on the bus
-            self.tiers.share_bus(Pace(1e-4, 1e-4, guests, guests, 1.0))
+        in_ram = any(layer.crosses for layer in self.tiers._layers)
+        if guests is not None and self.tiers._bus is not None and in_ram:  # seconds of one
+            self.tiers.share_bus(Pace(1e-4, 1e-4, guests, guests, 0.0, 1.0))
             assert self.tiers.report()["bus"].startswith("of experts in RAM the GPU reads ")
         if known and self.tiers.slots is not None:
             for arena in self.tiers.slots.arenas:
@@ -264,6 +265,23 @@ TestTiers.settings = settings(
     max_examples=12, stateful_step_count=20, deadline=None,
     suppress_health_check=list(HealthCheck), report_multiple_bugs=False,
 )  # fmt: skip
+
+
+@pytest.mark.parametrize("kinds", [[(0, 6)], [(None, 6), (0, 6)], [(0, 6), (0, 6)]])
+@pytest.mark.parametrize("rows", [0, 7])
+def test_the_last_layer_has_few_rows_or_none_and_nothing_staged(kinds, rows) -> None:
+    """Short steps use the memory that long ones stage in: nothing may be under way there."""
+    for seed in range(6):
+        machine = Machine()
+        machine.load(seed, kinds, 0.0, 8, False, 0.0, 1e-6)
+        try:
+            for _ in range(3):
+                machine.prefill(70, rows)
+                machine.decode(7, 1)
+                machine.prefill(70, 300)
+            machine.look()
+        finally:
+            machine.teardown()
 
 
 @pytest.mark.parametrize("seed", range(12))

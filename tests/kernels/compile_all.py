@@ -23,8 +23,7 @@ from greenroom.kernels.errand import meet, send, tell
 from greenroom.kernels.expert_rows import activated_rows, add_rows, scaled_rows
 from greenroom.kernels.experts import hits
 from greenroom.kernels.gather import KINDS, gather
-from greenroom.kernels.guests import Guests, fetch
-from greenroom.kernels.guests import choose as choose_guests
+from greenroom.kernels.guests import Guests, choose_guests, fetch
 from greenroom.kernels.handover import publish
 from greenroom.kernels.matvec import matvec
 from greenroom.kernels.norm import norm

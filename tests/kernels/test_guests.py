@@ -7,7 +7,7 @@ from test_rendezvous import make_box, make_state, settle
 
 from greenroom.experts.reference import ReferenceExperts
 from greenroom.kernels.experts import hits
-from greenroom.kernels.guests import BLOCK, Guests, choose, choose_twin, fetch
+from greenroom.kernels.guests import BLOCK, Guests, choose_guests, choose_guests_twin, fetch
 from greenroom.kernels.rendezvous import ring, ring_twin
 
 EXPERTS = 9
@@ -48,7 +48,10 @@ def test_who_comes_is_who_the_twin_says(tokens, k, resident, fetched, device) ->
             places[used] = torch.where(guests.places[used] == 77, -1, guests.places[used])
             found.append([state.tolist(), int(box.ring[0]), places.tolist(), sent.tolist()])
         assert found[0] == found[1]
-        assert choose(ids, table, guests).tolist() == choose_twin(ids, table, guests).tolist()
+        assert (
+            choose_guests(ids, table, guests).tolist()
+            == choose_guests_twin(ids, table, guests).tolist()
+        )
         places, sent = found[0][2:]
         here = {e for e, place in enumerate(places) if place >= 0}
         rest = {e for row in sent for e in row} - {-1}

@@ -58,16 +58,16 @@ def test_experts_with_slots_leave_fewer_to_share() -> None:
 
 def test_experts_of_several_tokens_are_copied_as_far_as_there_is_room() -> None:
     # Two tokens with five of ten experts each meet 7.5, taken as eight: of five they are one, of
-    # three both. Four are copied, with 7 routes of 5 us, in 8.05 ms; the CPU takes 8 ms and a tenth
-    # of 8.05 / 1.1 more, and 17 us to meet
+    # three both. Four are copied and read by 7 routes, 0.1 ms each, in 8.715 ms; the CPU takes 8 ms
+    # and a tenth of 8.715 / 1.1 more, and 17 us to meet
     work = replace(WORK, share=0.5)
     assert guests.room_of(work, 10**9) == 7  # the matrices of one are expanded in 267 MB
     found = predict.decode(work, PLACE, MACHINE, 0, batch=2)
-    layer = 8.017e-3 + 0.1 * 8.05e-3 / 1.1
+    layer = 8.017e-3 + 0.1 * 8.715e-3 / 1.1
     assert found.rate == pytest.approx(2 / (10 * (layer + SHORT)))
     tight = replace(PLACE, staging=266_666_666 + 3 * 10**8 + BESIDE_STAGED * 10)
     found = predict.decode(work, tight, MACHINE, 0, batch=2)
-    layer = 10.017e-3 + 0.1 * (3 * 2e-3 + 6 * 5e-6 + 15e-6) / 1.1
+    layer = 10.017e-3 + 0.1 * (3 * 2e-3 + 6 * 1e-4 + 15e-6) / 1.1
     assert found.rate == pytest.approx(2 / (10 * (layer + SHORT)))
     # longer steps have none
     long, without = (
@@ -78,11 +78,12 @@ def test_experts_of_several_tokens_are_copied_as_far_as_there_is_room() -> None:
 
 def test_a_pace_is_that_of_the_cpus_tiles() -> None:
     # 32 tokens with all of ten experts: two tiles of 16, 0.32 s each over 20e9 weights, and 0.2 s
-    # of reading beside the first; 3,200 rows
+    # of reading beside the first; 3,100 rows beside the first of each of 100 experts, 0.2 s
     machine = replace(MACHINE, experts_batch={"X": 2000.0})
     pace = guests.pace_of(CpuSeconds(machine, replace(WORK, share=1.0)))
     assert pace.expert == pytest.approx(2e-3)
-    assert pace.row == pytest.approx((0.32 + (0.32**3 + 0.2**3) ** (1 / 3)) / 3200)
+    assert pace.row == pytest.approx((0.32 + (0.32**3 + 0.2**3) ** (1 / 3) - 0.2) / 3100)
+    assert pace.route == pytest.approx(1e-4)
     assert (pace.copy, pace.guest) == pytest.approx((2e-3, READ))
 
 

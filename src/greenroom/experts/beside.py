@@ -15,7 +15,7 @@ from torch import Tensor
 from greenroom.errors import NativeError
 from greenroom.experts.cpu import CpuExperts
 from greenroom.experts.limits import SHORT_STEP
-from greenroom.kernels.guests import Guests, choose, fetch
+from greenroom.kernels.guests import Guests, choose_guests, fetch
 from greenroom.kernels.handover import publish
 from greenroom.kernels.planes import Cutter
 
@@ -209,7 +209,7 @@ class WaitingCourier:
         there = self._box.views(tokens, width, ids.shape[1])[:3]
         mine = ids = ids.contiguous()
         if guests is not None:
-            mine, table = choose(ids, table, guests), None
+            mine, table = choose_guests(ids, table, guests), None
         publish(hidden.contiguous(), mine, weights.contiguous(), there, table)
         if self._event is not None:
             self._event.record()

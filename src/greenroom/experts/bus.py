@@ -28,16 +28,24 @@ class Bus:
 
     def __init__(self, quota: Tensor, places: Tensor, staging: Tensor) -> None:
         self.quota, self.places, self.staging = quota, places, staging
-        self.comes = [False] * len(quota)  # whether there are ever guests
+        self._found = np.zeros(quota.shape, np.int32)  # the same in RAM
 
-    def follow(self, pace: Pace, banks: Sequence[CpuExperts], used: int) -> None:
+    def comes(self, tokens: int) -> bool:
+        """Whether there are ever guests in a step of so many tokens."""
+        return bool(self._found[tokens - 1].any())
+
+    @property
+    def ever(self) -> bool:
+        """Whether there are guests in any step."""
+        return bool(self._found.any())
+
+    def decide(self, pace: Pace, banks: Sequence[CpuExperts], used: int) -> None:
         """Decides how many come in steps to be recorded from now on."""
         nbytes = max(bank.layout.nbytes for bank in banks)
         room, (longest, experts) = len(self.staging) // nbytes, self.quota.shape
         steps = range(1, longest + 1)
-        found = np.stack([quotas(pace, experts, used, room, n) for n in steps])
-        self.quota.copy_(torch.from_numpy(found))
-        self.comes = [bool(row.any()) for row in found]
+        self._found = np.stack([quotas(pace, experts, used, room, n) for n in steps])
+        self.quota.copy_(torch.from_numpy(self._found))
 
     def plan(self, used: int) -> str:
         """In one line, for steps of one token and for the longest."""
@@ -73,7 +81,7 @@ class LayerBus:
     def guests(self, tokens: int) -> Guests | None:
         """See `beside.Bus.guests`."""
         bus, count = self._bus, len(self._source)
-        if not bus.comes[tokens - 1]:
+        if not bus.comes(tokens):
             return None
         memory = self._source if tokens == 1 else self._copies
         quota, places = bus.quota[tokens - 1, :count], bus.places[:count]

@@ -4,7 +4,7 @@ and long ones (prompts) apart. Knows no layer and no rate; whoever computes repo
 
 from dataclasses import dataclass, field
 
-FEW = 32  # tokens of a short step, at most
+from greenroom.experts.limits import SHORT_STEP
 
 
 @dataclass(slots=True)
@@ -25,7 +25,7 @@ class Meter:
 
     def add(self, tokens: int, seconds: float, nbytes: int) -> None:
         """Takes one call with so many tokens."""
-        spent = self.short if tokens <= FEW else self.long
+        spent = self.short if tokens <= SHORT_STEP else self.long
         spent.calls += 1
         spent.seconds += seconds
         spent.nbytes += nbytes

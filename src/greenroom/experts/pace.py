@@ -16,11 +16,12 @@ from torch import Tensor
 from greenroom.experts.cpu import CpuExperts
 from greenroom.experts.quota import ARRIVAL, Pace
 from greenroom.kernels.experts import hits
+from greenroom.kernels.guests import Guests, fetch
 
 STEPS = 4  # to a factor of two
-PIECE = 32 << 20  # bytes of a copy
-BUSY = 0.03  # seconds for which the device is kept busy, at least
-MOST = 500  # things it is given to do in that time
+BUSY = 0.02  # seconds for which the device is kept busy, at least
+MOST = 1000  # things it is given to do in that time
+COPIES = 8  # experts copied together
 ROUNDS = 3
 LAYERS = 12  # computed for one token, so many at most
 READ = 4  # layers whose experts the device reads in turn
@@ -32,13 +33,12 @@ LEAST = 1e-7  # that anything takes
 
 
 def rounded(value: float) -> float:
-    """The nearest power of two, in quarter steps; of seconds, and at least a tenth of one in a
-    million."""
+    """The nearest power of two, in quarter steps, and no less than `LEAST`."""
     return float(2 ** (round(STEPS * math.log2(max(LEAST, value))) / STEPS))
 
 
 def measure(banks: Sequence[CpuExperts], used: int, there: Tensor) -> Pace:
-    """Computes some layers' experts alone and while the device reads others; takes some 300 ms.
+    """Computes some layers' experts alone and while the device reads others; takes some 400 ms.
     Of several times the shortest counts: what disturbs, passes.
 
     Args:
@@ -46,35 +46,53 @@ def measure(banks: Sequence[CpuExperts], used: int, there: Tensor) -> Pace:
         used: experts of a token.
         there: (bytes,) uint8 on a GPU, overwritten.
     """
-    some = banks[:: max(1, len(banks) // LAYERS)]
-    reading, copying = Reading(banks[-READ:], used, there.device), Copying(banks[0], there)
+    device = there.device
+    with torch.cuda.stream(torch.cuda.current_stream(device)):  # a failed recording leaves another
+        try:
+            return _measured(banks, used, there)
+        finally:  # nobody may go on reading memory that is given back
+            torch.cuda.synchronize(device)
+            torch.cuda.empty_cache()
 
-    def one() -> float:
-        return median(seconds_of(bank, 1, used) for bank in some)
 
+def _measured(banks: Sequence[CpuExperts], used: int, there: Tensor) -> Pace:
+    some, read = (banks[:: max(1, len(banks) // most)] for most in (LAYERS, READ))
+    reading, copied = (
+        Reading(read, used, there.device),
+        Reading(read[:1], used, there.device, there),
+    )
+    fetching = Fetching(read[0], there)
     seconds_of(banks[0], TOGETHER, used)  # buffers grow, threads wake
     found = []
-    for _ in range(ROUNDS):
-        alone, many = one(), seconds_of(banks[-1], TOGETHER, used)
-        reading.begin()
-        beside, guests = one(), reading.end()
-        copying.begin()
-        found.append((alone, many, beside, guests, copying.end() * banks[0].layout.nbytes))
-    del reading
-    torch.cuda.empty_cache()
-    alone, many, beside, guests, copy = (min(times) for times in zip(*found, strict=True))
+    for turn in range(ROUNDS):
+        ones = [seconds_of(bank, 1, used, turn) for bank in some]
+        many = seconds_of(banks[-1], TOGETHER, used, turn)
+        reading.begin(2 * sum(ones))
+        beside = median(seconds_of(bank, 1, used, turn + ROUNDS) for bank in some)
+        guests = reading.end()
+        fetching.begin(2 * many)
+        seconds_of(banks[-1], TOGETHER, used, turn)
+        copy = fetching.end() * banks[0].layout.nbytes
+        copied.begin(0.0)
+        found.append((median(ones), many, beside, guests, copy, copied.end()))
+    one, many, beside, guests, copy, routes = (min(times) for times in zip(*found, strict=True))
+    expert = max(LEAST, (one - CALL) / used)
+    experts = banks[-1].experts
+    touched = experts * (1 - (1 - used / experts) ** TOGETHER)
+    further = TOGETHER * used - touched
     return Pace(
-        expert=rounded((alone - CALL) / used),
-        row=rounded((many - CALL) / (TOGETHER * used)),
+        expert=rounded(expert),
+        row=rounded((many - CALL - touched * expert) / max(1.0, further)),
         guest=rounded((guests - ARRIVAL) / used),
         copy=rounded(copy),
-        slowed=max(1.0, beside / alone),
+        route=rounded((routes - ARRIVAL) / used),
+        slowed=max(1.0, rounded(beside / one)),
     )
 
 
-def seconds_of(bank: CpuExperts, tokens: int, used: int) -> float:
+def seconds_of(bank: CpuExperts, tokens: int, used: int, seed: int = 0) -> float:
     """Of the CPU for a layer in which each of some tokens uses `used` experts of its own."""
-    chance = torch.rand(tokens, bank.experts, generator=torch.Generator().manual_seed(0))
+    chance = torch.rand(tokens, bank.experts, generator=torch.Generator().manual_seed(seed))
     ids = chance.argsort(1)[:, :used].int()
     hidden, weights = torch.randn(tokens, bank.layout.d), torch.ones(tokens, used)
     begin = time.perf_counter()
@@ -87,30 +105,31 @@ class Busy:
 
     def __init__(self) -> None:
         event: Any = torch.cuda.Event
-        self._start, self._once, self._last = (event(enable_timing=True) for _ in range(3))
+        self._first, self._second, self._last = (event(enable_timing=True) for _ in range(3))
         self._often = 0
 
-    def once(self) -> None:
-        """Gives it to the device."""
+    def give(self) -> None:
+        """Has the device do it once."""
         raise NotImplementedError
 
-    def begin(self) -> None:
-        """Returns while the device is busy."""
-        self.once()  # loads what is needed
-        self._start.record()
-        self.once()
-        self._once.record()
-        self._once.synchronize()
-        alone = max(self._start.elapsed_time(self._once) / 1e3, BUSY / MOST)
-        self._often = math.ceil(BUSY / alone)
+    def begin(self, seconds: float) -> None:
+        """Returns while the device is busy, for at least so many seconds more."""
+        self.give()  # loads what is needed
+        self._first.record()
+        self.give()
+        self._second.record()
+        self._second.synchronize()
+        wanted = max(BUSY, seconds)
+        alone = max(self._first.elapsed_time(self._second) / 1e3, wanted / MOST)
+        self._often = math.ceil(wanted / alone)
         for _ in range(self._often):
-            self.once()
+            self.give()
         self._last.record()
 
     def end(self) -> float:
         """Seconds that it took once, on average."""
         self._last.synchronize()
-        return float(self._once.elapsed_time(self._last)) / 1e3 / self._often
+        return float(self._second.elapsed_time(self._last)) / 1e3 / self._often
 
 
 class Reading(Busy):
@@ -120,9 +139,16 @@ class Reading(Busy):
         banks: of the layers, which it takes in turn.
         count: experts.
         device: a GPU.
+        copies: (bytes,) uint8 there, to be read instead of what is in RAM.
     """
 
-    def __init__(self, banks: Sequence[CpuExperts], count: int, device: torch.device) -> None:
+    def __init__(
+        self,
+        banks: Sequence[CpuExperts],
+        count: int,
+        device: torch.device,
+        copies: Tensor | None = None,
+    ) -> None:
         super().__init__()
         self._layers = len(banks)
         ids = torch.arange(count, dtype=torch.int32, device=device)[None]
@@ -133,8 +159,11 @@ class Reading(Busy):
                 assert bank.block is not None
                 hidden = torch.zeros(1, bank.layout.d, device=device)
                 places = torch.arange(bank.experts, dtype=torch.int32, device=device)
-                where = torch.from_numpy(bank.block), places, bank.layout
-                hits(*where, hidden, ids, weights, bank.activation)
+                memory = torch.from_numpy(bank.block)
+                if copies is not None:
+                    memory = slabs_in(copies, bank.layout.nbytes)
+                    places %= len(memory)
+                hits(memory, places, bank.layout, hidden, ids, weights, bank.activation)
 
         work()
         torch.cuda.synchronize(device)
@@ -143,7 +172,7 @@ class Reading(Busy):
         with graphs.graph(self._graph, capture_error_mode="thread_local"):
             work()
 
-    def once(self) -> None:
+    def give(self) -> None:
         """See `Busy`."""
         self._graph.replay()
 
@@ -152,8 +181,8 @@ class Reading(Busy):
         return super().end() / self._layers
 
 
-class Copying(Busy):
-    """Slabs that are copied; `end` gives the seconds of a byte.
+class Fetching(Busy):
+    """Slabs that are copied as short steps copy them; `end` gives the seconds of a byte.
 
     Args:
         bank: the slabs.
@@ -163,13 +192,22 @@ class Copying(Busy):
     def __init__(self, bank: CpuExperts, there: Tensor) -> None:
         super().__init__()
         assert bank.block is not None
-        self._piece = torch.from_numpy(bank.block.reshape(-1)[: min(PIECE, len(there))])
-        self._there = there[: len(self._piece)]
+        memory = slabs_in(there, bank.layout.nbytes)[: min(COPIES, bank.experts)]
+        places = torch.arange(bank.experts, dtype=torch.int32, device=there.device)
+        places[len(memory) :] = -1
+        source = torch.from_numpy(bank.block)
+        self._guests = Guests(places, places, memory, source, tokens=len(memory))
 
-    def once(self) -> None:
+    def give(self) -> None:
         """See `Busy`."""
-        self._there.copy_(self._piece, non_blocking=True)
+        fetch(self._guests)
 
     def end(self) -> float:
         """See `Busy`; of one byte."""
-        return super().end() / len(self._piece)
+        return super().end() / self._guests.memory.numel()
+
+
+def slabs_in(memory: Tensor, nbytes: int) -> Tensor:
+    """(slabs, nbytes): as many as the bytes of `memory` hold."""
+    count = len(memory) // nbytes
+    return memory[: count * nbytes].view(count, nbytes)

@@ -9,12 +9,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 # Seconds, H100 with 16 cores, 26 November 2026: of the CPU for a layer's experts, however many they
-# are; the bells of CPU and device; of the device, which starts several kernels one after the other;
-# and a route that is computed from a copy.
+# are; the bells of CPU and device; and of the device, which starts several kernels one after the
+# other.
 MEETING = 6e-6
 BELLS = 11e-6
 ARRIVAL = 15e-6
-ROUTE = 5e-6
 WORTH = 0.95  # of the time: more guests must save more than the rest
 
 
@@ -24,9 +23,10 @@ class Pace:
 
     Attributes:
         expert: of the CPU, for each with one token.
-        row: of the CPU, for each of an expert's tokens where there are several.
+        row: of the CPU, for each further token of an expert.
         guest: of the device, for each that it reads where it lies.
         copy: of the bus, for each that is copied to the device.
+        route: of the device, for each route to one that was copied.
         slowed: times as long the CPU takes while the device reads the same memory.
     """
 
@@ -34,6 +34,7 @@ class Pace:
     row: float
     guest: float
     copy: float
+    route: float
     slowed: float
 
 
@@ -51,8 +52,8 @@ def quotas(pace: Pace, experts: int, used: int, room: int, tokens: int) -> NDArr
     """
     seconds = layer_seconds(pace, experts, used, room, tokens)
     enough = WORTH * seconds <= seconds.min(1, keepdims=True)
-    found: NDArray[np.int32] = enough.argmax(1).astype(np.int32)
-    return found
+    found = enough.argmax(1).astype(np.int32)
+    return np.pad(found, (0, experts - len(found)), "edge")
 
 
 def layer_seconds(
@@ -61,16 +62,18 @@ def layer_seconds(
     """What a layer's experts without a slot take, see `quotas`.
 
     Returns:
-        (experts, experts + 1) seconds by how many they are, less one, and how many of them the
-        device takes; infinity where it cannot.
+        (most, most + 1) seconds by how many they are, at most as many as the tokens use, less one,
+        and how many of them the device takes; infinity where it cannot.
     """
-    rows = rows_of(experts, used, tokens)
-    missing, guests = np.ogrid[1 : experts + 1, 0 : experts + 1]
+    most = min(experts, tokens * used)
+    rows = rows_of(experts, used, tokens)[:most, :most]
+    missing, guests = np.ogrid[1 : most + 1, 0 : most + 1]
     left = np.maximum(missing - guests, 0)
-    cpu = _first(np.maximum(pace.expert, rows * pace.row), left)
+    cpu = left * pace.expert + (_first(rows, left) - left) * pace.row
     bus = guests * pace.guest
     if tokens > 1:
-        bus = guests * pace.copy + ROUTE * (rows.sum(1, keepdims=True) - _first(rows, left))
+        routes = rows.sum(1, keepdims=True) - _first(rows, left)
+        bus = guests * pace.copy + routes * pace.route
     bus = bus + ARRIVAL * (guests > 0)
     beside = np.minimum(cpu, bus / pace.slowed)  # of the CPU's work, done while the bus is busy
     cpu = cpu + beside * (pace.slowed - 1) + (MEETING + BELLS) * (left > 0)

@@ -55,7 +55,7 @@ class Ring:
     def room(self) -> bool:
         return bool(self._free)
 
-    def follow(self) -> None:
+    def wait(self) -> None:
         """Copies from now on wait for what the device was given before: short steps use the pages
         as they like."""
         if self.cuda:

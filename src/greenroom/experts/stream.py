@@ -136,9 +136,9 @@ class LayerStream:
     def begin(self, tokens: int) -> None:
         """A step of so many tokens begins, and this is its first layer: pages set off before
         routes are known, unless those are few."""
-        self.ring.follow()
+        self.ring.wait()
         used, experts = self._desk.used, self.cpu.experts
-        if not self._all(tokens, used) or self.ring.drop(self._index):
+        if self._after is None or not self._all(tokens, used) or self.ring.drop(self._index):
             return
         absent = self.absent()
         lent = self._lend(absent, len(absent), [tokens * used // experts] * experts)

@@ -1,6 +1,6 @@
 """Where the experts of a model may be besides RAM: slots in VRAM, and staging slabs for those on
-their way through it in long steps. Put together once all layers are loaded, because only then
-their layouts are known. Knows memory; not policy.
+their way through it in long steps, or coming over the bus in short ones. Put together once all
+layers are loaded, because only then their layouts are known. Knows memory; not policy.
 """
 
 import logging
@@ -99,26 +99,29 @@ class Tiers:
         self._stage(banks)
 
     def rehearse(self) -> None:
-        """Measures what bus and CPU take, with nothing else running, and shares them; does
-        nothing where a GPU cannot read what is in RAM."""
-        banks = [layer.cpu for layer in self._layers]
+        """Measures what bus and CPU take, with nothing else that loads running, and shares the
+        experts of short steps among them; not where a GPU cannot read what is in RAM."""
+        banks = [layer.cpu for layer in self._layers if layer.crosses]
         if self._bus is None or not self._used or not all(bank.pinned for bank in banks):
+            return
+        if not banks:  # all experts are in VRAM
             return
         try:
             pace = measure(banks, self._used, self._bus.staging)
-        except RuntimeError as error:  # also where memory ran out
-            log.info("experts in RAM are left to the CPU: %.200s", error)
+        except Exception as error:  # the model works without, whatever failed
+            log.warning("the GPU leaves experts in RAM to the CPU: %.200r", error)
             return
         self.share_bus(pace)
 
     def share_bus(self, pace: Pace) -> None:
-        """Short steps that are recorded from now on have the device read some of the experts in
-        RAM, as the pace says; there must be staging memory."""
+        """Short steps from now on have the device read some of the experts in RAM, as the pace
+        says; there must be some, and staging memory."""
         assert self._bus is not None
-        self._bus.follow(pace, [layer.cpu for layer in self._layers], self._used)
-        if any(self._bus.comes):
+        sharing = [layer for layer in self._layers if layer.crosses]
+        self._bus.decide(pace, [layer.cpu for layer in sharing], self._used)
+        if self._bus.ever:
             log.info("%s", self._bus.plan(self._used))
-        for layer in self._layers:
+        for layer in sharing:
             layer.bus = LayerBus(self._bus, layer.cpu)
 
     def begin(self, tokens: int) -> None:
@@ -134,7 +137,7 @@ class Tiers:
     def report(self) -> dict[str, Any]:
         """See `Slots.report`; "bus" says in one line who comes over it in short steps."""
         found = {} if self.slots is None else self.slots.report()
-        if self._bus is not None and any(self._bus.comes):
+        if self._bus is not None and self._bus.ever:
             found["bus"] = self._bus.plan(self._used)
         return found
 

@@ -120,7 +120,7 @@ def _pick(
     tl.store(out + at, rest, mask=at < routes)
 
 
-def choose(ids: Tensor, table: Tensor | None, guests: Guests) -> Tensor:
+def choose_guests(ids: Tensor, table: Tensor | None, guests: Guests) -> Tensor:
     """Chooses the guests of a layer where nothing else is launched that could.
 
     Args:
@@ -141,8 +141,8 @@ def choose(ids: Tensor, table: Tensor | None, guests: Guests) -> Tensor:
     return out
 
 
-def choose_twin(ids: Tensor, table: Tensor | None, guests: Guests) -> Tensor:
-    """`choose` in plain torch; the truth it is held against."""
+def choose_guests_twin(ids: Tensor, table: Tensor | None, guests: Guests) -> Tensor:
+    """`choose_guests` in plain torch; the truth it is held against."""
     missing = ids if table is None else torch.where(table[ids.clamp(min=0).long()] >= 0, -1, ids)
     here = missing[missing >= 0].long()
     uses = torch.bincount(here, minlength=len(guests.places))

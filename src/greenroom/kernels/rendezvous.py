@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from greenroom.kernels.guests import ROUTES_AT_ONCE, Guests, absent, choose_twin, invite
+from greenroom.kernels.guests import ROUTES_AT_ONCE, Guests, absent, choose_guests_twin, invite
 from greenroom.kernels.planes import INTERPRETED
 
 STATE_WORDS = 3  # on the device: the step's number, routes sent in this layer, step given up
@@ -239,13 +239,15 @@ def ring(
         ValueError: shapes do not fit together.
     """
     routes = _checked(hidden, ids, weights, box, state)
-    quota, places = (ids, ids) if guests is None else (guests.quota, guests.places)
+    quota, places, experts = ids, ids, 1
+    if guests is not None:
+        quota, places, experts = guests.quota, guests.places, len(guests.places)
     _ring[(1,)](
         hidden, ids, weights, ids if table is None else table, quota, places, box.hidden, box.ids,
         box.weights, box.ring, state, state if source is None else source, hidden.numel(), routes,
-        len(places), TABLE=table is not None, GUESTS=guests is not None,
+        experts, TABLE=table is not None, GUESTS=guests is not None,
         FETCHED=guests is not None and guests.fetched, FIRST=source is not None,
-        ROUTES=triton.next_power_of_2(routes), NAMES=triton.next_power_of_2(len(places)),
+        ROUTES=triton.next_power_of_2(routes), NAMES=triton.next_power_of_2(experts),
         STEP=ROUTES_AT_ONCE, SINGLE=len(hidden) == 1, BLOCK=COPIED, THREADS=32 * WARPS,
         ASM=not INTERPRETED, num_warps=WARPS,
     )  # fmt: skip
@@ -266,7 +268,7 @@ def ring_twin(
     if source is not None:
         state[0] = source[0]
     if guests is not None:
-        ids = choose_twin(ids, table, guests)
+        ids = choose_guests_twin(ids, table, guests)
     elif table is not None:
         here = (ids >= 0) & (table[ids.clamp(min=0).long()] >= 0)
         ids = ids.masked_fill(here, -1)

@@ -18,6 +18,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from greenroom.experts.limits import SHORT_STEP
 from greenroom.layers.backend import Compute, Start
 from greenroom.layers.batch import Batch, KVCache, KVGroup, Launched
 from greenroom.layers.choice import UNDECIDED, likeliest
@@ -26,7 +27,7 @@ from greenroom.layers.device_parts import to_device
 from greenroom.layers.rope import Rope
 from greenroom.layers.staging import Staging
 
-MOST_SEQUENCES = 32  # longer steps stream experts, where launches no longer matter
+MOST_SEQUENCES = SHORT_STEP  # longer steps stream experts, where launches no longer matter
 USES = 3  # of a kind of step before it is recorded: odd ones are not worth it
 KEPT = 8  # graphs; every one holds memory of the driver's
 FIRST_RANGE, RANGE_FACTOR = 512, 4  # contexts up to 512, 2048, 8192, ...

@@ -15,10 +15,19 @@ SLOWED = 1.1
 
 def pace_of(cpu: CpuSeconds) -> Pace:
     """What the engine would measure, from a machine's rates."""
-    used = cpu.work.layers * cpu.work.count * cpu.work.share
-    copy = expert_bytes(cpu.work) / 1e9 / cpu.machine.pcie
-    row = cpu.experts(SHORT_STEP) / (SHORT_STEP * used)
-    return Pace(cpu.experts(1) / used, row, copy / READING, copy, SLOWED)
+    work, machine = cpu.work, cpu.machine
+    all_experts, nbytes = work.layers * work.count, expert_bytes(work) / 1e9
+    used, met = all_experts * work.share, all_experts * work.touched(SHORT_STEP)
+    expert = cpu.experts(1) / used
+    further = max(1.0, SHORT_STEP * used - met)
+    return Pace(
+        expert=expert,
+        row=max(0.0, cpu.experts(SHORT_STEP) - met * expert) / further,
+        guest=nbytes / machine.pcie / READING,
+        copy=nbytes / machine.pcie,
+        route=nbytes / machine.vram if machine.vram else 0.0,
+        slowed=SLOWED,
+    )
 
 
 def expert_bytes(work: Work) -> int:

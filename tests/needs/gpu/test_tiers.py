@@ -16,6 +16,7 @@ import torch
 from greenroom import native
 from greenroom.convert.synth import Synthesis, write_synthetic
 from greenroom.convert.synth_shapes import PUBLISHED, Shape
+from greenroom.experts.pace import Pace
 from greenroom.gguf import GGUFFile
 from greenroom.layers.batch import Batch, KVGroup
 from greenroom.models import LoadOptions, Model, load_model
@@ -28,11 +29,13 @@ SHAPES = (
     "gpt-oss-20b", "phi-3.5-moe", "grin-moe", "deepseek-moe-16b", "mixtral-8x7b", "qwen3-30b-a3b"
 )  # fmt: skip
 BUDGETS = {"none": -1.0, "part": 0.0, "minimal": 0.0, "half": 0.5, "all": 1.0}
+BUDGETS |= {"guests": 0.0, "guests beside slots": 0.5}
+EVEN = Pace(1e-4, 1e-5, 1e-4, 1e-4, 0.0, 1.0)  # about half of the experts in RAM come over the bus
 SEQUENCES, BLOCK, BLOCKS = 3, 32, 8  # up to 256 tokens each
 
 # Tokens that each step appends to each sequence: streamed, beside the CPU, a few, decoding often
 # enough that graphs are recorded and replayed, streamed again.
-STEPS = [(150, 40, 0), (1, 20, 0), (1, 1, 7), *[(1, 1, 1)] * 6, (0, 0, 180)]
+STEPS = [(150, 40, 0), (1, 20, 0), (1, 1, 7), *[(1, 1, 1)] * 6, (0, 0, 180), *[(1, 0, 0)] * 6]
 
 
 def small(name: str) -> Shape:
@@ -139,13 +142,16 @@ def test_every_budget_gives_the_answers_of_the_cpu(case, pool, budget: str) -> N
         model = load_model(file, LoadOptions(backend="native", pool=pool))
     else:
         model = on_device(file, pool, share, 1 if budget == "part" else None)
+    if budget.startswith("guests"):
+        model.backend.tiers.share_bus(EVEN)
+        assert 0 < model.backend.tiers._bus.quota[:, 3].min() < 4
     found = Run(model).all(STEPS, TOKENS)
     name = file.metadata["general.name"]
     compare(found, wanted, f"{name}, {budget}")
-    if budget in ("half", "all"):
+    if budget in ("half", "all", "guests beside slots"):
         slots = model.backend.tiers.slots
         assert (slots.seats >= 0).any()
-    if budget in ("part", "minimal", "half", "all"):  # layers of the CPU come before the graph
+    if budget != "none":  # layers of the CPU come before the graph
         assert not model.waits
         assert model.graphs.usable
         assert model.graphs._graphs

@@ -1,0 +1,117 @@
+"""What is measured when a model is loaded, on a GPU that is played: what it is given to do, and
+that nobody goes on reading when something fails."""
+
+import os
+import time
+from contextlib import contextmanager
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # for tests that come later
+
+from greenroom import native
+from greenroom.experts import pace
+
+from .test_rendezvous import D, F, K, bank
+
+REPLAY = 2e-4  # seconds
+
+
+class Event:
+    """A time."""
+
+    def __init__(self, enable_timing: bool) -> None:
+        assert enable_timing
+
+    def record(self) -> None:
+        self.at = time.perf_counter()
+
+    def synchronize(self) -> None: ...
+
+    def elapsed_time(self, later: "Event") -> float:
+        return 1e3 * (later.at - self.at)
+
+
+class Gpu:
+    """What `pace` asks of torch.cuda; a recorded graph takes a while."""
+
+    def __init__(self) -> None:
+        self.log: list[str] = []
+        graph = SimpleNamespace(replay=lambda: time.sleep(REPLAY))
+        self.cuda = SimpleNamespace(
+            Event=Event, CUDAGraph=lambda: graph, graph=self.recording, stream=self.on,
+            current_stream=lambda device: "usual", empty_cache=lambda: self.log.append("emptied"),
+            synchronize=lambda device: self.log.append("waited"),
+        )  # fmt: skip
+
+    def __getattr__(self, name: str):
+        return getattr(torch, name)
+
+    @contextmanager
+    def recording(self, graph, capture_error_mode: str):
+        self.log.append("recorded")
+        yield
+
+    @contextmanager
+    def on(self, stream: str):
+        self.log.append(f"on {stream}")
+        yield
+        self.log.append("off")
+
+
+@pytest.fixture
+def gpu(monkeypatch) -> Gpu:
+    played = Gpu()
+    monkeypatch.setattr(pace, "torch", played)
+    monkeypatch.setattr(pace, "BUSY", 2e-3)
+    return played
+
+
+@pytest.fixture(scope="module")
+def banks():
+    pool = native.lib().Pool(2)
+    return [bank(pool, seed) for seed in range(5)]
+
+
+def test_the_device_reads_experts_where_they_lie_and_copies(gpu, banks, monkeypatch) -> None:
+    read, copied = [], []
+
+    def hits(memory, places, layout, hidden, ids, weights, activation):
+        assert (layout.d, layout.f) == (D, F)
+        assert hidden.shape == (1, D)
+        assert ids.tolist() == [[*range(K)]]
+        assert weights.shape == (1, K)
+        assert 0 <= places.min() <= places.max() < len(memory)
+        read.append(memory.data_ptr())
+
+    monkeypatch.setattr(pace, "hits", hits)
+    monkeypatch.setattr(pace, "fetch", copied.append)
+    slab = banks[0].layout.nbytes
+    staging = torch.zeros(3 * slab + 64, dtype=torch.uint8)
+    found = pace.measure(banks, K, staging)
+    in_ram = {bank.block.ctypes.data for bank in banks}
+    assert set(read) == in_ram | {staging.data_ptr()}
+    assert copied
+    for guests in copied[:1]:
+        assert guests.fetched
+        assert guests.memory.shape == (3, slab)
+        assert guests.places.tolist() == [0, 1, 2, -1, -1]
+    each = (found.expert, found.row, found.guest, found.copy, found.route)
+    assert all(0 < seconds < 1 for seconds in each)
+    assert found.guest < REPLAY / K  # of five layers that a replay reads, and one expert of K
+    assert found.slowed >= 1
+    assert gpu.log.count("recorded") == 2
+    assert gpu.log[-3:] == ["waited", "emptied", "off"]
+
+
+def test_nothing_is_under_way_after_a_failure(gpu, banks, monkeypatch) -> None:
+    def hits(*_):
+        raise RuntimeError("no such kernel")
+
+    monkeypatch.setattr(pace, "hits", hits)
+    with pytest.raises(RuntimeError, match="no such kernel"):
+        pace.measure(banks, K, torch.zeros(1 << 20, dtype=torch.uint8))
+    assert gpu.log == ["on usual", "waited", "emptied"]
