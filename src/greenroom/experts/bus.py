@@ -49,13 +49,11 @@ class Bus:
 
     def plan(self, used: int) -> str:
         """In one line, for steps of one token and for the longest."""
-        one, many = (
-            int(self.quota[row, m - 1]) for row, m in ((0, used), (-1, self.quota.shape[1]))
-        )
+        steps, experts = self._found.shape
+        one, many = self._found[0, used - 1], self._found[-1, -1]
         return (
             f"of experts in RAM the GPU reads {one} of {used} over the bus itself while the CPU "
-            f"computes the others, in steps of {len(self.quota)} tokens {many} of "
-            f"{self.quota.shape[1]}"
+            f"computes the others, in steps of {steps} tokens {many} of {experts}"
         )
 
 
