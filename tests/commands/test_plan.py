@@ -18,12 +18,13 @@ from greenroom.convert.remote import fetch_header
 from greenroom.convert.synth import Synthesis, write_synthetic
 from greenroom.convert.synth_shapes import shape_of
 from greenroom.errors import ModelFileError
+from greenroom.experts.quota import binomial
 from greenroom.gguf import GGUFFile
 from greenroom.gguf.header import read_header
 from greenroom.models.loader import read_config
 from greenroom.placement import predict
 from greenroom.placement.calibrate import MachineProfile, save_profile
-from greenroom.placement.cpu_seconds import FINE, CpuSeconds, binomial, tiles
+from greenroom.placement.cpu_seconds import FINE, CpuSeconds, tiles
 from greenroom.placement.placement import Placement
 from greenroom.placement.work import Work
 

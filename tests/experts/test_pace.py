@@ -77,7 +77,7 @@ def banks():
 
 
 def test_the_device_reads_experts_where_they_lie_and_copies(gpu, banks, monkeypatch) -> None:
-    read, copied = [], []
+    read, copied, routes = [], [], []
 
     def hits(memory, places, layout, hidden, ids, weights, activation):
         assert (layout.d, layout.f) == (D, F)
@@ -86,6 +86,7 @@ def test_the_device_reads_experts_where_they_lie_and_copies(gpu, banks, monkeypa
         assert weights.shape == (1, K)
         assert 0 <= places.min() <= places.max() < len(memory)
         read.append(memory.data_ptr())
+        routes.append(ids)
 
     monkeypatch.setattr(pace, "hits", hits)
     monkeypatch.setattr(pace, "fetch", copied.append)
@@ -94,6 +95,7 @@ def test_the_device_reads_experts_where_they_lie_and_copies(gpu, banks, monkeypa
     found = pace.measure(banks, K, staging)
     in_ram = {bank.block.ctypes.data for bank in banks}
     assert set(read) == in_ram | {staging.data_ptr()}
+    assert len({id(ids) for ids in routes}) == 4  # what a recording reads was made within it
     assert copied
     for guests in copied[:1]:
         assert guests.fetched

@@ -40,7 +40,7 @@ class Bus:
         return bool(self._found.any())
 
     def decide(self, pace: Pace, banks: Sequence[CpuExperts], used: int) -> None:
-        """Decides how many come in steps to be recorded from now on."""
+        """Decides how many come, before any step is recorded."""
         nbytes = max(bank.layout.nbytes for bank in banks)
         room, (longest, experts) = len(self.staging) // nbytes, self.quota.shape
         steps = range(1, longest + 1)

@@ -1,4 +1,5 @@
-"""How fast bus and CPU are when both are busy with a model's experts, measured when it is loaded.
+"""How fast CPU and bus are with a model's experts, each with the other busy and the CPU also alone,
+measured when it is loaded.
 
 The figures are rounded, so that another run seldom shares experts out in another way: their sums
 differ in the last digits with the processor that forms them.
@@ -6,7 +7,7 @@ differ in the last digits with the processor that forms them.
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from statistics import median
 from typing import Any
 
@@ -57,22 +58,19 @@ def measure(banks: Sequence[CpuExperts], used: int, there: Tensor) -> Pace:
 
 def _measured(banks: Sequence[CpuExperts], used: int, there: Tensor) -> Pace:
     some, read = (banks[:: max(1, len(banks) // most)] for most in (LAYERS, READ))
-    reading, copied = (
-        Reading(read, used, there.device),
-        Reading(read[:1], used, there.device, there),
-    )
-    fetching = Fetching(read[0], there)
+    in_ram, copied = reading(read, used, there.device), reading(read[:1], used, there.device, there)
+    copying = fetching(read[0], there)
     seconds_of(banks[0], TOGETHER, used)  # buffers grow, threads wake
     found = []
     for turn in range(ROUNDS):
         ones = [seconds_of(bank, 1, used, turn) for bank in some]
         many = seconds_of(banks[-1], TOGETHER, used, turn)
-        reading.begin(2 * sum(ones))
+        in_ram.begin(2 * sum(ones))
         beside = median(seconds_of(bank, 1, used, turn + ROUNDS) for bank in some)
-        guests = reading.end()
-        fetching.begin(2 * many)
+        guests = in_ram.end()
+        copying.begin(2 * many)
         seconds_of(banks[-1], TOGETHER, used, turn)
-        copy = fetching.end() * banks[0].layout.nbytes
+        copy = copying.end()
         copied.begin(0.0)
         found.append((median(ones), many, beside, guests, copy, copied.end()))
     one, many, beside, guests, copy, routes = (min(times) for times in zip(*found, strict=True))
@@ -101,39 +99,43 @@ def seconds_of(bank: CpuExperts, tokens: int, used: int, seed: int = 0) -> float
 
 
 class Busy:
-    """Something the device does over and over for a while; begin it, compute, end it."""
+    """Something the device does over and over for a while; begin it, compute, end it.
 
-    def __init__(self) -> None:
+    Args:
+        give: has the device do it once.
+        parts: of which `end` gives the seconds of one.
+    """
+
+    def __init__(self, give: Callable[[], None], parts: int) -> None:
         event: Any = torch.cuda.Event
         self._first, self._second, self._last = (event(enable_timing=True) for _ in range(3))
-        self._often = 0
-
-    def give(self) -> None:
-        """Has the device do it once."""
-        raise NotImplementedError
+        self._give, self._parts, self._often = give, parts, 0
 
     def begin(self, seconds: float) -> None:
         """Returns while the device is busy, for at least so many seconds more."""
-        self.give()  # loads what is needed
+        self._give()  # loads what is needed
         self._first.record()
-        self.give()
+        self._give()
         self._second.record()
         self._second.synchronize()
         wanted = max(BUSY, seconds)
         alone = max(self._first.elapsed_time(self._second) / 1e3, wanted / MOST)
         self._often = math.ceil(wanted / alone)
         for _ in range(self._often):
-            self.give()
+            self._give()
         self._last.record()
 
     def end(self) -> float:
-        """Seconds that it took once, on average."""
+        """Seconds of a part, on average."""
         self._last.synchronize()
-        return float(self._second.elapsed_time(self._last)) / 1e3 / self._often
+        seconds = float(self._second.elapsed_time(self._last)) / 1e3
+        return seconds / self._often / self._parts
 
 
-class Reading(Busy):
-    """Some experts of a layer, with one token, read from where they lie.
+def reading(
+    banks: Sequence[CpuExperts], count: int, device: torch.device, copies: Tensor | None = None
+) -> Busy:
+    """Some experts of a layer, with one token, read from where they lie; a part is a layer.
 
     Args:
         banks: of the layers, which it takes in turn.
@@ -142,69 +144,41 @@ class Reading(Busy):
         copies: (bytes,) uint8 there, to be read instead of what is in RAM.
     """
 
-    def __init__(
-        self,
-        banks: Sequence[CpuExperts],
-        count: int,
-        device: torch.device,
-        copies: Tensor | None = None,
-    ) -> None:
-        super().__init__()
-        self._layers = len(banks)
+    def work() -> None:  # all that it makes belongs to the graph, and lasts as long
         ids = torch.arange(count, dtype=torch.int32, device=device)[None]
         weights = torch.ones(1, count, device=device)
+        for bank in banks:
+            assert bank.block is not None
+            hidden = torch.zeros(1, bank.layout.d, device=device)
+            places = torch.arange(bank.experts, dtype=torch.int32, device=device)
+            memory = torch.from_numpy(bank.block)
+            if copies is not None:
+                memory = slabs_in(copies, bank.layout.nbytes)
+                places %= len(memory)
+            hits(memory, places, bank.layout, hidden, ids, weights, bank.activation)
 
-        def work() -> None:
-            for bank in banks:
-                assert bank.block is not None
-                hidden = torch.zeros(1, bank.layout.d, device=device)
-                places = torch.arange(bank.experts, dtype=torch.int32, device=device)
-                memory = torch.from_numpy(bank.block)
-                if copies is not None:
-                    memory = slabs_in(copies, bank.layout.nbytes)
-                    places %= len(memory)
-                hits(memory, places, bank.layout, hidden, ids, weights, bank.activation)
-
+    work()
+    torch.cuda.synchronize(device)
+    graphs: Any = torch.cuda
+    graph = graphs.CUDAGraph()
+    with graphs.graph(graph, capture_error_mode="thread_local"):
         work()
-        torch.cuda.synchronize(device)
-        graphs: Any = torch.cuda
-        self._graph = graphs.CUDAGraph()
-        with graphs.graph(self._graph, capture_error_mode="thread_local"):
-            work()
-
-    def give(self) -> None:
-        """See `Busy`."""
-        self._graph.replay()
-
-    def end(self) -> float:
-        """See `Busy`; of one layer."""
-        return super().end() / self._layers
+    return Busy(graph.replay, len(banks))
 
 
-class Fetching(Busy):
-    """Slabs that are copied as short steps copy them; `end` gives the seconds of a byte.
+def fetching(bank: CpuExperts, there: Tensor) -> Busy:
+    """Slabs that are copied as short steps copy them; a part is a slab.
 
     Args:
         bank: the slabs.
         there: (bytes,) uint8 on a GPU.
     """
-
-    def __init__(self, bank: CpuExperts, there: Tensor) -> None:
-        super().__init__()
-        assert bank.block is not None
-        memory = slabs_in(there, bank.layout.nbytes)[: min(COPIES, bank.experts)]
-        places = torch.arange(bank.experts, dtype=torch.int32, device=there.device)
-        places[len(memory) :] = -1
-        source = torch.from_numpy(bank.block)
-        self._guests = Guests(places, places, memory, source, tokens=len(memory))
-
-    def give(self) -> None:
-        """See `Busy`."""
-        fetch(self._guests)
-
-    def end(self) -> float:
-        """See `Busy`; of one byte."""
-        return super().end() / self._guests.memory.numel()
+    assert bank.block is not None
+    memory = slabs_in(there, bank.layout.nbytes)[: min(COPIES, bank.experts)]
+    places = torch.arange(bank.experts, dtype=torch.int32, device=there.device)
+    places[len(memory) :] = -1
+    guests = Guests(places, places, memory, torch.from_numpy(bank.block), tokens=len(memory))
+    return Busy(lambda: fetch(guests), len(memory))
 
 
 def slabs_in(memory: Tensor, nbytes: int) -> Tensor:

@@ -3,7 +3,9 @@ the layer shortest. Knows paces alone; without torch, as planning goes by the sa
 """
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 from numpy.typing import NDArray
@@ -82,16 +84,29 @@ def layer_seconds(
     return seconds
 
 
+@lru_cache(256)
+def binomial(number: int, share: float) -> Mapping[int, float]:
+    """How likely 1, 2, ... of so many are, each with this share; of tokens that use an expert, or
+    of experts that have no slot."""
+    if not 0 < share < 1:
+        return {number: 1.0} if share else {}
+    found = {}
+    for n in range(1, number + 1):
+        ways = math.lgamma(number + 1) - math.lgamma(n + 1) - math.lgamma(number - n + 1)
+        likely = math.exp(ways + n * math.log(share) + (number - n) * math.log1p(-share))
+        if likely > 1e-7:
+            found[n] = likely
+    return found
+
+
 def rows_of(experts: int, used: int, tokens: int) -> NDArray[np.float64]:
     """Tokens of each of 1, 2, ... experts that any of so many tokens use, (experts, experts), in a
     line the fewest first and zeros behind: quantiles of what uniform routing gives."""
-    counts = np.arange(1, tokens + 1)
-    share = min(used / experts, 1 - 1e-9)
-    ways = np.array([math.comb(tokens, n) for n in range(1, tokens + 1)], np.float64)
-    likely = ways * share**counts * (1 - share) ** (tokens - counts)
-    below = np.cumsum(likely) / likely.sum()
+    likely = binomial(tokens, used / experts)
+    counts = np.array([*likely])
+    below = np.cumsum([*likely.values()]) / sum(likely.values())
     number, of = np.ogrid[0:experts, 1 : experts + 1]
-    found = counts[np.minimum(np.searchsorted(below, (number + 0.5) / of), tokens - 1)]
+    found = counts[np.minimum(np.searchsorted(below, (number + 0.5) / of), len(counts) - 1)]
     return np.where(number < of, found, 0).T.astype(np.float64)
 
 

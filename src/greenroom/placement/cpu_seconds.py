@@ -5,11 +5,10 @@ the widths AVX2 has besides are taken for these). The first tile reads the matri
 it computes; the others find it in the cache. Measures nothing.
 """
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import lru_cache
 
+from greenroom.experts.quota import binomial
 from greenroom.placement.calibrate import KEY_TILE, MachineProfile
 from greenroom.placement.work import Work
 
@@ -21,8 +20,6 @@ FINE = {1: 1, 2: 2, FOUR: 3, 8: 7, WIDE: 13}
 # more numbers for the same operations.
 DENSITY = 2 * 2048
 
-Counts = Mapping[int, float]  # how likely each number is
-
 
 def tiles(tokens: int, fine: bool = False) -> dict[int, int]:
     """How many tiles the kernels cut so many tokens into, by width, the widest first."""
@@ -32,21 +29,6 @@ def tiles(tokens: int, fine: bool = False) -> dict[int, int]:
         width = max(w for w, least in (FINE if fine else COARSE).items() if left >= least)
         found[width] = found.get(width, 0) + 1
         left -= width
-    return found
-
-
-@lru_cache(256)
-def binomial(number: int, share: float) -> Counts:
-    """How likely 1, 2, ... of so many are, each with this share; of tokens that use an expert, or
-    of experts that have no slot."""
-    if not 0 < share < 1:
-        return {number: 1.0} if share else {}
-    found = {}
-    for n in range(1, number + 1):
-        ways = math.lgamma(number + 1) - math.lgamma(n + 1) - math.lgamma(number - n + 1)
-        likely = math.exp(ways + n * math.log(share) + (number - n) * math.log1p(-share))
-        if likely > 1e-7:
-            found[n] = likely
     return found
 
 

@@ -3,8 +3,8 @@ CPU computes the others. Shares them by the engine's own rule; measures nothing.
 """
 
 from greenroom.experts.limits import BESIDE_STAGED, SHORT_STEP, pages_of
-from greenroom.experts.quota import BELLS, Pace, layer_seconds, quotas
-from greenroom.placement.cpu_seconds import CpuSeconds, binomial
+from greenroom.experts.quota import BELLS, Pace, binomial, layer_seconds, quotas
+from greenroom.placement.cpu_seconds import CpuSeconds
 from greenroom.placement.work import Work
 
 # The engine measures them when it loads a model: share of the bus's rate at which the GPU reads
