@@ -147,3 +147,34 @@ def test_an_interrupt_while_loading_leaves_no_thread(tmp_path) -> None:
     with pytest.raises(KeyboardInterrupt):
         load_engine(path, EngineConfig(vram=0, threads=1), progress)
     assert set(threading.enumerate()) == before
+
+
+def test_an_interrupt_while_a_gpu_is_prepared_leaves_no_thread(tmp_path, monkeypatch) -> None:
+    path = tmp_path / "m.gguf"
+    write_synthetic(Synthesis(shape_of("gpt-oss-20b-tiny", 1)), path)
+    before = set(threading.enumerate())
+
+    def load_model(file, options):
+        options.preparing()
+
+    def preparing() -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("greenroom.models.load_model", load_model)
+    with pytest.raises(KeyboardInterrupt):
+        load_engine(path, EngineConfig(vram=0, threads=1), preparing=preparing)
+    assert set(threading.enumerate()) == before
+
+
+def test_an_interrupt_while_speed_is_measured_leaves_no_thread(tmp_path, monkeypatch) -> None:
+    path = tmp_path / "m.gguf"
+    write_synthetic(Synthesis(shape_of("gpt-oss-20b-tiny", 1)), path)
+    before = set(threading.enumerate())
+
+    def rehearse(model) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("greenroom.models.model.Model.rehearse", rehearse)
+    with pytest.raises(KeyboardInterrupt):
+        load_engine(path, EngineConfig(vram=0, threads=1))
+    assert set(threading.enumerate()) == before

@@ -109,6 +109,29 @@ def test_too_small_a_budget_names_the_part(load: Loader) -> None:
         load("qwen3", backend="cuda", device=DEVICE, vram=1 << 20)
 
 
+def test_what_loads_tells_when_the_gpu_is_made_ready(load: Loader, monkeypatch) -> None:
+    from greenroom.experts.tiers import Tiers
+
+    complete, told = Tiers.complete, []
+
+    def completed(tiers: Tiers) -> None:
+        told.append("complete")
+        complete(tiers)
+
+    monkeypatch.setattr(Tiers, "complete", completed)
+    tell = {
+        "progress": lambda done, total: told.append("all" if done == total else "some"),
+        "preparing": lambda: told.append("preparing"),
+    }
+    load("gpt-oss", backend="cuda", device=DEVICE, layers_on_gpu=1, **tell)
+    assert told[-3:] == ["all", "preparing", "complete"]
+    assert told.count("preparing") == 1
+    for backend in ("native", "reference"):
+        told.clear()
+        load("gpt-oss", backend=backend, **tell)
+        assert told[-1] == "all"
+
+
 @pytest.mark.parametrize(
     ("case", "layers", "head"),
     [("gpt-oss", 1, True), ("deepseek", 1, False), ("gpt-oss", 0, True), ("deepseek", 2, False)],

@@ -179,7 +179,7 @@ def test_options_become_settings():
 def test_budgets_reach_the_engine(tmp_path, monkeypatch):
     asked = []
     monkeypatch.setattr(
-        "greenroom.engine.load.load_engine", lambda path, config: asked.append(config)
+        "greenroom.engine.load.load_engine", lambda path, config, *_, **__: asked.append(config)
     )
     monkeypatch.setenv("GREENROOM_VRAM", "6GiB")
     values = parse(["--ram", "24GiB", "--context", "64", "--prefix-ram", "1GiB", "m"])

@@ -5,8 +5,8 @@ Answers go to standard output, everything else to standard error, where a pipe s
 
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from threading import Event, Lock
@@ -22,20 +22,50 @@ if TYPE_CHECKING:
 
 errors = Console(stderr=True, highlight=False)
 
+PREPARING = "preparing the GPU"
+FIRST = ": compiling kernels, the first time takes longer"
+
 _DIM, _PLAIN = "\x1b[2m", "\x1b[0m"
 
 
 @contextmanager
 def loaded(path: Path, **settings: Any) -> "Iterator[LLM]":
-    """A model, loaded under a progress bar if somebody is looking; closed at the end."""
-    with bytes_progress(f"loading {path.name}") as progress:
-        from greenroom.engine import LLM
+    """A model, loaded while `loading_shown` says how far it is; closed at the end."""
+    with loading_shown(path.name) as (progress, preparing):
+        from greenroom.engine import LLM, EngineConfig
+        from greenroom.engine.load import load_engine
 
-        llm = LLM(path, progress=progress, **settings)
+        config = EngineConfig(**settings)
+        llm = LLM.from_engine(load_engine(path, config, progress, preparing=preparing))
     try:
         yield llm
     finally:
         llm.close()
+
+
+@contextmanager
+def loading_shown(name: str) -> Iterator[tuple[Callable[[int, int], None], Callable[[], None]]]:
+    """What `load_engine` takes as `progress` and `preparing`: a bar on standard error, then a line
+    in its place, until the block is left; nothing if nobody is looking."""
+    with ExitStack() as shown:
+        progress = shown.enter_context(bytes_progress(f"loading {name}"))
+
+        def preparing() -> None:
+            shown.close()
+            shown.enter_context(preparing_shown())
+
+        yield progress, preparing
+
+
+@contextmanager
+def preparing_shown() -> Iterator[None]:
+    """A line on standard error says that a GPU is prepared, and from the first kernel on that was
+    not in Triton's cache, why it takes longer than another time."""
+    if not errors.is_terminal:
+        yield
+        return
+    with errors.status(PREPARING) as line, compilations(lambda: line.update(PREPARING + FIRST)):
+        yield
 
 
 def awaited(outputs: "Iterator[TokenOutput]") -> "Iterator[TokenOutput]":
@@ -52,28 +82,46 @@ def awaited(outputs: "Iterator[TokenOutput]") -> "Iterator[TokenOutput]":
 def compiling_shown() -> Iterator[None]:
     """From the first kernel on that was not in Triton's cache, a line on standard error says so
     until the block is left, if somebody is looking."""
-    knobs: Any = sys.modules.get("triton.knobs")  # of a process that uses a GPU
-    if knobs is None or not errors.is_terminal:
+    if not errors.is_terminal:
         yield
         return
     line, lock, over = errors.status("compiling kernels for this GPU (once)"), Lock(), Event()
-    before = knobs.compilation.listener
 
-    def compiled(*, cache_hit: bool, **told: Any) -> None:  # called by the engine's thread
-        if before is not None:
-            before(cache_hit=cache_hit, **told)
+    def compiled() -> None:  # called by the engine's thread
         with lock:
-            if not cache_hit and not over.is_set():
+            if not over.is_set():
                 line.start()
 
-    knobs.compilation.listener = compiled
+    with compilations(compiled):
+        try:
+            yield
+        finally:
+            with lock:
+                over.set()
+                line.stop()
+
+
+@contextmanager
+def compilations(compiled: Callable[[], None]) -> Iterator[None]:
+    """Within the block `compiled` is called after each kernel that was not in Triton's cache, by
+    the thread that needed it."""
+    knobs: Any = sys.modules.get("triton.knobs")  # of a process that uses a GPU
+    if knobs is None:
+        yield
+        return
+    before = knobs.compilation.listener
+
+    def listen(*, cache_hit: bool, **told: Any) -> None:
+        if before is not None:
+            before(cache_hit=cache_hit, **told)
+        if not cache_hit:
+            compiled()
+
+    knobs.compilation.listener = listen
     try:
         yield
     finally:
         knobs.compilation.listener = before
-        with lock:
-            over.set()
-            line.stop()
 
 
 class Writer:

@@ -146,7 +146,7 @@ def start(values: dict[str, Any]) -> None:
     keys = KeyRing(values["api_key"] or (), values["api_key_file"])
     sources = select(values["models"] or (), values["models_dir"] or ())
     load = _loader(values)
-    first = load(sources[0]) if values["preload"] and sources else None
+    first = _preloaded(load, sources[0]) if values["preload"] and sources else None
 
     def registry() -> Registry:
         found = Registry(sources, load, settings)
@@ -212,10 +212,18 @@ def _loader(values: dict[str, Any]) -> Any:
         mmap=values["mmap"],
     )
 
-    def load(source: "ModelSource") -> Any:
+    def load(source: "ModelSource", *, progress: Any = None, preparing: Any = None) -> Any:
         from greenroom.engine.load import load_engine
 
         assert source.path is not None
-        return load_engine(source.path, config)
+        return load_engine(source.path, config, progress, preparing=preparing)
 
     return load
+
+
+def _preloaded(load: Any, source: "ModelSource") -> Any:
+    """The engine of a source; a terminal shows how far it is, as nothing else is under way yet."""
+    from greenroom.commands.console import loading_shown
+
+    with loading_shown(source.name) as (progress, preparing):
+        return load(source, progress=progress, preparing=preparing)

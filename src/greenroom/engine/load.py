@@ -49,6 +49,7 @@ def load_engine(
     config: EngineConfig | None = None,
     progress: Progress | None = None,
     shelf: "Shelf | None" = None,
+    preparing: Callable[[], None] | None = None,
 ) -> Engine:
     """Loads a model file and starts an engine on it.
 
@@ -58,6 +59,8 @@ def load_engine(
         progress: called with bytes done and bytes in all while weights are loaded.
         shelf: keeps the packed experts for the next engine on this file; the one before must be
             closed.
+        preparing: called once the weights are read, if a GPU is made ready then; that takes up to
+            some seconds, the first time with kernels to compile.
 
     Raises:
         ModelFileError, UnsupportedModelError, TokenizerError: the file cannot be used.
@@ -81,7 +84,7 @@ def load_engine(
         with ThreadPoolExecutor(1, "tokenizer") as beside, _running_out_said(file.path.name):
             text = beside.submit(_text, file)
             options = _options(file, config, placement, shelf, _unless_failed(text, progress))
-            model = load_model(file, options)
+            model = load_model(file, replace(options, preparing=preparing))
             tokenizer, chat = text.result()
             model.rehearse()
             engine = assemble(model, tokenizer, config, chat, placement.cache_room)

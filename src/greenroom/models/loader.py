@@ -48,6 +48,7 @@ class LoadOptions:
         llama_cpp_math: follow llama.cpp where it differs from the publisher.
         shelf: experts of an earlier model on the same file, which need not be packed again.
         progress: called with (bytes done, bytes in all).
+        preparing: called once the weights are read, before a GPU is made ready.
     """
 
     backend: str = "native"
@@ -68,6 +69,7 @@ class LoadOptions:
     llama_cpp_math: bool = False
     shelf: Shelf | None = None
     progress: Callable[[int, int], None] | None = None
+    preparing: Callable[[], None] | None = None
 
 
 def load_model(file: GGUFFile, options: LoadOptions | None = None) -> Model:
@@ -95,6 +97,8 @@ def load_model(file: GGUFFile, options: LoadOptions | None = None) -> Model:
     context = options.context_length or config.context_length
     model = family(config, parts, context, options.llama_cpp_math)
     tensors.finish()
+    if options.preparing is not None and options.backend == "cuda":
+        options.preparing()
     for backend in {id(b): b for b in backends}.values():
         backend.complete()
     return model
