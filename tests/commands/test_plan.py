@@ -28,11 +28,8 @@ from greenroom.placement.cpu_seconds import FINE, CpuSeconds, tiles
 from greenroom.placement.placement import Placement
 from greenroom.placement.work import Work
 
-GPU = MachineProfile(
-    fingerprint="f" * 16, name="cpu + gpu", date="-", threads=4, ram=64 << 30, gpu="gpu",
-    vram_total=80 << 30, dram={4: 100.0}, experts={"X": 50.0}, dense={"X": 100.0},
-    experts_batch={"X": 1000.0}, vram=1000.0, gpu_bf16=1e5, pcie_up={64: 50.0},
-)  # fmt: skip
+from ..placement.profiles import GPU
+
 WORK = Work(
     experts={"X": 10 * 10**9}, dense={"X": 10**9}, expert_values={"X": 20 * 10**9},
     dense_values={"X": 2 * 10**9}, share=0.1, count=10, layers=10, cache=0,

@@ -13,7 +13,6 @@ if not torch.cuda.is_available():
 
 from triton.compiler.errors import CompilationError
 
-from greenroom import native
 from greenroom.errors import NativeError
 from greenroom.experts import bus as bus_module
 from greenroom.experts import tiers as tiers_module
@@ -27,17 +26,7 @@ from greenroom.experts.rendezvous import RendezvousCourier
 from greenroom.experts.tiers import Tiers, pin
 from greenroom.layers.ledger import Ledger
 
-from .test_rendezvous import DEVICE, EXPERTS, LAYERS, K, bank, step
-
-
-@pytest.fixture(scope="module")
-def pool():
-    return native.lib().Pool(2)
-
-
-@pytest.fixture(scope="module")
-def banks(pool) -> list[CpuExperts]:
-    return [bank(pool, seed) for seed in range(LAYERS)]
+from .small_banks import DEVICE, EXPERTS, K, step
 
 
 def plain_hits(pool, banks):

@@ -16,11 +16,6 @@ from greenroom.gguf import GGMLType, dequantize, quantize, random_blocks, repack
 D, F, EXPERTS = 64, 96, 5
 
 
-@pytest.fixture(scope="module")
-def pool():
-    return native.lib().Pool(2)
-
-
 def stack(name: str, type: GGMLType, rows: int, cols: int, seed: int) -> SplitMatrices:
     rng = np.random.default_rng(seed)
     raw = np.stack([random_blocks(type, rows, cols, rng) for _ in range(EXPERTS)])

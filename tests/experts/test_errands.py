@@ -11,7 +11,6 @@ import torch
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
-from greenroom import native
 from greenroom.errors import NativeError
 from greenroom.experts import errands as module
 from greenroom.experts.cpu import CpuExperts
@@ -20,12 +19,11 @@ from greenroom.experts.meter import Meter
 from greenroom.experts.rendezvous import FAILED
 from greenroom.kernels.grouped import Routes
 
-from .test_rendezvous import DEVICE, EXPERTS, LAYERS, D, K, bank, routes
+from .small_banks import DEVICE, EXPERTS, LAYERS, D, K, bank, routes
 
 
 @pytest.fixture(scope="module")
-def banks() -> list[CpuExperts]:
-    pool = native.lib().Pool(2)
+def banks(pool) -> list[CpuExperts]:
     return [bank(pool, seed, lazy=seed == 1) for seed in range(LAYERS)]
 
 

@@ -12,10 +12,9 @@ import torch
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # for tests that come later
 
-from greenroom import native
 from greenroom.experts import pace
 
-from .test_rendezvous import D, F, K, bank
+from .small_banks import D, F, K, bank
 
 REPLAY = 2e-4  # seconds
 
@@ -71,8 +70,7 @@ def gpu(monkeypatch) -> Gpu:
 
 
 @pytest.fixture(scope="module")
-def banks():
-    pool = native.lib().Pool(2)
+def banks(pool):
     return [bank(pool, seed) for seed in range(5)]
 
 

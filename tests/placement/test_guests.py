@@ -8,17 +8,15 @@ import pytest
 
 from greenroom.experts.limits import BESIDE_STAGED
 from greenroom.placement import guests, predict
-from greenroom.placement.calibrate import MachineProfile, save_profile
+from greenroom.placement.calibrate import save_profile
 from greenroom.placement.cpu_seconds import CpuSeconds
 from greenroom.placement.placement import Placement
 from greenroom.placement.work import Work
 
+from .profiles import GPU
+
 # An expert of 100 MB takes the CPU 2 ms at any number of tokens, and the bus 2 ms.
-MACHINE = MachineProfile(
-    fingerprint="f" * 16, name="cpu + gpu", date="-", threads=4, ram=64 << 30, gpu="gpu",
-    vram_total=80 << 30, dram={4: 100.0}, experts={"X": 50.0}, dense={"X": 100.0},
-    experts_batch={"X": 9e6}, vram=1000.0, gpu_bf16=1e5, pcie_up={64: 50.0},
-)  # fmt: skip
+MACHINE = replace(GPU, experts_batch={"X": 9e6})
 WORK = Work(
     experts={"X": 10 * 10**9}, dense={}, expert_values={"X": 20 * 10**9}, dense_values={},
     share=0.4, count=10, layers=10, cache=0,

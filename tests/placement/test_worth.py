@@ -13,21 +13,17 @@ from greenroom.engine.config import EngineConfig
 from greenroom.gguf import GGUFFile
 from greenroom.models.registry import read_config
 from greenroom.placement import predict
-from greenroom.placement.calibrate import MachineProfile
 from greenroom.placement.hardware import Gpu, Hardware
 from greenroom.placement.placement import Placement
 from greenroom.placement.planner import Plan, Wish
 from greenroom.placement.sizes import Sizes
 from greenroom.placement.work import Work
 
+from .profiles import GPU
+
 GIB = 1 << 30
 # Reads 100 and 1000 GB/s; a layer of the CPU has overheads that outweigh the GPU's.
-GOOD = MachineProfile(
-    fingerprint="f" * 16, name="cpu + gpu", date="-", threads=4, ram=64 * GIB, gpu="gpu",
-    vram_total=80 * GIB, dram={4: 100.0}, experts={"X": 50.0}, dense={"X": 100.0},
-    experts_batch={"X": 1000.0}, vram=1000.0, gpu_bf16=1e5, pcie_up={64: 50.0},
-    matrix_seconds=1e-3,
-)  # fmt: skip
+GOOD = replace(GPU, matrix_seconds=1e-3)
 POOR = replace(GOOD, matrix_seconds=0.0, dense={"X": 1e5})
 
 
