@@ -91,6 +91,64 @@ def test_long_runs_keep_heat_finite():
     assert residency.plan(1) == [Move(0, 1, 0)]
 
 
+def talk(skew, seed, rows, slots=32, turns=4, prompt=512, answer=64):
+    """Prompts, each followed by tokens one a step; of a prompt the last layer computes `rows`.
+
+    Returns the hit rates (turns, layers) of the answers, and the promotions.
+    """
+    trace = routes(turns * (prompt + answer), skew, seed).reshape(turns, -1, LAYERS, TOP_K)
+    residency = Residency(LAYERS, EXPERTS, slots)
+    for slot in range(slots):
+        residency.apply(Move(slot % LAYERS, slot // LAYERS, slot))
+    hits, moves = np.zeros((turns, LAYERS)), 0
+    for turn, tokens in enumerate(trace):
+        first = tokens[:prompt].swapaxes(0, 1).copy()
+        first[-1, : prompt - rows] = -1
+        for ids in (first, *tokens[prompt:]):
+            if ids is not first:
+                found = residency.slot_of[np.arange(LAYERS)[:, None], ids] >= 0
+                hits[turn] += found.mean(1) / answer
+            residency.observe(ids)
+            for move in residency.plan(1):
+                residency.apply(move)
+                moves += 1
+    return hits, moves
+
+
+def test_a_layer_that_computes_one_row_of_prompts_gets_its_slots_with_the_others():
+    runs = range(10, 16)
+    few, few_moves = zip(*(talk(0.8, seed, rows=1) for seed in runs), strict=True)
+    all_, all_moves = zip(*(talk(0.8, seed, rows=512) for seed in runs), strict=True)
+    few, all_ = np.mean(few, 0), np.mean(all_, 0)  # (turns, layers)
+    assert (few[:, -1] > all_[:, -1] - 0.03).all()
+    assert (few[:, :-1].mean(1) > all_[:, :-1].mean(1) - 0.01).all()
+    assert sum(few_moves) < 1.2 * sum(all_moves)
+
+
+def test_one_row_of_prompts_causes_no_churn_when_routing_is_uniform():
+    few, all_ = (sum(talk(0.0, seed, rows)[1] for seed in range(6)) for rows in (1, 512))
+    assert few <= all_
+
+
+def test_unseen_routes_are_spread_by_hand():
+    residency = Residency(2, 2, 1, half_life=1e9)
+    residency.observe_counts(np.array([[3, 1], [1, 0]]))
+    # two routes of the first layer agree with 10/16: a Beta(1.5, 1.5) prior for the second
+    spread = [1 + 3 * 5 / 8, 3 * 3 / 8]
+    np.testing.assert_allclose(residency.heat, [[3, 1], spread], rtol=1e-6)
+    residency.observe_counts(np.array([[3, 1], [0, 4]]))
+    spread = [1 + 3 * 5 / 16, 4 + 3 * 11 / 16]  # by all five routes now
+    np.testing.assert_allclose(residency.heat, [[6, 2], spread], rtol=1e-6)
+
+
+def test_a_layer_that_saw_nothing_is_taken_to_use_all_its_experts():
+    residency = Residency(2, 2, 1)
+    residency.observe_counts(np.array([[4, 0], [0, 0]]))
+    np.testing.assert_allclose(residency.heat, [[4, 0], [2, 2]])
+    residency.warm(np.array([[1.0, 2.0], [3.0, 4.0]]))
+    np.testing.assert_allclose(residency.heat / residency.heat[0, 0], [[1, 2], [3, 4]])
+
+
 def test_a_layer_that_computes_few_rows_of_prompts_keeps_its_slots():
     trace = routes(600, skew=1.2, seed=5)
     residency = Residency(LAYERS, EXPERTS, slots=32)

@@ -42,7 +42,8 @@ class Residency:
         self, layers: int, experts: int, slots: int, half_life: float = 256, margin: float = 1.25
     ) -> None:
         self.slot_of: NDArray[np.int32] = np.full((layers, experts), EMPTY, np.int32)
-        self.heat = np.zeros((layers, experts))
+        self._seen = np.zeros((layers, experts))  # heat of routes whose expert is known
+        self._unseen = np.zeros(layers)  # heat of those that the layer did not compute
         self.kept: NDArray[np.bool_] = np.zeros(layers, np.bool_)
         self.margin = margin
         self._holder = np.full(slots, EMPTY, np.int64)  # flat (layer, expert) index of each slot
@@ -59,32 +60,47 @@ class Residency:
 
     def observe(self, ids: NDArray[np.integer]) -> None:
         """Counts one step's routes; ids: (layers, ...) expert ids, -1 where there is none."""
-        layers = len(self.heat)
+        layers = len(self.slot_of)
         flat = ids.reshape(layers, -1)
         layer, column = np.nonzero(flat >= 0)
-        counts = np.zeros(self.heat.shape, np.int64)
+        counts = np.zeros(self.slot_of.shape, np.int64)
         np.add.at(counts, (layer, flat[layer, column]), 1)
         self.observe_counts(counts)
 
     def observe_counts(self, counts: NDArray[np.integer]) -> None:
         """Counts one step's routes; counts: (layers, experts), how often each was chosen.
 
-        The last layer computes only the rows somebody asked for: few of a prompt's. A layer that
-        saw less of the step than another is taken to have been used as until now in the rest, or
-        it would lose its slots to layers whose experts are no hotter.
+        The last layer computes only the rows somebody asked for, few of a prompt's. What a layer
+        saw less of the step than another is noted as unseen, see `heat`.
         """
-        totals = counts.sum(1, keepdims=True)
-        unseen = totals.max() - totals
-        if unseen.any():
-            known = self.heat.sum(1, keepdims=True)
-            usual = np.full(self.heat.shape, 1 / self.heat.shape[1])
-            np.divide(self.heat, known, out=usual, where=known > 0)
-            self.heat += unseen * usual * self._growth
-        self.heat += counts * self._growth
+        totals = counts.sum(1)
+        self._seen += counts * self._growth
+        self._unseen += (totals.max() - totals) * self._growth
         self._growth /= self._decay
         if self._growth > 1e100:
-            self.heat /= self._growth
+            self._seen /= self._growth
+            self._unseen /= self._growth
             self._growth = 1.0
+
+    @property
+    def heat(self) -> NDArray[np.float64]:
+        """(layers, experts), up to a factor: routes seen, and a layer's unseen ones, spread.
+
+        They are spread anew by all that the layer has seen so far, so that the first tokens
+        correct the guess about the prompt before them. Few routes say little: shares begin equal,
+        and these weigh as many routes as a Dirichlet prior that is as uneven as the layers that
+        saw most: few where routing is skewed, many where it is uniform, lest chance moves experts.
+        """
+        if not self._unseen.any():
+            return self._seen
+        experts, seen = self._seen.shape[1], self._seen.sum(1, keepdims=True)
+        shares = self._seen / np.maximum(seen, 1e-9)
+        best = self._unseen == self._unseen.min()
+        same = (shares[best] ** 2).sum(1).mean()  # chance that two routes choose one expert
+        weight = self._growth * max(1.0, (1 - same) / max(same - 1 / experts, 1e-9))
+        shares = (self._seen + weight / experts) / (seen + weight)
+        spread: NDArray[np.float64] = self._seen + self._unseen[:, None] * shares
+        return spread
 
     def plan(self, limit: int) -> list[Move]:
         """The at most `limit` promotions that pay most, hottest first; does not apply them."""
@@ -97,7 +113,7 @@ class Residency:
             return []
         order = waiting[np.lexsort((waiting, -flat_heat[waiting]))[:count]]
         seat_heat = np.where(self._holder == EMPTY, -1.0, flat_heat[self._holder])
-        kept = self.kept[self._holder // self.heat.shape[1]]
+        kept = self.kept[self._holder // self.slot_of.shape[1]]
         seat_heat[kept & (self._holder != EMPTY)] = np.inf
         seats = np.lexsort((np.arange(self.slots), seat_heat))[:count]
         moves = []
@@ -105,7 +121,7 @@ class Residency:
             held = seat_heat[seat]
             if held >= 0 and flat_heat[candidate] <= max(held * self.margin, held + self._growth):
                 break
-            layer, expert = divmod(int(candidate), self.heat.shape[1])
+            layer, expert = divmod(int(candidate), self.slot_of.shape[1])
             gain = float(flat_heat[candidate] - max(held, 0.0))
             moves.append(Move(layer, expert, int(seat), gain))
         return moves
@@ -121,7 +137,7 @@ class Residency:
     def apply(self, move: Move) -> int:
         """Records a finished copy; returns the flat index of the expert that left, or -1."""
         left = self.vacate(move.slot)
-        self._holder[move.slot] = move.layer * self.heat.shape[1] + move.expert
+        self._holder[move.slot] = move.layer * self.slot_of.shape[1] + move.expert
         self.slot_of[move.layer, move.expert] = move.slot
         return left
 
@@ -135,11 +151,12 @@ class Residency:
     def held(self) -> list[Move]:
         """Who sits where, as the moves that would bring it about."""
         taken = np.flatnonzero(self._holder != EMPTY)
-        width = self.heat.shape[1]
+        width: int = self.slot_of.shape[1]
         return [Move(*divmod(int(self._holder[slot]), width), int(slot)) for slot in taken]
 
     def warm(self, heat: NDArray[np.floating]) -> None:
         """Starts from a saved heat table (layers, experts) instead of from nothing."""
-        if heat.shape != self.heat.shape:
-            raise ValueError(f"heat has shape {heat.shape}, this model {self.heat.shape}")
-        self.heat = heat.astype(float) * self._growth
+        if heat.shape != self.slot_of.shape:
+            raise ValueError(f"heat has shape {heat.shape}, this model {self.slot_of.shape}")
+        self._seen = heat.astype(float) * self._growth
+        self._unseen[:] = 0

@@ -192,7 +192,7 @@ class Slots:
             seats = arena.residency
             moves = seats.plan(seats.slots) if known else []
             taken = {(move.layer, move.expert) for move in moves}
-            layers, experts = seats.heat.shape
+            layers, experts = seats.slot_of.shape
             spread = ((i % layers, i // layers) for i in range(layers * experts))
             free = (place for place in spread if place not in taken)
             moves += [Move(*next(free), slot) for slot in range(len(moves), seats.slots)]
@@ -218,7 +218,7 @@ class Slots:
     def _leave(self, arena: Arena, slot: int) -> None:
         left = arena.residency.vacate(slot)
         if left != EMPTY:
-            layer, expert = divmod(left, arena.residency.heat.shape[1])
+            layer, expert = divmod(left, arena.residency.slot_of.shape[1])
             self.seats[arena.layers[layer], expert] = EMPTY
 
     def _publish(self) -> None:
