@@ -14,7 +14,7 @@ import torch
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # for tests that come later
 
-from greenroom.experts import beside, bus, ring, slots, stream, tiers, uselog
+from greenroom.experts import arena, beside, bus, ring, slots, stream, tiers, uselog
 from greenroom.experts.slabs import SlabLayout
 from greenroom.gguf import GGMLType
 from greenroom.kernels.grouped import BASE, GROUP, ORDER, PLACE
@@ -243,7 +243,7 @@ class Courier:
 def patched(patch: pytest.MonkeyPatch, device: Device) -> Kernels:
     """The modules of this house on that device."""
     kernels, module = Kernels(device), torch_of(device)
-    for part in (ring, slots, stream, tiers, uselog):
+    for part in (arena, ring, slots, stream, tiers, uselog):
         patch.setattr(part, "torch", module)
     patch.setattr(slots, "hits", kernels.hits)
     patch.setattr(bus, "hits", kernels.hits)

@@ -9,6 +9,7 @@ import torch
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # for tests that come later
 
+from greenroom.experts import slots as module
 from greenroom.experts.slots import Slots
 from greenroom.layers.ledger import Ledger
 
@@ -59,4 +60,17 @@ def test_a_byte_counts_alike_in_both(slots: Slots, large: int, newcomers: tuple[
     """A large slab has half as many bytes again as a small one, of 10 routes."""
     slots.observe(routed(large=large, small=10))
     slots.advance(LIMIT)
+    assert entered(slots) == newcomers
+
+
+@pytest.mark.parametrize(("large", "newcomers"), [(1400, (0, 3)), (1600, (2, 0))])
+def test_so_it_does_after_a_long_step(
+    slots: Slots, large: int, newcomers: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """There is room for two large slabs or three small ones."""
+    monkeypatch.setattr(module, "BURST", 1.0)
+    monkeypatch.setattr(module, "BURST_BYTES", 3 * SLABS[0])
+    for layer, row in enumerate(routed(large=large, small=1000).tolist()):
+        slots.log.add(layer, row)
+    slots.step_done(64)
     assert entered(slots) == newcomers

@@ -164,3 +164,23 @@ def test_a_layer_that_computes_few_rows_of_prompts_keeps_its_slots():
     seated = (residency.slot_of >= 0).sum(1)
     assert seated.sum() == 32
     assert seated.min() >= 6  # of 8 on average
+
+
+@pytest.mark.parametrize(("errors", "moves"), [(2.7, [Move(0, 1, 0)]), (2.8, [])])
+def test_surely_hotter_by_hand(errors, moves):
+    residency = Residency(1, 2, 1, half_life=1e9)
+    residency.apply(Move(0, 0, 0))
+    residency.observe_counts(np.array([[9, 25]]))  # they differ by 16, give or take 34 ** 0.5
+    assert residency.plan(1, errors) == moves
+
+
+@pytest.mark.parametrize(("errors", "moves"), [(3.4, [Move(1, 0, 2)]), (3.5, [])])
+def test_what_follows_from_few_routes_is_less_sure(errors, moves):
+    residency = Residency(2, 2, 3, half_life=1e9)
+    for slot, place in enumerate([(0, 0), (0, 1), (1, 1)]):
+        residency.apply(Move(*place, slot))
+    residency.kept[0] = True
+    residency.observe_counts(np.array([[180, 20], [18, 2]]))
+    # 180 unseen routes at 18.5 and 2.5 of 21: they differ by 153, and every route seen is ten
+    assert np.diff(residency.heat[1]) == pytest.approx(-153.1, abs=0.1)  # give or take 2000 ** 0.5
+    assert residency.plan(1, errors) == moves

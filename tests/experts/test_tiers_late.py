@@ -15,10 +15,12 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # for tests that come later
 
+from greenroom.experts import slots
 from greenroom.experts.beside import ExpertsBeside
 from greenroom.experts.limits import BESIDE_STAGED
 from greenroom.experts.quota import Pace
 from greenroom.experts.residency import EMPTY
+from greenroom.experts.selfcheck import MOVES
 from greenroom.experts.share import Rates, Share
 from greenroom.experts.tiers import Tiers
 from greenroom.experts.uselog import SEEN
@@ -56,6 +58,8 @@ class Machine(RuleBasedStateMachine):
     )
     def load(self, seed, kinds, share, pages, known, reading, guests) -> None:
         self.random, self.device = random.Random(seed), Device(seed)
+        self.patch.setattr(slots, "BURST", self.random.choice([1 / 8, 1.0, 1.0]))
+        self.patch.setattr(slots, "BURST_BYTES", self.random.choice([2, 7, 30]) * max(SLABS))
         self.kernels = patched(self.patch, self.device)
         self.banks = [Bank(*kind, number) for number, kind in enumerate(kinds)]
         uniform = [bank for bank in self.banks if bank.uniform]
@@ -163,9 +167,18 @@ class Machine(RuleBasedStateMachine):
         """Who has a slot changes, step by step."""
         demand = np.random.default_rng(int(seed * 2**32))
         for _ in range(12):
-            for arena in [] if self.tiers.slots is None else self.tiers.slots.arenas:
-                arena.residency.warm(1000 * demand.random(arena.residency.heat.shape))
+            self.demand(demand)
             self.decode(tokens, 2)
+
+    def demand(self, random: np.random.Generator) -> None:
+        for arena in [] if self.tiers.slots is None else self.tiers.slots.arenas:
+            arena.residency.warm(1000 * random.random(arena.residency.heat.shape))
+
+    @rule(tokens=st.sampled_from(LONG), last=st.sampled_from([0, 1, 300]), seed=st.floats(0, 1))
+    def prompt_of_others(self, tokens, last, seed) -> None:
+        """It makes other experts hot: many are promoted at once."""
+        self.demand(np.random.default_rng(int(seed * 2**32)))
+        self.prefill(tokens, last)
 
     @rule()
     def wait(self) -> None:
@@ -300,6 +313,7 @@ def test_a_long_walk(seed) -> None:
             lambda: machine.decode(draw.choice(SHORT), 5),
             lambda: machine.prefill(draw.choice(LONG), draw.choice([0, 1, 300])),
             *[lambda: machine.others_are_in_demand(draw.choice(SHORT[:3]), draw.random())] * 3,
+            lambda: machine.prompt_of_others(draw.choice(LONG), 1, draw.random()),
             lambda: machine.in_vain(3), machine.wait, machine.look,
             lambda: machine.judge(draw.random() < 0.8, draw.choice([1, 4])),
             lambda: machine.fail(draw.choice(LONG), draw.randint(1, 4), True),
@@ -312,3 +326,41 @@ def test_a_long_walk(seed) -> None:
         machine.look()
     finally:
         machine.teardown()
+
+
+MEANWHILE = {
+    "a token": lambda machine: machine.decode(1, 1),
+    "tokens": lambda machine: machine.decode(7, 9),
+    "a prompt": lambda machine: machine.prefill(300, 1),
+    "another burst": lambda machine: machine.prompt_of_others(300, 1, 0.7),
+    "a step that fails": lambda machine: machine.fail(70, 1, False),
+    "fewer slots": lambda machine: machine.relieve(False),
+    "no slots": lambda machine: machine.relieve(True),
+    "promotions do not pay": lambda machine: machine.judge(True, 0),
+    "slots do not pay": lambda machine: machine.judge(False, 0),
+}
+
+
+@pytest.mark.parametrize("meanwhile", list(MEANWHILE))
+def test_while_many_are_promoted(meanwhile) -> None:
+    began = 0
+    for seed in range(8):
+        machine = Machine()
+        machine.load(seed, [(0, 6)] * 4 + [(1, 6)], 0.6, 3, False, 0.0, None)
+        machine.patch.setattr(slots, "BURST", 1.0)
+        machine.patch.setattr(slots, "BURST_BYTES", (6 + seed) * max(SLABS))
+        try:
+            machine.decode(1, 3)
+            machine.prompt_of_others(70, 1, seed / 8)
+            assert machine.tiers.slots is not None
+            began += machine.tiers.slots._under_way > MOVES
+            for _ in range(3):
+                MEANWHILE[meanwhile](machine)
+                machine.every_slot_has_one_holder()
+                machine.decode(2, 2)
+                machine.every_slot_has_one_holder()
+            machine.no_more_is_booked_than_was_given()
+            machine.look()
+        finally:
+            machine.teardown()
+    assert began > 4

@@ -102,25 +102,41 @@ class Residency:
         spread: NDArray[np.float64] = self._seen + self._unseen[:, None] * shares
         return spread
 
-    def plan(self, limit: int) -> list[Move]:
-        """The at most `limit` promotions that pay most, hottest first; does not apply them."""
+    def _errors(self, heat: NDArray[np.float64]) -> NDArray[np.float64]:
+        """(layers, experts), standard errors of `heat`: routes seen are counts, the others follow
+        from them."""
+        seen = np.maximum(self._seen.sum(1, keepdims=True), 1e-9)
+        variance = heat * self._growth * heat.sum(1, keepdims=True) / seen
+        errors: NDArray[np.float64] = np.sqrt(variance)
+        return errors
+
+    def plan(self, limit: int, errors: float = 0.0) -> list[Move]:
+        """The at most `limit` promotions that pay most, hottest first; does not apply them.
+
+        Args:
+            limit: most of them.
+            errors: by how many standard errors a newcomer must be hotter, beside the margin.
+        """
         if limit <= 0 or not self.slots:
             return []
-        flat_heat, outside = self.heat.ravel(), self.slot_of.ravel() == EMPTY
+        heat, outside = self.heat, self.slot_of.ravel() == EMPTY
+        flat_heat, doubt = heat.ravel(), errors * self._errors(heat).ravel()
         waiting = np.flatnonzero(outside & (flat_heat > 0))
         count = min(limit, len(waiting), self.slots)
         if not count:
             return []
-        order = waiting[np.lexsort((waiting, -flat_heat[waiting]))[:count]]
-        seat_heat = np.where(self._holder == EMPTY, -1.0, flat_heat[self._holder])
-        kept = self.kept[self._holder // self.slot_of.shape[1]]
-        seat_heat[kept & (self._holder != EMPTY)] = np.inf
-        seats = np.lexsort((np.arange(self.slots), seat_heat))[:count]
+        order = waiting[np.lexsort((waiting, (doubt - flat_heat)[waiting]))[:count]]
+        taken = self._holder != EMPTY
+        seat_heat = np.where(taken, flat_heat[self._holder], -1.0)
+        seat_doubt = np.where(taken, doubt[self._holder], 0.0)
+        seat_heat[taken & self.kept[self._holder // self.slot_of.shape[1]]] = np.inf
+        seats = np.lexsort((np.arange(self.slots), seat_heat + seat_doubt))[:count]
         moves = []
         for candidate, seat in zip(order, seats, strict=True):
             held = seat_heat[seat]
-            if held >= 0 and flat_heat[candidate] <= max(held * self.margin, held + self._growth):
-                break
+            clear = max(self._growth, float(np.hypot(doubt[candidate], seat_doubt[seat])))
+            if held >= 0 and flat_heat[candidate] <= max(held * self.margin, held + clear):
+                continue
             layer, expert = divmod(int(candidate), self.slot_of.shape[1])
             gain = float(flat_heat[candidate] - max(held, 0.0))
             moves.append(Move(layer, expert, int(seat), gain))

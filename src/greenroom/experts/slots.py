@@ -14,11 +14,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from greenroom.experts.arena import Arena, arenas
 from greenroom.experts.cpu import CpuExperts
-from greenroom.experts.residency import EMPTY, Move, Residency
+from greenroom.experts.limits import PAGE_BYTES, SHORT_STEP
+from greenroom.experts.residency import EMPTY, Move
 from greenroom.experts.resident import ResidentMlp
-from greenroom.experts.selfcheck import SelfCheck
-from greenroom.experts.slabs import SlabLayout
+from greenroom.experts.selfcheck import MOVES, SelfCheck
 from greenroom.experts.uselog import SEEN, Account, Seen, UseLog
 from greenroom.kernels.experts import hits
 from greenroom.kernels.guests import Guests
@@ -26,6 +27,10 @@ from greenroom.kernels.planes import Cutter
 from greenroom.kernels.sorting import by_expert
 
 EVERY = 4  # steps between promotions
+# After a long step many are promoted, if they are surely hotter than those that leave.
+BURST = 1 / 8  # of the bytes of the experts without a slot that the step used
+BURST_BYTES = 8 * PAGE_BYTES  # at once, so that they hold up no step for long
+SURE = 4.0  # standard errors
 
 
 class LayerSlots:
@@ -91,54 +96,6 @@ class LayerSlots:
         return {int(e): int(self._seats[e]) for e in np.flatnonzero(self._seats != EMPTY)}
 
 
-class Arena:
-    """The slots of all layers with one layout.
-
-    Args:
-        account: where the memory is booked.
-        layers: indices of the layers among all.
-        banks: the slabs of each.
-        count: slots.
-    """
-
-    def __init__(
-        self, account: Account, layers: list[int], banks: list[CpuExperts], count: int
-    ) -> None:
-        self.layers, self.banks = layers, banks
-        self._account = account
-        self.slab = banks[0].layout.nbytes  # bytes of a slot
-        self.memory = account.empty("slots", [count, self.slab], torch.uint8)
-        self.residency = Residency(len(layers), banks[0].experts, count)
-
-    def shrink(self) -> int:
-        """Gives half of the slots back, but not the last; returns the bytes.
-
-        The rest is allocated anew and filled again: part of a tensor cannot be freed.
-        """
-        count, slab = self.memory.shape
-        if count < 2:
-            return 0
-        kept, device = count // 2, self._account.device
-        self.memory = torch.empty(0, slab, dtype=torch.uint8, device=device)
-        self._account.release("slots", count * slab)
-        torch.cuda.empty_cache()  # nothing happens where CUDA is not in use
-        try:
-            self.memory = self._account.empty("slots", [kept, slab], torch.uint8)
-        except torch.OutOfMemoryError:  # somebody was faster
-            self._account.release("slots", kept * slab)
-            kept = 0
-        self.residency.shrink(kept)
-        for move in self.residency.held:
-            self.copy(move)
-        return int((count - kept) * slab)
-
-    def copy(self, move: Move) -> int:
-        """Begins the copy of one slab; returns its bytes."""
-        source = torch.from_numpy(self.banks[move.layer].slab(move.expert))
-        self.memory[move.slot].copy_(source, non_blocking=True)
-        return source.numel()
-
-
 class Slots:
     """All slots of a model.
 
@@ -168,11 +125,13 @@ class Slots:
         self.check, self._used = SelfCheck(len(banks)), True
         self._before: Counter[str] = Counter()  # stats before the step that is counted next
         self._steps = self._tokens = 0
-        self._copying = False, False  # beside the last step, and beside this one
+        self._copying = 0, 0  # slabs under way beside the last step, and beside this one
+        self._bursts = all(bank.pinned for bank in banks)  # else the host waits for every copy
+        self._due = 0  # bytes that may still be promoted for the last long step
         self._cuda = account.device.type == "cuda"
         self._stream: Any = _stream(account.device)
         self._moving: tuple[Any, list[tuple[Arena, Move]]] | None = None
-        self.arenas = _arenas(account, banks, nbytes)
+        self.arenas = arenas(account, banks, nbytes)
         self.layers: list[LayerSlots | None] = [None] * len(banks)
         for arena in self.arenas:
             if heat is not None:
@@ -258,19 +217,30 @@ class Slots:
             tokens: of the step.
             seconds: what the step before it took; 0 where that is not known.
         """
-        self.observe(self.log.take())
+        uses, copying = self.log.take(), self._copying[0]
+        self.observe(uses)
         if 0 < self._tokens * self.log.k <= SEEN:
             hits, misses = (self.stats[name] - self._before[name] for name in ("hits", "misses"))
-            self.check.step(self._tokens, seconds, hits, misses, self._copying[0])
+            seconds = seconds if copying <= MOVES else 0.0  # others tell what few copies cost
+            self.check.step(self._tokens, seconds, hits, misses, copying > 0)
         self._before, self._tokens = self.stats.copy(), tokens
         self.log.read(tokens)
         self._steps += 1
         if self._used != self.check.using:
             self._used = self.check.using
             self._publish()
-        if self._steps % EVERY == 0:
-            self.advance(self.check.moves if self._used else 0)
-        self._copying = self._copying[1], self._moving is not None
+        if tokens > SHORT_STEP and self._bursts:
+            missed = sum(arena.missed(uses) for arena in self.arenas)
+            self._due = max(self._due, int(BURST * missed))
+        moves = self.check.moves if self._used else 0
+        if not self._burst(moves) and self._steps % EVERY == 0:
+            self.advance(moves)
+        self._copying = self._copying[1], self._under_way
+
+    @property
+    def _under_way(self) -> int:
+        """Promotions that were begun and have not been entered."""
+        return 0 if self._moving is None else len(self._moving[1])
 
     def shrink(self) -> int:
         """Between two steps: gives back half of every layout's slots; returns the bytes."""
@@ -312,22 +282,48 @@ class Slots:
 
     def advance(self, limit: int) -> None:
         """Between two steps: enters what has arrived, then begins at most `limit` promotions."""
-        if self._moving is not None:
-            event, moves = self._moving
-            if event is not None and not event.query():
-                return
-            for arena, move in moves:
-                self._enter(arena, move)
-            self.stats["promotions"] += len(moves)
-            self.check.promoted(len(moves))
-            self._moving = None
-            self._publish()
-        moves = [(arena, move) for arena in self.arenas for move in arena.residency.plan(limit)]
-        if moves:  # layouts share the bus: those with most hits to gain for a byte go first
-            moves.sort(key=lambda found: found[1].gain / found[0].slab, reverse=True)
-            self._begin(moves[:limit])
+        if self._arrived():
+            self._begin(self._choose(limit)[:limit])
+
+    def _burst(self, limit: int) -> bool:
+        """Between two steps: promotes for the last long one, the faster the higher the limit;
+        whether that is under way."""
+        if not self._due and self._under_way <= MOVES:
+            return False
+        if not self._arrived():
+            return True
+        room = min(self._due, BURST_BYTES * limit // MOVES)
+        moves = self._choose(room // min(arena.slab for arena in self.arenas), SURE)
+        ends = np.cumsum([arena.slab for arena, _ in moves])
+        count = int(np.searchsorted(ends, room, "right"))
+        self._due -= int(ends[count - 1]) if count else self._due
+        self._begin(moves[:count])
+        return count > 0
+
+    def _choose(self, limit: int, errors: float = 0.0) -> list[tuple[Arena, Move]]:
+        """See `Residency.plan`, for each layout. They share the bus: those with most hits to gain
+        for a byte go first."""
+        moves = [(a, move) for a in self.arenas for move in a.residency.plan(limit, errors)]
+        return sorted(moves, key=lambda found: found[1].gain / found[0].slab, reverse=True)
+
+    def _arrived(self) -> bool:
+        """Enters the promotions under way, if they have arrived; whether none is left."""
+        if self._moving is None:
+            return True
+        event, moves = self._moving
+        if event is not None and not event.query():
+            return False
+        for arena, move in moves:
+            self._enter(arena, move)
+        self.stats["promotions"] += len(moves)
+        self.check.promoted(len(moves))
+        self._moving = None
+        self._publish()
+        return True
 
     def _begin(self, moves: list[tuple[Arena, Move]]) -> None:
+        if not moves:
+            return
         for arena, move in moves:
             self._leave(arena, move.slot)
         self._publish()
@@ -349,20 +345,3 @@ class Slots:
 def _stream(device: torch.device) -> Any:
     stream: Any = torch.cuda.Stream
     return stream(device) if device.type == "cuda" else None
-
-
-def _arenas(account: Account, banks: Sequence[CpuExperts], nbytes: int) -> list[Arena]:
-    """One per layout; each gets the share of the memory that its experts have of all."""
-    groups: dict[tuple[SlabLayout, int, str], list[int]] = {}
-    for i, bank in enumerate(banks):
-        groups.setdefault((bank.layout, bank.experts, bank.activation), []).append(i)
-    total = sum(bank.layout.nbytes * bank.experts for bank in banks)
-    if nbytes < total:  # what is beside the slots comes out of the same bytes
-        nbytes = max(0, nbytes - 4 * len(banks) * (SEEN + max(bank.experts for bank in banks)))
-    arenas = []
-    for (layout, experts, _), layers in groups.items():
-        own = layout.nbytes * experts * len(layers)
-        count = min(nbytes * own // total // layout.nbytes, experts * len(layers))
-        if count > 0:
-            arenas.append(Arena(account, layers, [banks[i] for i in layers], count))
-    return arenas
