@@ -13,6 +13,7 @@ if not torch.cuda.is_available():
 
 from greenroom.experts import slots as module
 from greenroom.experts.residency import EMPTY
+from greenroom.experts.selfcheck import WINDOW
 from greenroom.experts.slots import Slots
 from greenroom.layers.ledger import Ledger
 
@@ -96,6 +97,26 @@ def test_uniform_routing_moves_nobody(tokens, monkeypatch) -> None:
     assert moved <= 4  # of 8 * 128 slots
 
 
+def test_promotions_for_one_text_after_another_do_not_pause() -> None:
+    """In a conversation whose texts differ no window hits more than the one before."""
+    slots, rates = slots_of(0.25), []
+    slots.log.k = K
+    for turn in range(24):
+        text = Text(0.8, turn)
+        step(slots, text.routes(512), last=1)
+        rates.append(answer(slots, text, 100))
+        assert slots.check.moves == module.MOVES
+    assert np.mean(rates[12:]) > 0.33  # with a quarter of the experts by chance 0.25
+
+
+def test_promotions_by_chance_pause() -> None:
+    slots, text = slots_of(0.25), Text(0.0, 1)
+    slots.log.k = K
+    answer(slots, text, 2 * WINDOW)
+    assert slots.stats["promotions"] > 2 * LAYERS
+    assert slots.check.moves == 0
+
+
 @pytest.fixture
 def slots(monkeypatch) -> Slots:
     """A quarter of the experts have a slot, and only long steps promote."""
@@ -166,8 +187,9 @@ def test_where_copies_would_keep_the_host_waiting_there_is_no_burst(monkeypatch)
 def test_what_many_copies_cost_a_step_is_not_taken_for_what_few_do(slots, monkeypatch) -> None:
     text, told = Text(0.8, 1), []
     slots.log.k = K
-    monkeypatch.setattr(slots.check, "step", lambda *step: told.append((step[1], step[4])))
-    for tokens in (1, 512, 1, 1, 1):  # of each is told when the next is under way
+    monkeypatch.setattr(slots.check, "step", lambda *step: told.append((step[1], step[5])))
+    for tokens in (1, 1, 512, 1, 1, 1):  # of each is told when the next is under way
         step(slots, text.routes(tokens))
     assert promoted(slots) > module.MOVES
-    assert told == [(1.0, False), (0.0, True), (1.0, False)]  # long steps are none of its business
+    # nothing of the long step, nor of the one whose routes are counted with it
+    assert told == [(1.0, False), (0.0, True), (1.0, False)]

@@ -22,18 +22,22 @@ class Machine:
     noise: float = 20e-6
     hits: float = 0.5  # share of routes
     gain: float = 0.0  # by which a window with promotions raises it
+    stayed: float = 0.5  # what it would be without those of this window
     drift: float = 0.0  # seconds by which a step is longer than the one before
     steps: int = 0
     random: np.random.Generator = field(default_factory=lambda: np.random.default_rng(4))
 
     def step(self, check: SelfCheck, tokens: int = 1) -> None:
         self.steps += 1
+        self.stayed = self.hits if check.begins else self.stayed
         hits = int(self.random.binomial(ROUTES, self.hits)) if check.using else 0
+        stayed = int(self.random.binomial(ROUTES, self.stayed)) if check.using else 0
         copying = check.using and check.moves > 0 and self.steps % 4 == 0
         if copying:
             check.promoted(check.moves)
             self.hits = min(1.0, self.hits + self.gain / WINDOW * 4)
-        check.step(tokens, self.seconds(hits, copying, check.moves), hits, ROUTES - hits, copying)
+        seconds = self.seconds(hits, copying, check.moves)
+        check.step(tokens, seconds, hits, ROUTES - hits, stayed, copying)
 
     def seconds(self, hits: int, copying: bool, moves: int = MOVES) -> float:
         exact = self.base + self.drift * self.steps + self.hit * hits + self.miss * (ROUTES - hits)
@@ -70,7 +74,7 @@ def test_a_step_that_somebody_else_slowed_down_teaches_nothing() -> None:
     for index in range(WINDOW - 1):
         machine.step(check)
         if index % 50 == 49:
-            check.step(1, 1.0, ROUTES, 0, True)
+            check.step(1, 1.0, ROUTES, 0, ROUTES, True)
     assert check.report()["miss"] == pytest.approx(55e-6, rel=0.1)
 
 
@@ -123,18 +127,53 @@ def test_a_trial_ends_where_steps_change_their_size() -> None:
 def test_promotions_that_bring_no_hits_pause(caplog: pytest.LogCaptureFixture) -> None:
     machine, check = Machine(), SelfCheck(24)
     with caplog.at_level(logging.INFO, "greenroom.experts.selfcheck"):
-        machine.run(check, 2)
+        machine.run(check, 1)
         assert check.moves == 0
         machine.run(check, PAUSE)
         assert check.moves == MOVES
-        machine.run(check, 2)
+        machine.run(check, 1)
         assert check.moves == 0
     assert [r.message.split(":")[0] for r in caplog.records] == ["promotions are paused"]
 
 
+def test_promotions_that_keep_up_with_changing_texts_go_on() -> None:
+    """In every window others are in demand than before: no window hits more than the last."""
+
+    class Changing(Machine):
+        def step(self, check: SelfCheck, tokens: int = 1) -> None:
+            self.hits = 0.3 if check.begins else self.hits
+            super().step(check, tokens)
+
+    machine, check = Changing(gain=0.1), SelfCheck(24)
+    for _ in range(8):
+        machine.run(check, 1)
+        assert check.moves == MOVES
+
+
+@pytest.mark.parametrize(("gain", "moves"), [(0.02, MOVES), (0.005, 0)])
+@pytest.mark.parametrize("begun", [0, 256, 448])
+def test_promotions_are_judged_by_the_time_they_had(begun: int, gain: float, moves: int) -> None:
+    check = SelfCheck(24)
+    for index in range(WINDOW):
+        if index == begun:
+            check.promoted(400)
+        hits = 10000 + round(gain * 20000) * (index >= begun)
+        check.step(1, 0.0, hits, 20000 - hits, 10000, False)
+    assert check.moves == moves
+
+
+def test_a_few_promotions_at_the_end_of_a_window_say_nothing() -> None:
+    check = SelfCheck(24)
+    for index in range(WINDOW):
+        if index == WINDOW - 100:
+            check.promoted(100)
+        check.step(1, 0.0, 48, 48, 48, False)
+    assert check.moves == MOVES
+
+
 def test_promotions_that_cost_more_than_they_bring_pause() -> None:
     """A slow bus that copies share with the step: hits grow, time grows more."""
-    machine, check = Machine(copying=8e-3, gain=0.012, hits=0.2, miss=10e-6), SelfCheck(24)
+    machine, check = Machine(copying=4e-3, gain=0.04, hits=0.2, miss=10e-6), SelfCheck(24)
     machine.run(check, 3)
     assert check.moves == 0
 

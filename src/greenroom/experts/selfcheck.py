@@ -1,5 +1,6 @@
 """Whether experts in VRAM pay, judged by what steps take: what a miss costs more than a hit, what a
-copy under way costs a step, and what stepping without a part would take.
+copy under way costs a step, and what stepping without a part would take. Promotions are held
+against what would have been hit without them, as texts change what is hit with them.
 
 Learns from times it is told and answers with what to do next. Knows no clock and no device.
 """
@@ -13,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 WINDOW = 512  # steps between judgements
-GAIN = 0.01  # promotions must have raised the hit rate by so much in a window
+GAIN = 0.01  # promotions must raise the hit rate by so much, else they are of no use
 PAUSE = 16  # windows without a part that did not pay; then it has another chance
 MOVES = 4  # promotions at once, at most
 DEAR = 0.1  # of a step: copies that slow it by more become fewer
@@ -97,7 +98,7 @@ class SelfCheck:
     """Decides, window by window, which parts stay on.
 
     Args:
-        layers: of the model; fewer promotions than that in a window say nothing.
+        layers: of the model; fewer promotions than that for a window say nothing.
 
     Attributes:
         using: whether slots are to be used.
@@ -110,25 +111,41 @@ class SelfCheck:
         self._last: deque[float] = deque(maxlen=TRIAL)
         self._before: float | None = None  # seconds of a step with slots, while without on trial
         self._steps = self._paused = self._resting = 0
-        self._hits = self._misses = self._promoted = self._copying = 0
-        self._rate = 0.0
+        self._hits = self._misses = self._stayed = self._promoted = self._copying = 0
+        self._lasted = 0.0  # windows, of all promotions together
         self._said: set[str] = set()
 
-    def step(self, tokens: int, seconds: float, hits: int, misses: int, copying: bool) -> None:
-        """Takes a short step; 0 seconds where its time is not known."""
+    def step(
+        self, tokens: int, seconds: float, hits: int, misses: int, stayed: int, copying: bool
+    ) -> None:
+        """Takes a short step.
+
+        Args:
+            tokens: of it.
+            seconds: 0 where its time is not known.
+            hits, misses: its routes.
+            stayed: hits had nobody been promoted since the window began.
+            copying: whether promotions were under way beside it.
+        """
         self._steps += 1
         self._hits, self._misses = self._hits + hits, self._misses + misses
-        self._copying += copying
+        self._stayed, self._copying = self._stayed + stayed, self._copying + copying
         if seconds > 0:
             self._time(tokens, seconds, misses, copying)
         if self._before is not None and len(self._last) == TRIAL:
             self._conclude()
-        if self._steps % WINDOW == 0:
+        if self.begins:
             self._judge()
+
+    @property
+    def begins(self) -> bool:
+        """Whether the next step is the first of a window."""
+        return self._steps % WINDOW == 0
 
     def promoted(self, count: int) -> None:
         """Takes note of promotions."""
         self._promoted += count
+        self._lasted += count * (1 - self._steps % WINDOW / WINDOW)
 
     def report(self) -> dict[str, Any]:
         """Seconds by which a miss and copies under way lengthen a step; None where unknown."""
@@ -148,32 +165,34 @@ class SelfCheck:
             self._costs.add(seconds, misses, copying)
 
     def _judge(self) -> None:
-        rate = self._hits / max(1, self._hits + self._misses)
         if not self.using and self._before is None:
             self._resting -= 1
             self.using = self._resting <= 0
         elif self._before is None:
-            self._judge_promotions(rate)
+            self._judge_promotions()
             miss, _ = self._costs.costs()
             if miss.negative and self._hits and len(self._last) == TRIAL:
                 self._before, self.using = median(self._last), False
                 self._last.clear()
-        self._rate = rate
-        self._hits = self._misses = self._promoted = self._copying = 0
+        self._hits = self._misses = self._stayed = self._promoted = self._copying = 0
+        self._lasted = 0.0
 
-    def _judge_promotions(self, rate: float) -> None:
+    def _judge_promotions(self) -> None:
         miss, copy = self._costs.costs()
         if self._paused:
             self._paused -= 1
             self.moves = 0 if self._paused else MOVES
             return
-        saved = (rate - self._rate) * (self._hits + self._misses) * miss.seconds * LASTING
-        spent = copy.seconds * self._copying
-        useless = self._promoted > self._layers and rate < self._rate + GAIN
+        routes = max(1, self._hits + self._misses)
+        late = self._promoted / max(self._lasted, 1.0)  # who came late had less time to be hit
+        gained = (self._hits - self._stayed) * late
+        saved, spent = gained * miss.seconds * LASTING, copy.seconds * self._copying
+        useless = self._lasted > self._layers and gained < GAIN * routes
         if useless or (copy.positive and miss.positive and spent > max(0.0, saved)):
             self._paused, self.moves = PAUSE, 0
+            before, after = 100 * self._stayed / routes, 100 * self._hits / routes
             self._say(f"promotions are paused: {self._promoted} of them took the hit rate from "
-                      f"{100 * self._rate:.1f} to {100 * rate:.1f} %")  # fmt: skip
+                      f"{before:.1f} to {after:.1f} %")  # fmt: skip
         elif copy.positive and copy.seconds > DEAR * self._costs.seconds:
             self.moves = max(1, self.moves // 2)
         else:

@@ -32,6 +32,8 @@ BURST = 1 / 8  # of the bytes of the experts without a slot that the step used
 BURST_BYTES = 8 * PAGE_BYTES  # at once, so that they hold up no step for long
 SURE = 4.0  # standard errors
 
+_COUNTED = "hits", "misses", "stayed"  # the last: hits had nobody moved lately
+
 
 class LayerSlots:
     """The slots as one layer sees them.
@@ -142,6 +144,7 @@ class Slots:
                     arena.memory, row, seats[: bank.experts], Seen(self.log, i), bank, chunk
                 )
         self._seat_first(heat is not None)
+        self._stayed = self.seats != EMPTY  # when the check's window began
         for arena in self.arenas:
             self._settle(arena)
 
@@ -204,6 +207,7 @@ class Slots:
         seated = (self.seats != EMPTY) & self._in_use
         found = int(uses[seated].sum())
         self.stats["hits"] += found
+        self.stats["stayed"] += int(uses[self._stayed & self._in_use].sum())
         self.uses[0] += (uses * seated).sum(1)
         self.uses[1] += uses.sum(1)
         self.stats["misses"] += int(uses.sum()) - found
@@ -219,10 +223,13 @@ class Slots:
         """
         uses, copying = self.log.take(), self._copying[0]
         self.observe(uses)
-        if 0 < self._tokens * self.log.k <= SEEN:
-            hits, misses = (self.stats[name] - self._before[name] for name in ("hits", "misses"))
+        short = max(self._tokens, tokens) <= SHORT_STEP  # routes of a long step are counted at once
+        if short and 0 < self._tokens * self.log.k <= SEEN:
+            hits, misses, stayed = (self.stats[n] - self._before[n] for n in _COUNTED)
             seconds = seconds if copying <= MOVES else 0.0  # others tell what few copies cost
-            self.check.step(self._tokens, seconds, hits, misses, copying > 0)
+            self.check.step(self._tokens, seconds, hits, misses, stayed, copying > 0)
+            if self.check.begins:
+                self._stayed = self.seats != EMPTY
         self._before, self._tokens = self.stats.copy(), tokens
         self.log.read(tokens)
         self._steps += 1
@@ -260,6 +267,7 @@ class Slots:
                 assert layer is not None
                 layer.memory = arena.memory
             self._settle(arena)
+        self._stayed = self.seats != EMPTY
         self._publish()
         return freed
 
