@@ -97,8 +97,9 @@ def test_uniform_routing_moves_nobody(tokens, monkeypatch) -> None:
     assert moved <= 4  # of 8 * 128 slots
 
 
-def test_promotions_for_one_text_after_another_do_not_pause() -> None:
-    """In a conversation whose texts differ no window hits more than the one before."""
+def test_promotions_follow_one_text_after_another() -> None:
+    """In a conversation whose texts differ no window hits more than the one before, and what was
+    hot in one text gives way to the next."""
     slots, rates = slots_of(0.25), []
     slots.log.k = K
     for turn in range(24):
@@ -106,7 +107,29 @@ def test_promotions_for_one_text_after_another_do_not_pause() -> None:
         step(slots, text.routes(512), last=1)
         rates.append(answer(slots, text, 100))
         assert slots.check.moves == module.MOVES
-    assert np.mean(rates[12:]) > 0.33  # with a quarter of the experts by chance 0.25
+    assert np.mean(rates[12:]) > 0.46  # with a quarter of the experts by chance 0.25
+
+
+@pytest.mark.parametrize(
+    ("steps", "age"),
+    [
+        ([1, 1, 32], 3),
+        ([1, 300], 1 + 300),
+        ([1, 2000], 1 + 512),
+        ([1, 2000, 2000, 500], 1 + 512 + 2),  # chunks of a prompt
+        ([8, 300], 1 + 300 / 8),  # seven others were decoding
+        ([1, 64, 64, 64], 1 + 64 + 2),  # many begin to decode
+    ],
+)
+def test_what_was_hot_before_a_prompt_gets_older(steps, age) -> None:
+    slots = slots_of(0.25)
+    table = slots.arenas[0].residency
+    step(slots, np.zeros((1, LAYERS, K), int))
+    for tokens in steps:
+        step(slots, np.ones((tokens, LAYERS, K), int))
+    step(slots, np.full((1, LAYERS, K), 2))
+    old, new = table.heat[0, [0, 2]]
+    assert new / old == pytest.approx(2 ** ((1 + age) / 256))
 
 
 def test_promotions_by_chance_pause() -> None:

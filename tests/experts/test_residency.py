@@ -130,6 +130,18 @@ def test_one_row_of_prompts_causes_no_churn_when_routing_is_uniform():
     assert few <= all_
 
 
+def test_heat_ages_by_steps():
+    one, other = (Residency(1, 2, 1, half_life=8) for _ in range(2))
+    for residency in (one, other):
+        residency.observe_counts(np.array([[8, 0]]))
+    one.age(23)
+    for _ in range(23):
+        other.observe_counts(np.array([[0, 0]]))
+    for residency in (one, other):
+        residency.observe_counts(np.array([[0, 1]]))
+        np.testing.assert_allclose(residency.heat[0, 0] / residency.heat[0, 1], 8 / 2**3)
+
+
 def test_unseen_routes_are_spread_by_hand():
     residency = Residency(2, 2, 1, half_life=1e9)
     residency.observe_counts(np.array([[3, 1], [1, 0]]))

@@ -1,9 +1,9 @@
 """Which experts deserve a VRAM slot: recency weighed with frequency, changed with hysteresis.
 
-Heat is a count of routes that halves every `half_life` steps, so an expert used now outweighs one
-used long ago, and among equally recent ones the frequent wins. An expert takes a slot only when
-it is clearly hotter than the coldest resident, so that nearly uniform routing does not churn.
-Decides only; copying is the store's work.
+Heat is a count of routes that halves every `half_life` steps, or sooner (`age`), so an expert used
+now outweighs one used long ago, and among equally recent ones the frequent wins. An expert takes a
+slot only when it is clearly hotter than the coldest resident, so that nearly uniform routing does
+not churn. Decides only; copying is the store's work.
 """
 
 from dataclasses import dataclass, field
@@ -81,6 +81,10 @@ class Residency:
             self._seen /= self._growth
             self._unseen /= self._growth
             self._growth = 1.0
+
+    def age(self, steps: float) -> None:
+        """Heat becomes as much less as in so many steps."""
+        self._growth /= self._decay**steps
 
     @property
     def heat(self) -> NDArray[np.float64]:

@@ -31,6 +31,7 @@ EVERY = 4  # steps between promotions
 BURST = 1 / 8  # of the bytes of the experts without a slot that the step used
 BURST_BYTES = 8 * PAGE_BYTES  # at once, so that they hold up no step for long
 SURE = 4.0  # standard errors
+AGED = 512  # tokens of a long step, at most, that make what was hot before it older
 
 _COUNTED = "hits", "misses", "stayed"  # the last: hits had nobody moved lately
 
@@ -222,6 +223,8 @@ class Slots:
             seconds: what the step before it took; 0 where that is not known.
         """
         uses, copying = self.log.take(), self._copying[0]
+        if tokens > SHORT_STEP:
+            self._age(tokens)
         self.observe(uses)
         short = max(self._tokens, tokens) <= SHORT_STEP  # routes of a long step are counted at once
         if short and 0 < self._tokens * self.log.k <= SEEN:
@@ -243,6 +246,12 @@ class Slots:
         if not self._burst(moves) and self._steps % EVERY == 0:
             self.advance(moves)
         self._copying = self._copying[1], self._under_way
+
+    def _age(self, tokens: int) -> None:
+        """A prompt may be another text: it makes heat older, as its tokens one by one would. Where
+        others were decoding, they share that; and further chunks do no more than a step."""
+        for arena in self.arenas:
+            arena.residency.age(max(0.0, min(tokens, AGED) / max(1, self._tokens) - 1))
 
     @property
     def _under_way(self) -> int:
