@@ -1,10 +1,10 @@
-// Items are handed out in order from one counter: first every (expert, chunk of gate and up
-// rows), then every (expert, chunk of down rows). A down chunk needs all of its expert's hidden
-// values; it waits for them, which cannot block for ever because all gate/up items were handed
-// out before and depend on nothing. Usually they are long done: other experts lie in between.
-// The last job to finish a chunk of output rows adds up that chunk. Before all of them come pieces
-// of the tokens to be quantised; while the last are, other threads ask for their first weights. A
-// thread copies a job's tokens together when it first meets the job.
+// Items are handed out in phases (queue.h): pieces of the tokens to be quantised, then every
+// (expert, chunk of gate and up rows), then every (expert, chunk of down rows). A down chunk needs
+// all of its expert's hidden values; it waits for them, which cannot block for ever because all
+// gate/up items were handed out before and wait for the pieces alone. Usually they are long done:
+// other experts lie in between. The last job to finish a chunk of output rows adds up that chunk.
+// While the last tokens are quantised, other threads ask for their first weights. A thread copies a
+// job's tokens together when it first meets the job.
 #include "moe/step.h"
 
 #include <algorithm>
@@ -24,6 +24,10 @@ constexpr std::int64_t chunk_unit = 32, largest_chunk = 512;
 constexpr std::int64_t tokens_at_once = 128;
 
 std::int64_t jobs_of(std::int64_t tokens) { return (tokens + tokens_at_once - 1) / tokens_at_once; }
+
+// From so many tokens a job on, on average, threads keep to lanes of neighbouring items: a thread
+// copies the tokens of every job it meets. Shorter jobs are handed out to whoever is next.
+constexpr std::size_t lane_tokens = 8;
 
 enum Slot { activations_slot, product_slot };
 
@@ -146,7 +150,8 @@ void MoeStep::run() {
         std::memset(out_, 0, routes_.tokens * layer_.d * sizeof(float));
         return;
     }
-    std::atomic<std::int64_t> queue{0};
+    const int lanes = slots_.size() < lane_tokens * job_count_ ? 1 : pool_.size();
+    Queue queue{{pieces_, 1}, {job_count_ * up_.count, lanes}, {job_count_ * down_.count, lanes}};
     pool_.run(pool_.size(), [&](std::int64_t, int thread) { work_off(queue, thread); });
 }
 
@@ -161,19 +166,17 @@ MoeStep::Worker MoeStep::worker(int thread) const {
 }
 
 // Takes each item while the one before is still to be done, so that its weights can be asked for
-// in time; towards the end only what can be begun at once. An item that waits, waits for earlier
-// ones, and those are in the hands of threads that do not wait.
-void MoeStep::work_off(std::atomic<std::int64_t>& queue, int thread) {
-    const std::int64_t total = pieces_ + job_count_ * (up_.count + down_.count);
-    const std::int64_t early = total - 2 * pool_.size();
-    const auto take = [&] { return queue.fetch_add(1, std::memory_order_relaxed); };
+// in time; towards the end only what can be begun at once. An item that waits, waits for items of
+// earlier phases, and those are in the hands of threads that do not wait for this one.
+void MoeStep::work_off(Queue& queue, int thread) {
+    const std::int64_t late = 2 * pool_.size();
     Worker own = worker(thread);
-    std::int64_t index = take();
-    if (index < total) ask_for(start_of(index));
-    while (index < total) {
-        const std::int64_t next = index < early ? take() : -1;
-        item(index, next < 0 || next >= total ? nullptr : start_of(next), own);
-        index = next < 0 ? take() : next;
+    std::int64_t index = queue.take(thread);
+    if (index >= 0) ask_for(start_of(index));
+    while (index >= 0) {
+        const std::int64_t next = queue.left() > late ? queue.take(thread) : -1;
+        item(index, next < 0 ? nullptr : start_of(next), own);
+        index = next < 0 ? queue.take(thread) : next;
     }
 }
 

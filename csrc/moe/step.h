@@ -6,6 +6,7 @@
 #include <memory>
 
 #include "moe/moe.h"
+#include "moe/queue.h"
 
 namespace greenroom {
 
@@ -51,7 +52,7 @@ class MoeStep {
     void reserve();
     void lay_out(Arena& arena);
     Worker worker(int thread) const;
-    void work_off(std::atomic<std::int64_t>& queue, int thread);
+    void work_off(Queue& queue, int thread);
     const std::uint8_t* start_of(std::int64_t index) const;
     void item(std::int64_t index, const std::uint8_t* next, Worker& worker);
     void fill(std::int64_t piece);

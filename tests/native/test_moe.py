@@ -130,6 +130,20 @@ def test_same_bits_whatever_the_threads(lib, pool) -> None:
                 np.testing.assert_array_equal(layer.run(*batch, pool=other), first)
 
 
+def test_threads_that_run_out_of_work_help_the_others(lib, pool) -> None:
+    """One expert has nearly all tokens, so that most threads' own parts are soon done."""
+    layer = Layer(lib, pool, (GGMLType.Q8_0,) * 3, experts=8, d=64, f=96)
+    x, ids, weights = routes(200, 8, 2, layer.d)
+    ids[ids == 5] = -1
+    ids[10:, 0] = 5
+    first = layer.run(x, ids, weights)
+    np.testing.assert_allclose(first, layer.twin(x, ids, weights), rtol=1e-3, atol=1e-3)
+    for threads in (1, 3, 8):
+        other = lib.Pool(threads)
+        for _ in range(3):
+            np.testing.assert_array_equal(layer.run(x, ids, weights, pool=other), first)
+
+
 def test_a_token_does_not_feel_its_neighbours(lib, pool) -> None:
     layer = Layer(lib, pool, (GGMLType.MXFP4,) * 3)
     x, ids, weights = routes(50, 4, 2, layer.d)
