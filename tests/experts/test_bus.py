@@ -23,6 +23,7 @@ from greenroom.experts.limits import BESIDE_STAGED, SHORT_STEP
 from greenroom.experts.pace import rounded, seconds_of
 from greenroom.experts.quota import Pace, quotas, rows_of
 from greenroom.experts.rendezvous import RendezvousCourier
+from greenroom.experts.share import Rates
 from greenroom.experts.tiers import Tiers, pin
 from greenroom.layers.ledger import Ledger
 
@@ -198,6 +199,7 @@ def test_a_measurement_that_fails_leaves_experts_to_the_cpu(
     tiers = staged(banks, K)
     tiers.rehearse()
     assert all(layer.bus is None for layer in tiers._layers)
+    assert tiers.share.rates is None
     assert "to the CPU" in caplog.text
     assert "bus" not in tiers.report()
 
@@ -212,9 +214,13 @@ def test_nothing_is_measured_where_it_cannot_be_used(banks, monkeypatch, used, p
 
 def test_what_was_measured_is_followed(banks, monkeypatch) -> None:
     pace = Pace(1e-4, 0.0, 1e-5, 1e-5, 0.0, 1.0)
+    rates = Rates(1e9, 2e9, 3e9)
     monkeypatch.setattr(tiers_module, "measure", lambda *_: pace)
+    monkeypatch.setattr(tiers_module, "measure_rates", lambda *_: rates)
     tiers = staged(banks, K)
+    assert tiers.share.rates is None
     tiers.rehearse()
+    assert tiers.share.rates == rates
     assert tiers._layers[0].bus.guests(1).quota.tolist() == [1, 2, 2, 2, 2]
     assert tiers._layers[0].bus.guests(3).quota.max() == 2  # there is room for no more
     assert tiers.report()["bus"].startswith("of experts in RAM the GPU reads 2 of 2 over the bus")

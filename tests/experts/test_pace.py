@@ -115,3 +115,28 @@ def test_nothing_is_under_way_after_a_failure(gpu, banks, monkeypatch) -> None:
     with pytest.raises(RuntimeError, match="no such kernel"):
         pace.measure(banks, K, torch.zeros(1 << 20, dtype=torch.uint8))
     assert gpu.log == ["on usual", "waited", "emptied"]
+
+
+def test_what_the_cpu_takes_of_long_steps_is_measured_beside_copies(gpu, banks) -> None:
+    slab, cpu = banks[0].layout.nbytes, banks[0]
+    staging = torch.zeros(3 * slab + 64, dtype=torch.uint8)
+    begin = time.perf_counter()
+    rates = pace.measure_rates(cpu, staging)
+    seconds = time.perf_counter() - begin
+    assert staging[: 3 * slab].numpy().tobytes() == cpu.block[-3:].tobytes()
+    assert not staging[3 * slab :].any()
+    lent = min(pace.LENT, cpu.experts)
+    assert min(rates.bus * seconds / slab, rates.reading * seconds / slab) > 1
+    assert rates.operations * seconds > 2 * lent * pace.MANY * 3 * D * F
+    more = rates.computing(4 * pace.MANY, slab, 3 * D * F)
+    assert more == pytest.approx(4 * pace.MANY * 6 * D * F / rates.operations)
+
+
+def test_rates_of_failed_copies_are_not_believed(gpu, banks, monkeypatch) -> None:
+    def broken(*_):
+        raise RuntimeError("no copy")
+
+    monkeypatch.setattr(pace, "Busy", broken)
+    with pytest.raises(RuntimeError, match="no copy"):
+        pace.measure_rates(banks[0], torch.zeros(1 << 20, dtype=torch.uint8))
+    assert gpu.log == ["on usual", "waited", "emptied"]

@@ -114,16 +114,14 @@ def test_the_cpu_takes_its_share_of_a_long_step(load: Loader, reading: float) ->
         assert 0 < copied < everything
 
 
-@pytest.mark.usefixtures("expanded")
-def test_a_long_step_copies_ahead_but_not_for_the_last_layer(load: Loader) -> None:
-    """The first layer's pages set off before its routes are known, the last one's after."""
-    _, model = with_tiers(load, "gpt-oss", 0.0, staged=2)
-    streams = [blk.ffn.experts.stream for blk in model.blk]
-    ring, fetched, routed = streams[0].ring, [], []
+def fetched(model, streams) -> list[tuple[int, tuple[int, ...], int]]:
+    """Layer and experts of each page that a long step copies, and how many layers' routes were
+    known by then."""
+    ring, found, routed = streams[0].ring, [], []
     fetch, tokens = ring.fetch, prompt(9, 34, VOCABULARY)
 
     def note(layer: int, experts: tuple[int, ...]) -> None:
-        fetched.append((layer, len(routed)))
+        found.append((layer, experts, len(routed)))
         fetch(layer, experts)
 
     session = Session(model)
@@ -134,11 +132,37 @@ def test_a_long_step_copies_ahead_but_not_for_the_last_layer(load: Loader) -> No
     finally:
         model.record(None)
         del ring.fetch
-    firsts = [next(seen for at, seen in fetched if at == layer) for layer in range(len(streams))]
+    assert not ring.staged
+    return found
+
+
+@pytest.mark.usefixtures("expanded")
+def test_a_long_step_copies_ahead_but_not_for_the_last_layer(load: Loader) -> None:
+    """The first layer's pages set off before its routes are known, the last one's after."""
+    _, model = with_tiers(load, "gpt-oss", 0.0, staged=2)
+    streams = [blk.ffn.experts.stream for blk in model.blk]
+    pages = fetched(model, streams)
+    firsts = [next(seen for at, _, seen in pages if at == layer) for layer in range(len(streams))]
     assert firsts[0] == 0
     assert firsts[1:-1] == list(range(1, len(streams) - 1))
     assert firsts[-1] == len(streams)
-    assert not ring.staged
+
+
+@pytest.mark.usefixtures("expanded")
+def test_who_is_seldom_wanted_does_not_set_off_before_it_is_asked_for(load: Loader) -> None:
+    _, model = with_tiers(load, "gpt-oss", 0.0, staged=2)
+    streams = [blk.ffn.experts.stream for blk in model.blk]
+    demand, experts = streams[0]._demand, streams[0].cpu.experts
+    kept = demand._chance.copy()  # models are shared by tests
+    demand.count([0] + [100] * (experts - 1))
+    try:
+        pages = [page for page in fetched(model, streams) if page[0] == 0]
+    finally:
+        demand._chance[:] = kept
+    early = [e for _, page, seen in pages for e in page if not seen]
+    assert 0 not in early
+    assert len(early) > 0
+    assert 0 in [e for _, page, seen in pages for e in page if seen]
 
 
 @pytest.mark.usefixtures("expanded")

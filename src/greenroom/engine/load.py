@@ -30,7 +30,6 @@ from greenroom.placement.enforce import limit
 from greenroom.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
-    from greenroom.experts.share import Rates
     from greenroom.experts.shelf import Shelf
     from greenroom.models import LoadOptions
     from greenroom.models.config import ModelConfig
@@ -134,27 +133,11 @@ def _options(
         slot_bytes=placement.slot_bytes,
         staging_bytes=placement.staging,
         chunk=placement.prefill_chunk or 0,
-        rates=_rates(file, config.threads) if placement.staging else None,
         trace=config.trace,
         mmap=config.mmap,
         shelf=shelf,
         progress=progress,
     )
-
-
-def _rates(file: GGUFFile, threads: int | None) -> "Rates | None":
-    """What bus and CPU do in a second on this machine, if it was measured."""
-    from greenroom.models.registry import read_config
-    from greenroom.placement.calibrate import saved_profile
-    from greenroom.placement.machine import machine
-    from greenroom.placement.sharing import measured_rates
-    from greenroom.placement.work import Work
-
-    profile = saved_profile(machine().fingerprint)
-    if profile is None:
-        return None
-    experts = Work.of(file.tensors, read_config(file)).experts
-    return measured_rates(profile, experts, threads or profile.threads)
 
 
 @contextmanager

@@ -7,7 +7,8 @@ differ in the last digits with the processor that forms them.
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from statistics import median
 from typing import Any
 
@@ -16,6 +17,7 @@ from torch import Tensor
 
 from greenroom.experts.cpu import CpuExperts
 from greenroom.experts.quota import ARRIVAL, Pace
+from greenroom.experts.share import Rates
 from greenroom.kernels.experts import hits
 from greenroom.kernels.guests import Guests, fetch
 
@@ -27,6 +29,8 @@ ROUNDS = 3
 LAYERS = 12  # computed for one token, so many at most
 READ = 4  # layers whose experts the device reads in turn
 TOGETHER = 32  # tokens of the longer measurement
+LENT = 8  # experts that the CPU computes at a time in long steps, about
+FEW, MANY = 16, 64  # and rows of each
 # Seconds, H100 with 16 cores, 26 November 2026: of a call by Python, as it is measured here, and of
 # the CPU for a layer's experts, however many they are.
 CALL = 30e-6
@@ -47,11 +51,17 @@ def measure(banks: Sequence[CpuExperts], used: int, there: Tensor) -> Pace:
         used: experts of a token.
         there: (bytes,) uint8 on a GPU, overwritten.
     """
-    device = there.device
+    with _left_idle(there.device):
+        return _measured(banks, used, there)
+
+
+@contextmanager
+def _left_idle(device: torch.device) -> Iterator[None]:
+    """Whatever fails within, nobody goes on reading memory that is given back after it."""
     with torch.cuda.stream(torch.cuda.current_stream(device)):  # a failed recording leaves another
         try:
-            return _measured(banks, used, there)
-        finally:  # nobody may go on reading memory that is given back
+            yield
+        finally:
             torch.cuda.synchronize(device)
             torch.cuda.empty_cache()
 
@@ -88,11 +98,48 @@ def _measured(banks: Sequence[CpuExperts], used: int, there: Tensor) -> Pace:
     )
 
 
+def measure_rates(bank: CpuExperts, there: Tensor) -> Rates:
+    """Computes some experts of many rows while the device copies others, see `measure`; takes some
+    100 ms. Few rows tell how fast weights are read, more of them how fast they are multiplied.
+
+    Args:
+        bank: the slabs of a layer, pinned and in one piece.
+        there: (bytes,) uint8 on a GPU, overwritten.
+    """
+    assert bank.block is not None
+    lent, slab = min(LENT, bank.experts), bank.layout.nbytes
+    pages, source = slabs_in(there, slab), torch.from_numpy(bank.block)
+    count = min(LENT, len(pages), bank.experts)
+    with _left_idle(there.device):
+        copying = Busy(lambda: pages[:count].copy_(source[-count:], non_blocking=True), count)
+        alone = [lent_seconds(bank, lent, rows) for rows in (FEW, MANY) for _ in range(2)]
+        found = []
+        for _ in range(ROUNDS):
+            copying.begin(2 * (alone[1] + alone[3]))
+            few, many = lent_seconds(bank, lent, FEW), lent_seconds(bank, lent, MANY)
+            found.append((few, many, copying.end()))
+    few, many, copy = (min(times) for times in zip(*found, strict=True))
+    weights = 3 * bank.layout.d * bank.layout.f
+    return Rates(
+        bus=rounded(slab / copy),
+        reading=rounded(lent * slab / few),
+        operations=rounded(2 * lent * MANY * weights / many),
+    )
+
+
 def seconds_of(bank: CpuExperts, tokens: int, used: int, seed: int = 0) -> float:
     """Of the CPU for a layer in which each of some tokens uses `used` experts of its own."""
     chance = torch.rand(tokens, bank.experts, generator=torch.Generator().manual_seed(seed))
-    ids = chance.argsort(1)[:, :used].int()
-    hidden, weights = torch.randn(tokens, bank.layout.d), torch.ones(tokens, used)
+    return _seconds(bank, chance.argsort(1)[:, :used].int())
+
+
+def lent_seconds(bank: CpuExperts, experts: int, rows: int) -> float:
+    """Of the CPU for so many rows of each of the first experts."""
+    return _seconds(bank, torch.arange(experts, dtype=torch.int32).repeat_interleave(rows)[:, None])
+
+
+def _seconds(bank: CpuExperts, ids: Tensor) -> float:
+    hidden, weights = torch.randn(len(ids), bank.layout.d), torch.ones(ids.shape)
     begin = time.perf_counter()
     bank(hidden, ids, weights)
     return time.perf_counter() - begin
@@ -106,7 +153,7 @@ class Busy:
         parts: of which `end` gives the seconds of one.
     """
 
-    def __init__(self, give: Callable[[], None], parts: int) -> None:
+    def __init__(self, give: Callable[[], object], parts: int) -> None:
         event: Any = torch.cuda.Event
         self._first, self._second, self._last = (event(enable_timing=True) for _ in range(3))
         self._give, self._parts, self._often = give, parts, 0

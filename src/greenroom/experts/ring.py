@@ -44,6 +44,7 @@ class Ring:
         self.cuda = memory.is_cuda
         self.slabs = slabs
         self.banks: list[CpuExperts] = []  # of each layer
+        self._blocks: dict[int, Tensor] = {}  # the same where slabs lie in one piece, as tensors
         event: Any = torch.cuda.Event if self.cuda else lambda: None
         stream: Any = torch.cuda.Stream
         self._stream: Any = stream(memory.device) if self.cuda else None
@@ -65,11 +66,11 @@ class Ring:
         """Begins the copies of a page's experts; there must be room."""
         page = self._free.popleft()
         page.layer, page.experts = layer, experts
-        bank, end = self.banks[layer], 0
+        end = 0
         if self.cuda:
             self._stream.wait_event(page.used)
         with torch.cuda.stream(self._stream) if self.cuda else nullcontext():
-            for source in _sources(bank, experts):
+            for source in self._sources(layer, experts):
                 start, end = end, end + source.numel()
                 page.data[start:end].copy_(source, non_blocking=True)
             if self.cuda:
@@ -100,12 +101,14 @@ class Ring:
         self.staged = kept
         return list(kept)
 
-
-def _sources(bank: CpuExperts, experts: tuple[int, ...]) -> list[Tensor]:
-    """The experts' bytes in as few pieces as they lie in."""
-    if bank.block is None:
-        return [torch.from_numpy(bank.slab(expert)) for expert in experts]
-    cuts = [i + 1 for i, (a, b) in enumerate(pairwise(experts)) if b != a + 1]
-    runs = pairwise([0, *cuts, len(experts)])
-    parts = [bank.block[experts[i] : experts[j - 1] + 1] for i, j in runs]
-    return [torch.from_numpy(part).view(-1) for part in parts]
+    def _sources(self, layer: int, experts: tuple[int, ...]) -> list[Tensor]:
+        """The experts' bytes in as few pieces as they lie in."""
+        bank = self.banks[layer]
+        if bank.block is None:
+            return [torch.from_numpy(bank.slab(expert)) for expert in experts]
+        if layer not in self._blocks:
+            self._blocks[layer] = torch.from_numpy(bank.block)
+        block = self._blocks[layer]
+        cuts = [i + 1 for i, (a, b) in enumerate(pairwise(experts)) if b != a + 1]
+        runs = pairwise([0, *cuts, len(experts)])
+        return [block[experts[i] : experts[j - 1] + 1].view(-1) for i, j in runs]

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from greenroom.experts.cpu import CpuExperts
+from greenroom.experts.demand import Demand
 from greenroom.experts.errands import Errands
 from greenroom.experts.limits import EXPERT_ROWS
 from greenroom.experts.resident import DirectMlp
@@ -27,7 +28,6 @@ from greenroom.kernels.expert_rows import activated_rows, add_rows, scaled_rows
 from greenroom.kernels.grouped import BASE, GROUP, MOST, ORDER, PLACE, Group, Routes, carry, product
 
 NOBODY = -1  # no layer's index
-COVERAGE = 0.9  # share of a layer's experts that must be in demand to copy before it is known
 
 
 class Resident(Protocol):
@@ -52,6 +52,7 @@ class Desk:
         used: experts of a token, where that is known.
         share: says what the CPU takes.
         errands: take it there and back.
+        chunk: most tokens of a step, if known; room for as many rows is planned.
     """
 
     table: Tensor
@@ -59,6 +60,7 @@ class Desk:
     used: int
     share: Share
     errands: Errands
+    chunk: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,7 +102,7 @@ class LayerStream:
     ) -> None:
         self.ring, self.cpu, self.resident = ring, cpu, resident
         self._index = len(ring.banks)
-        self._desk = desk
+        self._desk, self._demand = desk, Demand(cpu.experts)
         self._after: LayerStream | None = None
         if before is not None:
             before._after = self
@@ -115,14 +117,14 @@ class LayerStream:
 
     def __call__(self, hidden: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
         """As `ExpertsBeside.__call__`; for steps of many tokens."""
-        tokens, k = ids.shape
+        tokens = len(ids)
         table = self._desk.table[: self._table.numel()].view(self._table.shape)
         routes = Routes.sort(ids, weights, table)
         self._starts.copy_(routes.starts, non_blocking=True)
         if self._counted is not None:
             self._counted.record()
         hidden = hidden.contiguous()
-        rows = min(EXPERT_ROWS, tokens)
+        rows = min(EXPERT_ROWS, max(tokens, self._desk.chunk))
         step = Step(routes, *scaled_rows(hidden), torch.zeros_like(hidden), rows)
         if self._counted is not None:
             self._counted.synchronize()
@@ -130,33 +132,27 @@ class LayerStream:
         seats = {} if self.resident is None else self.resident.places()
         if self.resident is not None:
             self.resident.count(sizes)
-        self._serve(step, sizes, seats, hidden, self._all(tokens, k))
+        self._demand.count(sizes)
+        self._serve(step, sizes, seats, hidden)
         return step.out
 
     def begin(self, tokens: int) -> None:
-        """A step of so many tokens begins, and this is its first layer: pages set off before
-        routes are known, unless those are few."""
+        """A step of so many tokens begins, and this is its first layer: pages of what it is likely
+        to want set off before routes are known."""
         self.ring.wait()
-        used, experts = self._desk.used, self.cpu.experts
-        if self._after is None or not self._all(tokens, used) or self.ring.drop(self._index):
+        if self._after is None or self.ring.drop(self._index):
             return
-        absent = self.absent()
-        lent = self._lend(absent, len(absent), [tokens * used // experts] * experts)
-        first = self._desk.share.ahead(len(absent), len(lent))
-        self._fill(deque(self._pages(absent[:first])))
+        routes = tokens * self._desk.used
+        absent, each = self.absent(), routes // self.cpu.experts
+        lent = self._lend(absent, len(absent), [each] * self.cpu.experts)
+        self._fill(deque(self._likely(routes, len(lent))))
 
     def abandon(self) -> None:
         """See `Stream.abandon`; what is staged is dropped, as short steps use its memory."""
         self._desk.errands.abandon()
         self.ring.drop(NOBODY)
 
-    def _all(self, tokens: int, used: int) -> bool:
-        """Whether nearly all experts will be in demand when each token uses so many."""
-        return 1 - (1 - used / self.cpu.experts) ** tokens >= COVERAGE
-
-    def _serve(
-        self, step: Step, sizes: list[int], seats: dict[int, int], hidden: Tensor, ahead: bool
-    ) -> None:
+    def _serve(self, step: Step, sizes: list[int], seats: dict[int, int], hidden: Tensor) -> None:
         """Decides who computes which experts, and has them computed."""
         wanted = [e for e in range(self.cpu.experts) if sizes[e]]
         pages = [page.experts for page in self.ring.drop(self._index)]
@@ -167,8 +163,6 @@ class LayerStream:
         answer = self._send(step, hidden, lent) if lent else None
         queue = deque(self._pages([e for e in waiting if e not in set(lent)]))
         pages += [page for _, page in queue]
-        if ahead:
-            queue.extend(self._next(len(lent)))
         self._fill(queue)
         plan = _Plan(self._table.numpy(), sizes, step.rows)
         here = [(e, seats[e]) for e in wanted if e in seats]
@@ -185,20 +179,28 @@ class LayerStream:
         for group in held:
             assert self.resident is not None
             self._rows(step, group, self.resident.memory)
+        queue.extend(self._next(sum(sizes), len(lent)))
         for groups in kept:
             self._compute(step, groups)
             self._fill(queue)
+        self._fill(queue)  # with all in slots or lent there were no pages
         if cpu is not None and answer is not None:
             self._desk.errands.meet()
             add_rows(step.out, answer, None, None, None, step.routes, cpu, 0)
 
-    def _next(self, lent: int) -> list[tuple[int, tuple[int, ...]]]:
-        """Pages of the next layer, but for experts to lend and as many more to choose from. None of
-        the last layer: of a prompt it computes one row, which needs few experts."""
+    def _next(self, routes: int, lent: int) -> list[tuple[int, tuple[int, ...]]]:
+        """Pages of the next layer. None of the last layer: of a prompt it computes one row, which
+        needs few experts."""
         if self._after is None or self._after._after is None:
             return []
-        later = self._after.absent()
-        return self._after._pages(later[: self._desk.share.ahead(len(later), lent)])
+        return self._after._likely(routes, lent)
+
+    def _likely(self, routes: int, lent: int) -> list[tuple[int, tuple[int, ...]]]:
+        """Pages of what a step of so many routes is likely to want of this layer, but for experts
+        to lend and as many more to choose from."""
+        absent = self.absent()
+        count = self._desk.share.ahead(self._demand.expected(absent), lent)
+        return self._pages(sorted(self._demand.likely(absent, routes)[:count]))
 
     def _compute(self, step: Step, groups: list[Group]) -> None:
         """The next page's groups."""

@@ -17,7 +17,7 @@ from greenroom.experts.bus import Bus, LayerBus
 from greenroom.experts.cpu import CpuExperts
 from greenroom.experts.errands import Errands
 from greenroom.experts.limits import BESIDE_STAGED, STREAMED, pages_of
-from greenroom.experts.pace import measure
+from greenroom.experts.pace import measure, measure_rates
 from greenroom.experts.pinned import register
 from greenroom.experts.quota import Pace
 from greenroom.experts.ring import Ring
@@ -42,7 +42,7 @@ class Tiers:
         heat: (layers, experts), how much each expert was in demand, if that is known; of more
             layers than this device computes, it is the last that count.
         used: experts of a token; 0 if that is not known.
-        share: says what the CPU takes of long steps; None for nothing.
+        share: says what the CPU takes of long steps; None for what is measured.
         chunk: most tokens of a step; 0 if that is not known.
     """
 
@@ -57,7 +57,7 @@ class Tiers:
         chunk: int = 0,
     ) -> None:
         self._account, self._heat = account, heat
-        self._used, self.share, self._chunk = used, share, chunk
+        self._used, self.share, self._chunk = used, share or Share(), chunk
         self._slot_bytes, self._staging_bytes = slot_bytes, staging_bytes
         self._layers: list[ExpertsBeside] = []
         self._places: list[int] = []  # of each, among all that were added
@@ -100,7 +100,7 @@ class Tiers:
 
     def rehearse(self) -> None:
         """Measures what bus and CPU take, with nothing else that loads running, and shares the
-        experts of short steps among them; not where a GPU cannot read what is in RAM."""
+        experts in RAM among them; not where a GPU cannot read what is in RAM."""
         banks = [layer.cpu for layer in self._layers if layer.crosses]
         if self._bus is None or not self._used or not all(bank.pinned for bank in banks):
             return
@@ -108,10 +108,12 @@ class Tiers:
             return
         try:
             pace = measure(banks, self._used, self._bus.staging)
+            rates = measure_rates(banks[-1], self._bus.staging)
         except Exception as error:  # the model works without, whatever failed
             log.warning("the GPU leaves experts in RAM to the CPU: %.200r", error)
             return
         self.share_bus(pace)
+        self.share.rates = rates
 
     def share_bus(self, pace: Pace) -> None:
         """Short steps from now on have the device read some of the experts in RAM, as the pace
@@ -178,14 +180,14 @@ class Tiers:
         scratch = self._account.empty("staging", [slabs * numbers], torch.float16)
         table = self._account.empty("staging", [BESIDE_STAGED // 4, experts], torch.int32)
         quota, places = table[STREAMED // 4 : -1], table[-1]
-        self.share = self.share or Share(None)
         memory = self._account.empty("staging", [pages, slabs * slab], torch.uint8)
         ring, self._bus = Ring(memory, slabs), Bus(quota, places, memory.view(-1))
         self._staged = scratch.nbytes + table.nbytes + memory.nbytes
         none: list[LayerSlots | None] = [None] * len(banks)
         self._errands = Errands(self._account.device, banks)
         streamed = table[: STREAMED // 4].view(-1)
-        desk, before = Desk(streamed, scratch, self._used, self.share, self._errands), None
+        desk = Desk(streamed, scratch, self._used, self.share, self._errands, self._chunk)
+        before: LayerStream | None = None
         for layer, seats in zip(
             self._layers, none if self.slots is None else self.slots.layers, strict=True
         ):

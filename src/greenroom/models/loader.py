@@ -10,7 +10,6 @@ from os import PathLike
 from typing import Any
 
 from greenroom.errors import UnsupportedModelError
-from greenroom.experts.share import Rates, Share
 from greenroom.experts.shelf import Shelf
 from greenroom.gguf import GGUFFile
 from greenroom.layers.backend import Backend, ReferenceBackend
@@ -39,7 +38,6 @@ class LoadOptions:
         staging_bytes: of the vram, for experts on their way through it in long steps; 0 leaves
             those to the CPU.
         chunk: most tokens of a step; 0 if that is not known.
-        rates: what bus and CPU do in a second, for sharing long steps; None to share none.
         trace: file of recorded routes; its popular experts start in the slots.
         threads: of the native pool; None for as many as suit the machine.
         pool: a native pool to share, instead of `threads`.
@@ -60,7 +58,6 @@ class LoadOptions:
     slot_bytes: int = 0
     staging_bytes: int = 0
     chunk: int = 0
-    rates: Rates | None = None
     trace: str | PathLike[str] | None = None
     threads: int | None = None
     pool: Any = None
@@ -156,9 +153,8 @@ def make_cuda_backend(pool: Any, options: LoadOptions, config: ModelConfig) -> B
     shape = config.attention
     heat = None if options.trace is None else read_heat(options.trace, config)
     used = 0 if config.moe is None else config.moe.used
-    share = None if options.rates is None else Share(options.rates)
     sizes = options.slot_bytes, options.staging_bytes
-    tiers = Tiers(bench.ledger, *sizes, heat, used, share, options.chunk)
+    tiers = Tiers(bench.ledger, *sizes, heat, used, chunk=options.chunk)
     per = shape.heads // shape.kv_heads
     return CudaBackend(pool, bench, per, options.mmap, tiers=tiers, shelf=options.shelf)
 

@@ -1,5 +1,5 @@
-"""The rates by which long steps are shared between bus and CPU, from what was measured of a
-machine. They are rounded, so that a new measurement seldom changes a choice, and with it the text.
+"""The rates by which long steps are shared between bus and CPU, as predictions take them from what
+was measured of a machine; the engine measures its own when it loads a model, and rounds as much.
 """
 
 import math
