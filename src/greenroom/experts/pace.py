@@ -31,6 +31,7 @@ READ = 4  # layers whose experts the device reads in turn
 TOGETHER = 32  # tokens of the longer measurement
 LENT = 8  # experts that the CPU computes at a time in long steps, about
 FEW, MANY = 16, 64  # and rows of each
+WORK = 26e9  # operations that are measured at a time: fewer experts, if they are large
 # Seconds, H100 with 16 cores, 26 November 2026: of a call by Python, as it is measured here, and of
 # the CPU for a layer's experts, however many they are.
 CALL = 30e-6
@@ -107,19 +108,19 @@ def measure_rates(bank: CpuExperts, there: Tensor) -> Rates:
         there: (bytes,) uint8 on a GPU, overwritten.
     """
     assert bank.block is not None
-    lent, slab = min(LENT, bank.experts), bank.layout.nbytes
+    slab, weights = bank.layout.nbytes, 3 * bank.layout.d * bank.layout.f
+    lent = max(1, min(LENT, bank.experts, int(WORK / (2 * MANY * weights))))
     pages, source = slabs_in(there, slab), torch.from_numpy(bank.block)
     count = min(LENT, len(pages), bank.experts)
     with _left_idle(there.device):
         copying = Busy(lambda: pages[:count].copy_(source[-count:], non_blocking=True), count)
-        alone = [lent_seconds(bank, lent, rows) for rows in (FEW, MANY) for _ in range(2)]
+        alone = sum(lent_seconds(bank, lent, rows) for rows in (MANY, FEW))
         found = []
         for _ in range(ROUNDS):
-            copying.begin(2 * (alone[1] + alone[3]))
+            copying.begin(2 * alone)
             few, many = lent_seconds(bank, lent, FEW), lent_seconds(bank, lent, MANY)
             found.append((few, many, copying.end()))
     few, many, copy = (min(times) for times in zip(*found, strict=True))
-    weights = 3 * bank.layout.d * bank.layout.f
     return Rates(
         bus=rounded(slab / copy),
         reading=rounded(lent * slab / few),
