@@ -30,7 +30,10 @@ def slots_of(share: float, pinned: bool = True) -> Slots:
     for bank in banks:
         bank.pinned = pinned
     tables = 4 * LAYERS * (module.SEEN + EXPERTS)
-    return Slots(Ledger(torch.device("cpu")), banks, int(share * LAYERS * EXPERTS) * SLAB + tables)
+    nbytes = int(share * LAYERS * EXPERTS) * SLAB + tables
+    slots = Slots(Ledger(torch.device("cpu")), banks, nbytes)
+    slots.bus = 1e12
+    return slots
 
 
 class Text:
@@ -52,14 +55,15 @@ def counts(ids: np.ndarray) -> np.ndarray:
     return np.stack([np.bincount(row.ravel(), minlength=EXPERTS) for row in ids.swapaxes(0, 1)])
 
 
-def step(slots: Slots, ids: np.ndarray, last: int | None = None) -> None:
-    """Tells of a step; its last layer computes `last` rows only."""
+def step(slots: Slots, ids: np.ndarray, last: int | None = None, before: float = 1.0) -> None:
+    """Tells of a step; its last layer computes `last` rows only, and the step before took so many
+    seconds."""
     uses = counts(ids)
     if last is not None:
         uses[-1] = counts(ids[len(ids) - last :])[-1]
     for layer, row in enumerate(uses.tolist()):
         slots.log.add(layer, row)
-    slots.step_done(len(ids), 1.0)
+    slots.step_done(len(ids), before)
 
 
 def answer(slots: Slots, text: Text, tokens: int) -> float:
@@ -74,7 +78,7 @@ def answer(slots: Slots, text: Text, tokens: int) -> float:
 @pytest.mark.parametrize(("share", "least"), [(0.25, 0.1), (0.6, 0.05)])
 def test_answers_hit_what_their_prompts_used(share, least, monkeypatch) -> None:
     rates = []
-    for part in (0, module.BURST):
+    for part in (0.0, module.BURST):
         monkeypatch.setattr(module, "BURST", part)
         found = []
         for seed in range(4):
@@ -168,8 +172,7 @@ def test_a_step_has_few_beside_it_and_fewer_where_they_cost_much(slots, monkeypa
     monkeypatch.setattr(module, "BURST_BYTES", 8 * SLAB)
     text, begun = Text(0.8, 1), []
     step(slots, text.routes(512))
-    begun.append(promoted(slots))
-    for moves in (4, 2, 0, 4):
+    for moves in (4, 4, 2, 0, 4):
         slots.check.moves = moves
         answer(slots, text, 1)
         begun.append(promoted(slots))
@@ -182,6 +185,7 @@ def test_what_waits_for_copies_is_no_more_than_the_longest_step_gives(slots) -> 
     slots._moving = SimpleNamespace(query=lambda: False), []
     for _ in range(3):
         step(slots, text.routes(512))
+    answer(slots, text, 1)
     slots._moving = None
     answer(slots, text, 8)
     assert module.MOVES < promoted(slots) <= module.BURST * missed
@@ -190,6 +194,7 @@ def test_what_waits_for_copies_is_no_more_than_the_longest_step_gives(slots) -> 
 def test_who_does_not_use_the_slots_promotes_nobody(slots) -> None:
     slots.check.using = False
     step(slots, Text(0.8, 1).routes(512))
+    answer(slots, Text(0.8, 1), 2)
     assert promoted(slots) == 0
 
 
@@ -204,15 +209,43 @@ def test_where_copies_would_keep_the_host_waiting_there_is_no_burst(monkeypatch)
     monkeypatch.setattr(module, "EVERY", NEVER)
     slots = slots_of(0.25, pinned=False)
     step(slots, Text(0.8, 1).routes(512))
+    answer(slots, Text(0.8, 1), 2)
     assert promoted(slots) == 0
+
+
+def test_chunks_of_a_prompt_have_the_bus_to_themselves(slots) -> None:
+    text = Text(0.8, 1)
+    for _ in range(3):
+        step(slots, text.routes(512))
+        assert promoted(slots) == 0
+    answer(slots, text, 1)
+    assert promoted(slots) > module.MOVES
+
+
+@pytest.mark.parametrize("seconds", [0.0, 0.01, 0.03])
+def test_all_promotions_for_a_long_step_take_a_part_of_its_time(slots, seconds) -> None:
+    """Wherever its experts were computed: the CPU may read them much faster than the bus."""
+    text, slots.bus = Text(0.8, 1), 2000 * SLAB
+    step(slots, text.routes(512))
+    step(slots, text.routes(1), before=seconds)
+    answer(slots, text, 8)
+    assert promoted(slots) == int(module.BURST * seconds * 2000)
+
+
+@pytest.mark.parametrize(("bus", "count"), [(0, 0), (100, 0), (625, 5), (1250, 10)])
+def test_a_slow_bus_has_few_promotions_beside_a_step(slots, bus, count) -> None:
+    text, slots.bus = Text(0.8, 1), bus * SLAB
+    step(slots, text.routes(512))
+    answer(slots, text, 1)
+    assert promoted(slots) == count
 
 
 def test_what_many_copies_cost_a_step_is_not_taken_for_what_few_do(slots, monkeypatch) -> None:
     text, told = Text(0.8, 1), []
     slots.log.k = K
     monkeypatch.setattr(slots.check, "step", lambda *step: told.append((step[1], step[5])))
-    for tokens in (1, 1, 512, 1, 1, 1):  # of each is told when the next is under way
+    for tokens in (1, 1, 512, 1, 1, 1, 1):  # of each is told when the next is under way
         step(slots, text.routes(tokens))
     assert promoted(slots) > module.MOVES
     # nothing of the long step, nor of the one whose routes are counted with it
-    assert told == [(1.0, False), (0.0, True), (1.0, False)]
+    assert told == [(1.0, False), (1.0, False), (0.0, True), (1.0, False)]

@@ -218,8 +218,11 @@ def test_what_was_measured_is_followed(banks, monkeypatch) -> None:
     monkeypatch.setattr(tiers_module, "measure", lambda *_: pace)
     monkeypatch.setattr(tiers_module, "measure_rates", lambda *_: rates)
     tiers = staged(banks, K)
+    tiers.slots = SimpleNamespace(bus=0.0)
     assert tiers.share.rates is None
     tiers.rehearse()
+    assert tiers.slots.bus == rates.bus
+    tiers.slots = None
     assert tiers.share.rates == rates
     assert tiers._layers[0].bus.guests(1).quota.tolist() == [1, 2, 2, 2, 2]
     assert tiers._layers[0].bus.guests(3).quota.max() == 2  # there is room for no more

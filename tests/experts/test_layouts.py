@@ -72,5 +72,7 @@ def test_so_it_does_after_a_long_step(
     monkeypatch.setattr(module, "BURST_BYTES", 3 * SLABS[0])
     for layer, row in enumerate(routed(large=large, small=1000).tolist()):
         slots.log.add(layer, row)
+    slots.bus = 1e12
     slots.step_done(64)
+    slots.step_done(1, 1.0)
     assert entered(slots) == newcomers

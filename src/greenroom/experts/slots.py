@@ -27,9 +27,10 @@ from greenroom.kernels.planes import Cutter
 from greenroom.kernels.sorting import by_expert
 
 EVERY = 4  # steps between promotions
-# After a long step many are promoted, if they are surely hotter than those that leave.
-BURST = 1 / 8  # of the bytes of the experts without a slot that the step used
-BURST_BYTES = 8 * PAGE_BYTES  # at once, so that they hold up no step for long
+# After long steps many are promoted, if they are surely hotter than those that leave.
+BURST = 1 / 8  # of the bytes of the experts without a slot that such a step used, and of its time
+BURST_BYTES = 8 * PAGE_BYTES  # at once
+BURST_SECONDS = 8e-3  # of the bus at once: a step's inputs may have to wait for it
 SURE = 4.0  # standard errors
 AGED = 512  # tokens of a long step, at most, that make what was hot before it older
 
@@ -108,6 +109,9 @@ class Slots:
         nbytes: memory for slots; what is left over is less than one slab per layout.
         heat: (layers, experts), how much each expert is in demand; None if nothing is known.
         chunk: most tokens of a step, if known.
+
+    Attributes:
+        bus: bytes it copies in a second; many are promoted at once only where that is known.
     """
 
     def __init__(
@@ -130,7 +134,9 @@ class Slots:
         self._steps = self._tokens = 0
         self._copying = 0, 0  # slabs under way beside the last step, and beside this one
         self._bursts = all(bank.pinned for bank in banks)  # else the host waits for every copy
-        self._due = 0  # bytes that may still be promoted for the last long step
+        self.bus = 0.0
+        self._missed = 0  # bytes of experts without a slot that the last step used, if it was long
+        self._due = 0  # bytes that may still be promoted for the last long steps
         self._cuda = account.device.type == "cuda"
         self._stream: Any = _stream(account.device)
         self._moving: tuple[Any, list[tuple[Arena, Move]]] | None = None
@@ -223,8 +229,11 @@ class Slots:
             seconds: what the step before it took; 0 where that is not known.
         """
         uses, copying = self.log.take(), self._copying[0]
+        self._due = max(self._due, int(BURST * min(self._missed, self.bus * seconds)))
+        self._missed = 0
         if tokens > SHORT_STEP:
             self._age(tokens)
+            self._missed = sum(arena.missed(uses) for arena in self.arenas)
         self.observe(uses)
         short = max(self._tokens, tokens) <= SHORT_STEP  # routes of a long step are counted at once
         if short and 0 < self._tokens * self.log.k <= SEEN:
@@ -239,9 +248,6 @@ class Slots:
         if self._used != self.check.using:
             self._used = self.check.using
             self._publish()
-        if tokens > SHORT_STEP and self._bursts:
-            missed = sum(arena.missed(uses) for arena in self.arenas)
-            self._due = max(self._due, int(BURST * missed))
         moves = self.check.moves if self._used else 0
         if not self._burst(moves) and self._steps % EVERY == 0:
             self.advance(moves)
@@ -303,13 +309,16 @@ class Slots:
             self._begin(self._choose(limit)[:limit])
 
     def _burst(self, limit: int) -> bool:
-        """Between two steps: promotes for the last long one, the faster the higher the limit;
+        """Between two steps: promotes for the last long ones, the faster the higher the limit;
         whether that is under way."""
         if not self._due and self._under_way <= MOVES:
             return False
         if not self._arrived():
             return True
-        room = min(self._due, BURST_BYTES * limit // MOVES)
+        if self._tokens > SHORT_STEP:  # the next may be long as well, and need the bus itself
+            return False
+        at_once = min(BURST_BYTES, int(BURST_SECONDS * self.bus)) if self._bursts else 0
+        room = min(self._due, at_once * limit // MOVES)
         moves = self._choose(room // min(arena.slab for arena in self.arenas), SURE)
         ends = np.cumsum([arena.slab for arena, _ in moves])
         count = int(np.searchsorted(ends, room, "right"))

@@ -114,6 +114,8 @@ class Tiers:
             return
         self.share_bus(pace)
         self.share.rates = rates
+        if self.slots is not None:
+            self.slots.bus = rates.bus
 
     def share_bus(self, pace: Pace) -> None:
         """Short steps from now on have the device read some of the experts in RAM, as the pace
