@@ -3,7 +3,6 @@
 // own and then through what is left of the others'.
 #pragma once
 
-#include <algorithm>
 #include <atomic>
 #include <cstdint>
 #include <initializer_list>
@@ -13,60 +12,73 @@
 namespace greenroom {
 
 class Queue {
+    struct alignas(64) Lane {
+        std::atomic<std::int64_t> next{0};
+        std::int64_t end = 0;
+    };
+    struct Part {
+        Lane* lane;
+        int lanes;
+        std::int64_t later;  // items of later phases
+    };
+
   public:
     struct Phase {
         std::int64_t items;
         int lanes;
     };
 
-    Queue(std::initializer_list<Phase> phases) : phases_(phases) {
-        std::int64_t count = 0, begin = 0;
-        for (const Phase& phase : phases_) count += phase.lanes;
+    Queue(std::initializer_list<Phase> phases) {
+        std::int64_t count = 0, later = 0, begin = 0;
+        for (const Phase& phase : phases) count += phase.lanes, later += phase.items;
         lanes_ = std::make_unique<Lane[]>(count);
         Lane* lane = lanes_.get();
-        for (const auto& [items, lanes] : phases_) {
+        for (const auto& [items, lanes] : phases) {
+            parts_.push_back({lane, lanes, later -= items});
             for (int i = 0; i < lanes; ++i, ++lane) {
                 lane->next = begin + items * i / lanes;
                 lane->end = begin + items * (i + 1) / lanes;
             }
             begin += items;
         }
-        left_ = begin;
     }
 
-    // The next item for a thread, or -1 when there is none left.
-    std::int64_t take(int thread) {
-        Lane* lane = lanes_.get();
-        for (const Phase& phase : phases_) {
-            for (int i = 0; i < phase.lanes; ++i) {
-                const std::int64_t item = lane[(thread + i) % phase.lanes].take();
-                if (item < 0) continue;
-                left_.fetch_sub(1, std::memory_order_relaxed);
-                return item;
-            }
-            lane += phase.lanes;
-        }
-        return -1;
-    }
+    // One thread's way through a queue. A lane that was empty stays so: nobody comes back to it.
+    class Way {
+      public:
+        Way(Queue& queue, int thread) : parts_(queue.parts_), thread_(thread) {}
 
-    // About how many are not yet handed out.
-    std::int64_t left() const { return left_.load(std::memory_order_relaxed); }
-
-  private:
-    struct alignas(64) Lane {
-        std::atomic<std::int64_t> next{0};
-        std::int64_t end = 0;
-
+        // The next item, or -1 when there is none left.
         std::int64_t take() {
-            if (next.load(std::memory_order_relaxed) >= end) return -1;
-            const std::int64_t item = next.fetch_add(1, std::memory_order_relaxed);
-            return item < end ? item : -1;
+            for (; phase_ < parts_.size(); ++phase_, tried_ = 0) {
+                const Part& part = parts_[phase_];
+                for (; tried_ < part.lanes; ++tried_) {
+                    Lane& lane = part.lane[(thread_ + tried_) % part.lanes];
+                    if (tried_ > 0 && lane.next.load(std::memory_order_relaxed) >= lane.end)
+                        continue;
+                    const std::int64_t item = lane.next.fetch_add(1, std::memory_order_relaxed);
+                    if (item >= lane.end) continue;
+                    left_ = (lane.end - 1 - item) * part.lanes + part.later;
+                    return item;
+                }
+            }
+            return -1;
         }
+
+        // About how many are not yet handed out, if other lanes are as far.
+        std::int64_t left() const { return left_; }
+
+      private:
+        const std::vector<Part>& parts_;
+        const int thread_;
+        std::size_t phase_ = 0;
+        int tried_ = 0;  // lanes of the phase
+        std::int64_t left_ = 0;
     };
 
-    std::vector<Phase> phases_;
+  private:
     std::unique_ptr<Lane[]> lanes_;
-    std::atomic<std::int64_t> left_{0};
+    std::vector<Part> parts_;
 };
 
 }  // namespace greenroom

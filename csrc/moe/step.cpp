@@ -170,13 +170,14 @@ MoeStep::Worker MoeStep::worker(int thread) const {
 // earlier phases, and those are in the hands of threads that do not wait for this one.
 void MoeStep::work_off(Queue& queue, int thread) {
     const std::int64_t late = 2 * pool_.size();
+    Queue::Way way(queue, thread);
     Worker own = worker(thread);
-    std::int64_t index = queue.take(thread);
+    std::int64_t index = way.take();
     if (index >= 0) ask_for(start_of(index));
     while (index >= 0) {
-        const std::int64_t next = queue.left() > late ? queue.take(thread) : -1;
+        const std::int64_t next = way.left() >= late ? way.take() : -1;
         item(index, next < 0 ? nullptr : start_of(next), own);
-        index = next < 0 ? queue.take(thread) : next;
+        index = next < 0 ? way.take() : next;
     }
 }
 
