@@ -65,6 +65,12 @@ def test_ahead_leaves_the_cpu_a_choice(lent: int, ahead: int) -> None:
     assert Share.ahead(32, lent) == ahead
 
 
+@pytest.mark.parametrize("lent", [3, 5, 40])
+def test_of_fewer_than_are_lent_none_set_off(lent: int) -> None:
+    """As where the layer before has fewer experts in slots."""
+    assert Share.ahead(3, lent) == 0
+
+
 def test_few_are_not_worth_it_and_nothing_is_lent_unmeasured() -> None:
     rates = Rates(50e9, 70e9, 5e12)
     layer = EXPERTS, 32, [64] * 32, LAYOUT.nbytes, WEIGHTS

@@ -1,7 +1,8 @@
 """Which of a layer's experts the CPU computes in a long step while the others are on the bus.
 
-The choice follows from rates that are known when the model is loaded, never from the clock during
-steps: the CPU rounds otherwise than the GPU, and the same text must come out every time.
+The choice follows from rates that are known when the model is loaded and from who is on the bus
+already, never from the clock during steps: the CPU rounds otherwise than the GPU, and the same
+requests in the same order must give the same text.
 """
 
 from collections.abc import Sequence
@@ -86,4 +87,4 @@ class Share:
     def ahead(absent: int, lent: int) -> int:
         """How many of a layer's absent experts may set off before its routes are known, when about
         so many will be lent: what is left is twice as many, to choose from."""
-        return max(absent - 2 * lent, min(absent - lent, absent // 4))
+        return max(0, absent - 2 * lent, min(absent - lent, absent // 4))
