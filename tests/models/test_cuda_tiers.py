@@ -10,6 +10,7 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
 from greenroom.experts import resident as resident_mlp
+from greenroom.experts import slots as slots_module
 from greenroom.experts.limits import BESIDE_STAGED, FEW_ROWS
 from greenroom.experts.share import Rates
 from greenroom.experts.trace import Trace
@@ -183,6 +184,33 @@ def test_answers_stay_the_same_after_thousands_of_promotions(load: Loader) -> No
     assert slots.stats["promotions"] > 2000
     assert torch.equal(slots.table.cpu(), torch.from_numpy(slots.seats))
     assert relative_error(one_pass(model, tokens).cpu(), truth) < CLOSE
+
+
+@pytest.mark.usefixtures("expanded")
+def test_answers_stay_the_same_while_many_are_promoted(load: Loader, monkeypatch) -> None:
+    """Nobody waits for the copies: on a GPU they are under way beside the steps after a prompt."""
+    wanted, model = with_tiers(load, "gpt-oss", 0.5, staged=2)
+    slots = model.backend.tiers.slots
+    for name, value in {"BURST": 1e3, "BURST_BYTES": 6 * slots.arenas[0].slab}.items():
+        monkeypatch.setattr(slots_module, name, value)
+    monkeypatch.setattr(slots, "bus", 1e12)
+    monkeypatch.setattr(slots, "_bursts", True)
+    monkeypatch.setattr(slots_module, "EVERY", 1 << 30)
+    tokens, parts, start = prompt(8, 37, VOCABULARY), [], 0
+    session, before = Session(model), slots.stats["promoted_bytes"]
+    for size in (33, 1, 1, 1, 1):
+        parts.append(session.step([(0, tokens[start : start + size])]).cpu())
+        start += size
+        if size > 1:  # who has no slot becomes hot
+            for arena in slots.arenas:
+                arena.residency.warm(1000.0 * (arena.residency.slot_of < 0))
+        model.step_done(size, 1.0)
+    assert slots.stats["promoted_bytes"] - before == slots.arenas[0].memory.numel()  # all changed
+    assert relative_error(torch.cat(parts), one_pass(wanted, tokens)) < CLOSE
+    if DEVICE == "cuda":
+        torch.cuda.synchronize()
+    slots.advance(0)
+    assert torch.equal(slots.table.cpu(), torch.from_numpy(slots.seats))
 
 
 def test_slots_that_are_not_used_leave_all_to_the_cpu_until_they_are_again(load: Loader) -> None:
