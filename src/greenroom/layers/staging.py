@@ -1,5 +1,6 @@
 """Inputs of a recorded step: memory the host writes, and its twin on the device, which the graph
-reads. One copy command brings over all of them. Knows shapes, not what they mean.
+reads. One kernel brings over all of them: a copy command would wait for experts on their way to
+slots. Knows shapes, not what they mean.
 """
 
 from collections.abc import Sequence
@@ -8,6 +9,8 @@ from typing import Any
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+
+from greenroom.kernels.grouped import carry
 
 ALIGNED = 16  # bytes: what the widest load of a kernel wants
 
@@ -31,11 +34,13 @@ class Staging:
         for part in like:
             starts.append(end)
             end += -(-part.nbytes // ALIGNED) * ALIGNED
-        pin = device.type == "cuda"
-        self._hosts = [torch.empty(end, dtype=torch.uint8, pin_memory=pin) for _ in range(2)]
-        self._device = torch.empty(end, dtype=torch.uint8, device=device)
+        self._pinned = device.type == "cuda"
+        size, kind = [end // 4], torch.int32
+        self._hosts = [torch.empty(size, dtype=kind, pin_memory=self._pinned) for _ in range(2)]
+        self._device = torch.empty(size, dtype=kind, device=device)
 
         def views(whole: Tensor) -> list[Tensor]:
+            whole = whole.view(torch.uint8)
             return [
                 whole[start : start + part.nbytes].view(part.dtype).view(part.shape)
                 for part, start in zip(like, starts, strict=True)
@@ -51,7 +56,10 @@ class Staging:
     def send(self) -> None:
         """Copies all of it. What `here` is afterwards was copied by the send before this one,
         which the device must have passed."""
-        self._device.copy_(self._hosts[0], non_blocking=True)
+        if self._pinned:
+            carry(self._hosts[0], self._device)
+        else:
+            self._device.copy_(self._hosts[0])
         self._hosts.reverse()
         self._views.reverse()
         self.here = self._views[0]
