@@ -10,8 +10,6 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from greenroom.kernels.grouped import carry
-
 ALIGNED = 16  # bytes: what the widest load of a kernel wants
 
 
@@ -57,6 +55,8 @@ class Staging:
         """Copies all of it. What `here` is afterwards was copied by the send before this one,
         which the device must have passed."""
         if self._pinned:
+            from greenroom.kernels.grouped import carry  # in RAM nothing needs Triton
+
             carry(self._hosts[0], self._device)
         else:
             self._device.copy_(self._hosts[0])
