@@ -19,8 +19,8 @@ from greenroom.experts import tiers as tiers_module
 from greenroom.experts.beside import ExpertsBeside, WaitingCourier
 from greenroom.experts.bus import Bus, LayerBus
 from greenroom.experts.cpu import CpuExperts
-from greenroom.experts.limits import BESIDE_STAGED, SHORT_STEP
-from greenroom.experts.pace import rounded, seconds_of
+from greenroom.experts.limits import BESIDE_STAGED, SHORT_STEP, rounded
+from greenroom.experts.pace import seconds_of
 from greenroom.experts.quota import Pace, quotas, rows_of
 from greenroom.experts.rendezvous import RendezvousCourier
 from greenroom.experts.share import Rates

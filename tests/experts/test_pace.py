@@ -125,7 +125,7 @@ def test_what_the_cpu_takes_of_long_steps_is_measured_beside_copies(gpu, banks) 
     seconds = time.perf_counter() - begin
     assert staging[: 3 * slab].numpy().tobytes() == cpu.block[-3:].tobytes()
     assert not staging[3 * slab :].any()
-    lent = min(pace.LENT, cpu.experts)
+    lent = min(pace.ERRAND, cpu.experts)
     assert min(rates.bus * seconds / slab, rates.reading * seconds / slab) > 1
     assert rates.operations * seconds > 2 * lent * pace.MANY * 3 * D * F
     more = rates.computing(4 * pace.MANY, slab, 3 * D * F)

@@ -72,8 +72,9 @@ class Machine(RuleBasedStateMachine):
         if known:  # the first layers' experts are the popular ones
             heat = np.random.default_rng(seed).random((len(self.banks), 6)) + 1
             heat /= np.arange(1, len(heat) + 1)[:, None]
-        rates = Share(Rates(1e9, reading, 1e18), meeting=0.0, route=0.0) if reading else None
-        self.tiers = Tiers(self.account, self.room, self.staging, heat, K, rates)
+        self.tiers = Tiers(self.account, self.room, self.staging, heat, K)
+        if reading:
+            self.tiers.share = Share(Rates(1e9, reading, 1e18), meeting=0.0, route=0.0)
         courier = Courier(self.device)
         self.layers = [ExpertsBeside(bank, courier) for bank in self.banks]
         for layer in self.layers:

@@ -17,6 +17,7 @@ from greenroom.experts.slabs import SlabLayout
 from greenroom.gguf import GGMLType
 from greenroom.kernels import grouped
 from greenroom.kernels.attention import PREFILL_ROWS, ROWS, attend
+from greenroom.kernels.carry import carry
 from greenroom.kernels.dequantise import dequantise, dequantise_group
 from greenroom.kernels.direct import direct
 from greenroom.kernels.errand import meet, send, tell
@@ -110,7 +111,7 @@ choose_guests(ints.view(2, 4), None, here)
 for table, part, guests in ((None, None, None), (ints, x, here), (None, x, copied)):
     ring(x, ints.view(2, 4), torch.zeros(2, 4), box, ints, table, table, guests)
     collect(box, 2, ints, part, part)
-grouped.carry(ints, ints)
+carry(ints, ints)
 send(x, ints, ints, x)
 tell(ints, 3)
 meet(ints, 3)

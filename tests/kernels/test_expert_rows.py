@@ -15,7 +15,7 @@ from greenroom.kernels.expert_rows import (
     scaled_rows,
     scaled_rows_twin,
 )
-from greenroom.kernels.grouped import Group, Routes, carry, product, product_twin
+from greenroom.kernels.grouped import Group, Routes, product, product_twin
 
 EXPERTS, TOKENS, K = 7, 40, 3
 FIRST, MEMBERS = 2, (5, 0, 3, 1)  # expert 0 gets no tokens
@@ -80,13 +80,6 @@ def test_a_group_of_matrices_equals_each(kind, device):
         wanted = dequantise(slab[start:], kind, torch.empty(rows, cols, device=device).half())
         assert torch.equal(both[i, 3:].view(torch.int16), wanted.view(torch.int16))
     assert (both[:, :3] == 0).all()
-
-
-def test_carry_copies(device):
-    source = torch.arange(2500, dtype=torch.int32, device=device).view(4, 625)
-    target = torch.zeros_like(source)
-    carry(source, target)
-    assert torch.equal(source, target)
 
 
 @pytest.mark.parametrize("cols", [1, 40, 700])

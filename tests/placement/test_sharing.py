@@ -2,8 +2,9 @@
 
 import pytest
 
+from greenroom.experts.limits import rounded
 from greenroom.placement.calibrate import MachineProfile
-from greenroom.placement.sharing import measured_rates, rounded
+from greenroom.placement.sharing import measured_rates
 
 FACTS = {"fingerprint": "x", "name": "a machine", "date": "today", "threads": 16, "ram": 1 << 37}
 SPEEDS = {"MXFP4": 4000.0, "Q4_K": 2000.0}

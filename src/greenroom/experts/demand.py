@@ -1,5 +1,5 @@
 """How likely a layer's experts are to be wanted in a long step, from the long steps before it.
-Texts differ, but few layers spread their routes evenly over many experts.
+Texts differ, but a layer need not spread its routes evenly over its experts.
 """
 
 import math

@@ -1,5 +1,7 @@
 """Numbers that computing experts and planning it must agree on; without torch, as planning is."""
 
+import math
+
 # Of a group of experts computed at a time, and no more than tokens; bounds scratch. Of 8192 tokens
 # four experts of gpt-oss get about 4096 rows: a little more, so that most pages are one group.
 EXPERT_ROWS = 4608
@@ -11,6 +13,14 @@ BESIDE_STAGED = STREAMED + 4 * (SHORT_STEP + 1)
 PAGES = 4  # of staging memory that can be on their way at once
 PAGE_BYTES = 56 << 20  # about a millisecond on the bus
 PAGE_EXPERTS = 16  # most of a page, as kernels compute so many at once
+STEPS = 4  # to a factor of two, of what was measured
+LEAST = 1e-7  # that is measured
+
+
+def rounded(value: float) -> float:
+    """What was measured, as the nearest power of two in quarter steps, and no less than `LEAST`:
+    another run seldom shares experts out in another way, and with it changes the text."""
+    return float(2 ** (round(STEPS * math.log2(max(LEAST, value))) / STEPS))
 
 
 def pages_of(nbytes: int, slab: int, expanded: int, experts: int) -> tuple[int, int]:

@@ -16,12 +16,12 @@ import torch
 from torch import Tensor
 
 from greenroom.experts.cpu import CpuExperts
+from greenroom.experts.limits import LEAST, rounded
 from greenroom.experts.quota import ARRIVAL, Pace
 from greenroom.experts.share import Rates
 from greenroom.kernels.experts import hits
 from greenroom.kernels.guests import Guests, fetch
 
-STEPS = 4  # to a factor of two
 BUSY = 0.02  # seconds for which the device is kept busy, at least
 MOST = 1000  # things it is given to do in that time
 COPIES = 8  # experts copied together
@@ -29,18 +29,12 @@ ROUNDS = 3
 LAYERS = 12  # computed for one token, so many at most
 READ = 4  # layers whose experts the device reads in turn
 TOGETHER = 32  # tokens of the longer measurement
-LENT = 8  # experts that the CPU computes at a time in long steps, about
+ERRAND = 8  # experts that the CPU computes at a time in long steps, about
 FEW, MANY = 16, 64  # and rows of each
 WORK = 26e9  # operations that are measured at a time: fewer experts, if they are large
 # Seconds, H100 with 16 cores, 26 November 2026: of a call by Python, as it is measured here, and of
 # the CPU for a layer's experts, however many they are.
 CALL = 30e-6
-LEAST = 1e-7  # that anything takes
-
-
-def rounded(value: float) -> float:
-    """The nearest power of two, in quarter steps, and no less than `LEAST`."""
-    return float(2 ** (round(STEPS * math.log2(max(LEAST, value))) / STEPS))
 
 
 def measure(banks: Sequence[CpuExperts], used: int, there: Tensor) -> Pace:
@@ -109,9 +103,9 @@ def measure_rates(bank: CpuExperts, there: Tensor) -> Rates:
     """
     assert bank.block is not None
     slab, weights = bank.layout.nbytes, 3 * bank.layout.d * bank.layout.f
-    lent = max(1, min(LENT, bank.experts, int(WORK / (2 * MANY * weights))))
+    lent = max(1, min(ERRAND, bank.experts, int(WORK / (2 * MANY * weights))))
     pages, source = slabs_in(there, slab), torch.from_numpy(bank.block)
-    count = min(LENT, len(pages), bank.experts)
+    count = min(ERRAND, len(pages), bank.experts)
     with _left_idle(there.device):
         copying = Busy(lambda: pages[:count].copy_(source[-count:], non_blocking=True), count)
         alone = sum(lent_seconds(bank, lent, rows) for rows in (MANY, FEW))

@@ -23,9 +23,10 @@ from greenroom.experts.resident import DirectMlp
 from greenroom.experts.ring import Page, Ring
 from greenroom.experts.share import Share
 from greenroom.experts.slabs import SlabLayout
+from greenroom.kernels.carry import carry
 from greenroom.kernels.dequantise import dequantise_group
 from greenroom.kernels.expert_rows import activated_rows, add_rows, scaled_rows
-from greenroom.kernels.grouped import BASE, GROUP, MOST, ORDER, PLACE, Group, Routes, carry, product
+from greenroom.kernels.grouped import BASE, GROUP, MOST, ORDER, PLACE, Group, Routes, product
 
 NOBODY = -1  # no layer's index
 
@@ -160,8 +161,8 @@ class LayerStream:
         absent = [e for e in wanted if e not in seats]
         waiting = [e for e in absent if e not in staged]
         lent = self._lend(waiting, len(absent), sizes)
-        answer = self._send(step, hidden, lent) if lent else None
-        queue = deque(self._pages([e for e in waiting if e not in set(lent)]))
+        answer, away = self._send(step, hidden, lent) if lent else None, set(lent)
+        queue = deque(self._pages([e for e in waiting if e not in away]))
         pages += [page for _, page in queue]
         self._fill(queue)
         plan = _Plan(self._table.numpy(), sizes, step.rows)

@@ -42,7 +42,6 @@ class Tiers:
         heat: (layers, experts), how much each expert was in demand, if that is known; of more
             layers than this device computes, it is the last that count.
         used: experts of a token; 0 if that is not known.
-        share: says what the CPU takes of long steps; None for what is measured.
         chunk: most tokens of a step; 0 if that is not known.
     """
 
@@ -53,11 +52,11 @@ class Tiers:
         staging_bytes: int = 0,
         heat: NDArray[np.floating] | None = None,
         used: int = 0,
-        share: Share | None = None,
         chunk: int = 0,
     ) -> None:
         self._account, self._heat = account, heat
-        self._used, self.share, self._chunk = used, share or Share(), chunk
+        self._used, self._chunk = used, chunk
+        self.share = Share()  # says what the CPU takes of long steps, once that was measured
         self._slot_bytes, self._staging_bytes = slot_bytes, staging_bytes
         self._layers: list[ExpertsBeside] = []
         self._places: list[int] = []  # of each, among all that were added

@@ -223,15 +223,3 @@ def rows_of(routes: Routes, group: Group, skip: int, rows: int) -> tuple[Tensor,
     device = routes.ids.device
     both = torch.tensor([owner, where], dtype=torch.int64, device=device)[:, skip : skip + rows]
     return both[0], both[1]
-
-
-@triton.jit
-def _carry(source, target, count, BLOCK: tl.constexpr):
-    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    tl.store(target + at, tl.load(source + at, mask=at < count), mask=at < count)
-
-
-def carry(source: Tensor, target: Tensor) -> None:
-    """Copies a few numbers from pinned memory by a kernel: a copy command would have to queue
-    behind the weights on their way. Both contiguous, of one type."""
-    _carry[(-(-source.numel() // 1024),)](source, target, source.numel(), BLOCK=1024)

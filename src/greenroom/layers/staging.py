@@ -55,7 +55,7 @@ class Staging:
         """Copies all of it. What `here` is afterwards was copied by the send before this one,
         which the device must have passed."""
         if self._pinned:
-            from greenroom.kernels.grouped import carry  # in RAM nothing needs Triton
+            from greenroom.kernels.carry import carry  # in RAM nothing needs Triton
 
             carry(self._hosts[0], self._device)
         else:

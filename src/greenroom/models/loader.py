@@ -154,7 +154,7 @@ def make_cuda_backend(pool: Any, options: LoadOptions, config: ModelConfig) -> B
     heat = None if options.trace is None else read_heat(options.trace, config)
     used = 0 if config.moe is None else config.moe.used
     sizes = options.slot_bytes, options.staging_bytes
-    tiers = Tiers(bench.ledger, *sizes, heat, used, chunk=options.chunk)
+    tiers = Tiers(bench.ledger, *sizes, heat, used, options.chunk)
     per = shape.heads // shape.kv_heads
     return CudaBackend(pool, bench, per, options.mmap, tiers=tiers, shelf=options.shelf)
 

@@ -2,13 +2,11 @@
 was measured of a machine; the engine measures its own when it loads a model, and rounds as much.
 """
 
-import math
 from collections.abc import Mapping
 
+from greenroom.experts.limits import rounded
 from greenroom.experts.share import Rates
 from greenroom.placement.calibrate import MachineProfile
-
-STEPS = 4  # to a factor of two
 
 
 def measured_rates(
@@ -25,14 +23,9 @@ def measured_rates(
     speeds = {name: profile.expert_batch_rate(name) for name in experts}
     if not (total and bus and dram and all(speeds.values())):
         return None
-    # At 512 tokens a step. Beside copies, with 64 tokens of each of eight experts, an H100 with 16
-    # cores had 1.06 (Q4_K, Q6_K) and 1.85 times as many (MXFP4), 26 November 2026.
+    # At 512 tokens a step. Engines on H100 hosts measured 1.06 (Q4_K, Q6_K) and 1.85 times as many
+    # (MXFP4) as the profile of another, 26 November 2026.
     operations = total / sum(size / speeds[name] for name, size in experts.items())
     reading = max(dram - bus, dram / 4)  # the copies read the same memory
     part = threads / profile.threads
     return Rates(*(1e9 * rounded(rate) for rate in (bus, reading * part, operations * part)))
-
-
-def rounded(rate: float) -> float:
-    """The nearest power of two, in quarter steps."""
-    return float(2 ** (round(STEPS * math.log2(rate)) / STEPS))
