@@ -137,13 +137,14 @@ def sweep(path: Path, vram: str, args: argparse.Namespace) -> list[dict[str, Any
         model: Any = llm.engine.model
         share = model.backend.tiers.share
         own, base = share.rates, share.rates or Rates(50e9, 60e9, 1.0)
-        share.least = 0.0  # so that rates tell how many the CPU gets
+        least = share.least
         print(f"{vram}: steps of {chunk} tokens, {own}, lent {share.lent}", flush=True)
         for length in args.prompts:
             for rate in args.operations:
                 share.rates = own if rate == "own" else replace(base, operations=1e12 * float(rate))
                 if rate == "0":
                     share.rates = replace(base, reading=1.0, operations=1.0)
+                share.least = least if rate == "own" else 0.0  # rates tell how many the CPU gets
                 seconds_of(llm, length, 99)  # compiles what this length needs
                 seconds = median(seconds_of(llm, length, seed) for seed in range(args.rounds))
                 parts = layer_times(llm, length)

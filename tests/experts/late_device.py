@@ -157,10 +157,13 @@ def torch_of(device: Device) -> Any:
         yield
         device.current = before
 
+    def set_stream(chosen: Stream) -> None:
+        device.current = chosen
+
     cuda = SimpleNamespace(
         Event=lambda: Event(device), Stream=lambda *_: Stream(device), stream=stream,
-        current_stream=lambda: device.current, synchronize=device.synchronize,
-        empty_cache=lambda: device.freed(),
+        set_stream=set_stream, current_stream=lambda: device.current,
+        synchronize=device.synchronize, empty_cache=lambda: device.freed(),
     )  # fmt: skip
     names = {name: lazy(getattr(torch, name)) for name in ("empty", "zeros", "from_numpy")}
 

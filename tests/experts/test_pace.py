@@ -127,9 +127,10 @@ def test_what_the_cpu_takes_of_long_steps_is_measured_beside_copies(gpu, banks) 
     assert not staging[3 * slab :].any()
     lent = min(pace.ERRAND, cpu.experts)
     assert min(rates.bus * seconds / slab, rates.reading * seconds / slab) > 1
-    assert rates.operations * seconds > 2 * lent * pace.MANY * 3 * D * F
-    more = rates.computing(4 * pace.MANY, slab, 3 * D * F)
-    assert more == pytest.approx(4 * pace.MANY * 6 * D * F / rates.operations)
+    assert rates.operations * seconds > 2 * lent * (pace.MANY - pace.FEW) * 3 * D * F
+    few, many = (rates.computing(rows, slab, 3 * D * F) for rows in (pace.FEW, pace.MANY))
+    assert few == slab / rates.reading
+    assert many - few == pytest.approx((pace.MANY - pace.FEW) * 6 * D * F / rates.operations)
 
 
 def test_rates_of_failed_copies_are_not_believed(gpu, banks, monkeypatch) -> None:

@@ -66,14 +66,17 @@ class Errands:
             NativeError: the errand before has failed.
         """
         self.settle()
-        cpu, sizes = self._layers[layer], np.diff(starts)[lent]
+        cpu, bounds = self._layers[layer], starts.tolist()
         nbytes = sum(cpu.slab(expert).nbytes for expert in lent)  # packs what is not yet
-        rows = int(sizes.sum())
+        rows = sum(bounds[expert + 1] - bounds[expert] for expert in lent)
         if rows > self._room:
             self._reserve(max(LEAST_ROWS, rows + rows // 2), hidden.shape[1])
-        self._ids[0, :rows, 0] = np.repeat(np.asarray(lent, np.int32), sizes)
-        lines = [np.arange(starts[e], starts[e + 1], dtype=np.int32) for e in lent]
-        self._lines[:rows] = np.concatenate(lines)
+        end = 0
+        for expert in lent:
+            first, last = bounds[expert], bounds[expert + 1]
+            begin, end = end, end + last - first
+            self._ids[0, begin:end, 0] = expert
+            self._lines[begin:end] = np.arange(first, last)
         self._number = self._number % LAST + 1
         self._under_way = _Errand(layer, rows, nbytes, self._spent(layer))
         try:

@@ -18,7 +18,7 @@ from torch import Tensor
 from greenroom.experts.cpu import CpuExperts
 from greenroom.experts.limits import LEAST, rounded
 from greenroom.experts.quota import ARRIVAL, Pace
-from greenroom.experts.share import Rates
+from greenroom.experts.share import FEW, Rates
 from greenroom.kernels.experts import hits
 from greenroom.kernels.guests import Guests, fetch
 
@@ -30,7 +30,7 @@ LAYERS = 12  # computed for one token, so many at most
 READ = 4  # layers whose experts the device reads in turn
 TOGETHER = 32  # tokens of the longer measurement
 ERRAND = 8  # experts that the CPU computes at a time in long steps, about
-FEW, MANY = 16, 64  # and rows of each
+MANY = 64  # and rows of each, or `FEW`
 WORK = 26e9  # operations that are measured at a time: fewer experts, if they are large
 # Seconds, H100 with 16 cores, 26 November 2026: of a call by Python, as it is measured here, and of
 # the CPU for a layer's experts, however many they are.
@@ -118,7 +118,7 @@ def measure_rates(bank: CpuExperts, there: Tensor) -> Rates:
     return Rates(
         bus=rounded(slab / copy),
         reading=rounded(lent * slab / few),
-        operations=rounded(2 * lent * MANY * weights / many),
+        operations=rounded(2 * lent * (MANY - FEW) * weights / max(many - few, LEAST)),
     )
 
 

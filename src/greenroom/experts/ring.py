@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from greenroom.experts.cpu import CpuExperts
+from greenroom.experts.pinned import driver_upload
 
 
 @dataclass(slots=True)
@@ -44,10 +45,12 @@ class Ring:
         self.cuda = memory.is_cuda
         self.slabs = slabs
         self.banks: list[CpuExperts] = []  # of each layer
-        self._blocks: dict[int, Tensor] = {}  # the same where slabs lie in one piece, as tensors
+        self._addresses: dict[int, tuple[int, int]] = {}  # of a layer's slabs, bytes of one
+        self._upload = driver_upload() if memory.device.type == "cuda" else None
         event: Any = torch.cuda.Event if self.cuda else lambda: None
         stream: Any = torch.cuda.Stream
         self._stream: Any = stream(memory.device) if self.cuda else None
+        self._steps: Any = torch.cuda.current_stream() if self.cuda else None  # that computes
         self._free = deque(Page(row, event(), event()) for row in memory)
         self.staged: deque[Page] = deque()
         self.copied_bytes = 0
@@ -56,37 +59,60 @@ class Ring:
     def room(self) -> bool:
         return bool(self._free)
 
-    def wait(self) -> None:
-        """Copies from now on wait for what the device was given before: short steps use the pages
-        as they like."""
+    def begin(self) -> None:
+        """A step begins on the current stream. Copies from now on wait for what the device was
+        given before: short steps use the pages as they like."""
         if self.cuda:
-            self._stream.wait_stream(torch.cuda.current_stream())
+            self._steps = torch.cuda.current_stream()  # asked once, as that costs 15 us
+            self._stream.wait_stream(self._steps)
 
     def fetch(self, layer: int, experts: tuple[int, ...]) -> None:
         """Begins the copies of a page's experts; there must be room."""
         page = self._free.popleft()
         page.layer, page.experts = layer, experts
-        end = 0
         if self.cuda:
             self._stream.wait_event(page.used)
+        if self._upload is not None and self.banks[layer].block is not None:
+            self.copied_bytes += self._send(page)
+        else:
+            self.copied_bytes += self._copy(page)
+        if self.cuda:
+            page.ready.record(self._stream)
+        self.staged.append(page)
+
+    def _send(self, page: Page) -> int:
+        """Copies by the driver; returns the bytes."""
+        assert self._upload is not None
+        if page.layer not in self._addresses:
+            block = self.banks[page.layer].block
+            assert block is not None
+            self._addresses[page.layer] = block.ctypes.data, block.shape[1]
+        here, slab = self._addresses[page.layer]
+        there, stream, end = page.data.data_ptr(), self._stream.cuda_stream, 0
+        for first, count in _runs(page.experts):
+            self._upload(there + end, here + first * slab, count * slab, stream)
+            end += count * slab
+        return end
+
+    def _copy(self, page: Page) -> int:
+        """The same by PyTorch."""
+        bank, end = self.banks[page.layer], 0
         with torch.cuda.stream(self._stream) if self.cuda else nullcontext():
-            for source in self._sources(layer, experts):
+            for expert in page.experts:
+                source = torch.from_numpy(bank.slab(expert))
                 start, end = end, end + source.numel()
                 page.data[start:end].copy_(source, non_blocking=True)
-            if self.cuda:
-                page.ready.record(self._stream)
-        self.staged.append(page)
-        self.copied_bytes += end
+        return end
 
     def take(self, page: Page) -> None:
         """Makes what is computed from now on wait for the page's copies."""
         if self.cuda:
-            page.ready.wait()
+            page.ready.wait(self._steps)
 
     def give_back(self, page: Page) -> None:
         """The page's readers have all been given to the device."""
         if self.cuda:
-            page.used.record()
+            page.used.record(self._steps)
         self._free.append(page)
 
     def drop(self, layer: int) -> list[Page]:
@@ -101,14 +127,8 @@ class Ring:
         self.staged = kept
         return list(kept)
 
-    def _sources(self, layer: int, experts: tuple[int, ...]) -> list[Tensor]:
-        """The experts' bytes in as few pieces as they lie in."""
-        bank = self.banks[layer]
-        if bank.block is None:
-            return [torch.from_numpy(bank.slab(expert)) for expert in experts]
-        if layer not in self._blocks:
-            self._blocks[layer] = torch.from_numpy(bank.block)
-        block = self._blocks[layer]
-        cuts = [i + 1 for i, (a, b) in enumerate(pairwise(experts)) if b != a + 1]
-        runs = pairwise([0, *cuts, len(experts)])
-        return [block[experts[i] : experts[j - 1] + 1].view(-1) for i, j in runs]
+
+def _runs(experts: tuple[int, ...]) -> list[tuple[int, int]]:
+    """First and number of those that follow each other."""
+    cuts = [i + 1 for i, (a, b) in enumerate(pairwise(experts)) if b != a + 1]
+    return [(experts[i], j - i) for i, j in pairwise([0, *cuts, len(experts)])]

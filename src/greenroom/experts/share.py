@@ -17,6 +17,9 @@ LEAST = 1 / 16  # of the absent experts; fewer are not worth that
 # products of gpt-oss-20b 0.3 ms at 512 tokens and 0.9 at 2,048.
 MEETING = 0.8e-3
 MEETING_ROUTE = 0.1e-6  # more for each route
+FEW = (
+    16  # tokens of an expert that cost the CPU no more than one: its weights are read and expanded
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,8 +28,8 @@ class Rates:
 
     Attributes:
         bus: bytes copied to the device.
-        reading: bytes of experts with few tokens that the CPU gets through meanwhile.
-        operations: of experts with many tokens on the CPU, two for each multiplication.
+        reading: bytes of experts with `FEW` tokens that the CPU gets through meanwhile.
+        operations: of the tokens beyond those, two for each multiplication.
     """
 
     bus: float
@@ -39,7 +42,8 @@ class Rates:
 
     def computing(self, tokens: float, nbytes: int, weights: int) -> float:
         """Seconds of the CPU for an expert, told its bytes and weights."""
-        return max(nbytes / self.reading, 2 * tokens * weights / self.operations)
+        more = max(0.0, tokens - FEW)
+        return nbytes / self.reading + 2 * more * weights / self.operations
 
 
 @dataclass(slots=True)

@@ -127,20 +127,19 @@ class LayerStream:
         hidden = hidden.contiguous()
         rows = min(EXPERT_ROWS, max(tokens, self._desk.chunk))
         step = Step(routes, *scaled_rows(hidden), torch.zeros_like(hidden), rows)
+        self._desk.errands.settle()  # routes need its answer; a wait here leaves the processor free
         if self._counted is not None:
             self._counted.synchronize()
         sizes = np.diff(self._starts.numpy()).tolist()
-        seats = {} if self.resident is None else self.resident.places()
+        self._serve(step, sizes, hidden)
         if self.resident is not None:
             self.resident.count(sizes)
-        self._demand.count(sizes)
-        self._serve(step, sizes, seats, hidden)
         return step.out
 
     def begin(self, tokens: int) -> None:
         """A step of so many tokens begins, and this is its first layer: pages of what it is likely
         to want set off before routes are known."""
-        self.ring.wait()
+        self.ring.begin()
         if self._after is None or self.ring.drop(self._index):
             return
         routes = tokens * self._desk.used
@@ -153,8 +152,10 @@ class LayerStream:
         self._desk.errands.abandon()
         self.ring.drop(NOBODY)
 
-    def _serve(self, step: Step, sizes: list[int], seats: dict[int, int], hidden: Tensor) -> None:
-        """Decides who computes which experts, and has them computed."""
+    def _serve(self, step: Step, sizes: list[int], hidden: Tensor) -> None:
+        """Decides who computes which experts, and has them computed. The CPU waits until it is
+        told, so that comes first."""
+        seats = {} if self.resident is None else self.resident.places()
         wanted = [e for e in range(self.cpu.experts) if sizes[e]]
         pages = [page.experts for page in self.ring.drop(self._index)]
         staged = {e for page in pages for e in page}
@@ -180,6 +181,7 @@ class LayerStream:
         for group in held:
             assert self.resident is not None
             self._rows(step, group, self.resident.memory)
+        self._demand.count(sizes)
         queue.extend(self._next(sum(sizes), len(lent)))
         for groups in kept:
             self._compute(step, groups)

@@ -8,16 +8,17 @@ is split over several programs and merged. Knows block tables, not who filled th
 from itertools import pairwise
 
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
+
+from greenroom.kernels.launch import kernel, power_of_two
 
 ROWS = 16  # query rows of a decode tile: the least a tensor-core product takes
 PREFILL_ROWS = 64
 COLUMNS = 64  # keys read at a time
 
 
-@triton.jit
+@kernel
 def _attend(
     q,
     k,
@@ -131,7 +132,7 @@ def _attend(
     )
 
 
-@triton.jit
+@kernel
 def _merge(
     parts,
     peaks,
@@ -222,13 +223,13 @@ def attend(
     if splits > 1:
         parts = torch.empty(splits, tokens, heads, value, device=q.device, dtype=torch.float32)
         stats = torch.empty(2, splits, tokens, heads, device=q.device, dtype=torch.float32)
-    value_pad = max(16, triton.next_power_of_2(value))
+    value_pad = max(16, power_of_two(value))
     shape = {"HEADS": heads, "VALUE": value, "VALUE_PAD": value_pad, "SPLITS": splits}
     _attend[(tile_sequences.shape[0], kv_heads, splits)](
         q, k_cache, v_cache, parts, stats[0], stats[-1], q if sinks is None else sinks,
         tables, query_starts, contexts, tile_sequences, tile_firsts, scale, q.stride(0),
         tables.stride(0), tokens, KV_HEADS=kv_heads, KEY=key,
-        KEY_PAD=max(16, triton.next_power_of_2(key)), BLOCK=block, WINDOW=window or 0,
+        KEY_PAD=max(16, power_of_two(key)), BLOCK=block, WINDOW=window or 0,
         SINKS=sinks is not None, ROWS=rows, COLS=COLUMNS, **shape,
     )  # fmt: skip
     if splits > 1:

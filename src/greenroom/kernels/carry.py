@@ -2,14 +2,15 @@
 queue behind the weights on their way.
 """
 
-import triton
 import triton.language as tl
 from torch import Tensor
+
+from greenroom.kernels.launch import kernel
 
 BLOCK = 1024
 
 
-@triton.jit
+@kernel
 def _carry(source, target, count, BLOCK: tl.constexpr):
     at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     tl.store(target + at, tl.load(source + at, mask=at < count), mask=at < count)

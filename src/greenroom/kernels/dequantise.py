@@ -3,11 +3,11 @@ or the same matrix of a group of experts. The scratch it fills is multiplied aft
 lie as docs/slab-layout.md says.
 """
 
-import triton
 import triton.language as tl
 from torch import Tensor
 
 from greenroom.kernels.grouped import Group, Routes
+from greenroom.kernels.launch import kernel
 from greenroom.kernels.lines import Walk
 from greenroom.kernels.matvec import iq4_table
 from greenroom.kernels.packed import factors
@@ -15,7 +15,7 @@ from greenroom.kernels.packed import factors
 LINES = 32  # lines of 16 words per program
 
 
-@triton.jit(do_not_specialize=["first"])
+@kernel(loose=["first"])
 def _dequantise(
     packed,
     out,

@@ -11,6 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from greenroom.kernels.grouped import Group, Routes, members, pick, room_for, wide
+from greenroom.kernels.launch import kernel
 from greenroom.kernels.lines import Walk
 from greenroom.kernels.matvec import iq4_table
 from greenroom.kernels.packed import factors
@@ -73,7 +74,7 @@ def _numbers(word, words, first, inner, row, iq4, C: tl.constexpr):
     return number
 
 
-@triton.jit(do_not_specialize=["first", "count", "skip", "rows"])
+@kernel(loose=["first", "count", "skip", "rows"])
 def _direct(
     a, memory, slab_bytes, out, out_stride, iq4, tokens, starts, table, experts, first, count,
     skip, rows, n, cols, group_bytes, payload_bytes, C: tl.constexpr, GATHER: tl.constexpr,

@@ -3,17 +3,16 @@ so, and what comes later on the stream waits for the bell that answers. Bells ar
 `kernels/rendezvous.py`, one errand's number after the other.
 """
 
-import triton
 import triton.language as tl
 from torch import Tensor
 
-from greenroom.kernels.planes import INTERPRETED
+from greenroom.kernels.launch import INTERPRETED, kernel
 from greenroom.kernels.rendezvous import LIMIT_MS, POLLING, WARPS, answered, write_bell
 
 COLUMNS = 1024  # of a row that a program copies
 
 
-@triton.jit
+@kernel
 def _send(hidden, tokens, sources, there, d, BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     token = tl.load(tokens + tl.load(sources + row)).to(tl.int64)
@@ -22,12 +21,12 @@ def _send(hidden, tokens, sources, there, d, BLOCK: tl.constexpr):
     tl.store(there + row * d + column, value, mask=column < d)
 
 
-@triton.jit(do_not_specialize=["number"])
+@kernel(loose=["number"])
 def _tell(bell, number, ASM: tl.constexpr):
     write_bell(bell, number, ASM)
 
 
-@triton.jit(do_not_specialize=["number", "limit"])
+@kernel(loose=["number", "limit"])
 def _meet(bell, number, limit, POLLING: tl.constexpr, THREADS: tl.constexpr, ASM: tl.constexpr):
     answered(bell, number, tl.cast(limit, tl.int64) * 1000000, POLLING, THREADS, ASM)
 

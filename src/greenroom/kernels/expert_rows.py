@@ -19,6 +19,7 @@ from greenroom.kernels.grouped import (
     room_for,
     rows_of,
 )
+from greenroom.kernels.launch import kernel, power_of_two
 
 RANGE = 8  # the largest number of a row comes to lie from 2^8 to 2^9
 COLUMNS = 1024  # of a sum that a program adds
@@ -31,7 +32,7 @@ def _power(values):  # of two, such that the largest of values / power is from 2
     return tl.where(power < 1e-30, 1.0, power * 0.00390625)
 
 
-@triton.jit
+@kernel
 def _scaled(x, out, scales, cols, BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, BLOCK)
@@ -41,7 +42,7 @@ def _scaled(x, out, scales, cols, BLOCK: tl.constexpr):
     tl.store(scales + row, power)
 
 
-@triton.jit(do_not_specialize=["first", "count", "skip", "rows"])
+@kernel(loose=["first", "count", "skip", "rows"])
 def _activated(
     both, memory, slab_bytes, gate_bias, up_bias, row_scales, tokens, starts, table, experts,
     first, count, skip, rows, out, scales, f,
@@ -67,7 +68,7 @@ def _activated(
     tl.store(scales + row, power)
 
 
-@triton.jit(do_not_specialize=["number", "skip", "rows"])
+@kernel(loose=["number", "skip", "rows"])
 def _add(
     out, y, scales, memory, slab_bytes, bias, ids, weights, places, starts, table, experts,
     number, skip, rows, d,
@@ -110,7 +111,7 @@ def scaled_rows(x: Tensor) -> tuple[Tensor, Tensor]:
     rows, cols = x.shape
     out = torch.empty(rows, cols, dtype=torch.float16, device=x.device)
     scales = torch.empty(rows, device=x.device)
-    block = triton.next_power_of_2(cols)
+    block = power_of_two(cols)
     _scaled[(rows,)](x, out, scales, cols, BLOCK=block, num_warps=_warps(block))
     return out, scales
 
@@ -149,7 +150,7 @@ def activated_rows(
     rows, f = both.shape[0], both.shape[1] // 2
     out = torch.empty(rows, f, dtype=torch.float16, device=both.device)
     scales = torch.empty(rows, device=both.device)
-    block = triton.next_power_of_2(f)
+    block = power_of_two(f)
     gate_bias, up_bias = biases or (0, 0)
     _activated[(rows,)](
         both, slabs, slabs.shape[1], gate_bias, up_bias, row_scales, routes.tokens, routes.starts,

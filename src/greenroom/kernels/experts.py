@@ -14,10 +14,10 @@ import triton.language as tl
 from torch import Tensor
 
 from greenroom.kernels.guests import Guests
+from greenroom.kernels.launch import INTERPRETED, kernel
 from greenroom.kernels.lines import Walk, line_products
 from greenroom.kernels.matvec import iq4_table
 from greenroom.kernels.planes import (
-    INTERPRETED,
     PERMUTED,
     PLANES,
     group_dots,
@@ -109,7 +109,7 @@ def _slab(memory, table, guests, places, expert, slab_bytes, GUESTS: tl.constexp
     return memory + tl.maximum(slot, 0).to(tl.int64) * slab_bytes, (expert >= 0) & (slot >= 0)
 
 
-@triton.jit
+@kernel
 def _gate_up(
     memory, table, guests, places, ids, seen, x, words, units, inner, inner_words, inner_units,
     iq4, slab_bytes, d, f, up_at, gate_bias, up_bias, g_group, g_payload, g_lines, u_group,
@@ -155,7 +155,7 @@ def _gate_up(
         )  # fmt: skip
 
 
-@triton.jit
+@kernel
 def _down(
     memory, table, guests, places, ids, inner, words, units, out, iq4, slab_bytes, d, f, down_at,
     bias_at, group_bytes, payload_bytes, lines, C: tl.constexpr, ORDER: tl.constexpr,
@@ -181,7 +181,7 @@ def _down(
     tl.store(out + route * d + row, y, mask=row < d)
 
 
-@triton.jit
+@kernel
 def _reduce(
     table, places, ids, weights, parts, out, d, K: tl.constexpr, GUESTS: tl.constexpr,
     BLOCK: tl.constexpr,

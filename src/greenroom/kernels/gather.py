@@ -7,6 +7,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from greenroom.kernels.launch import kernel
+
 BLOCK = 512  # columns of a program
 F32: tl.constexpr = tl.constexpr(0)
 F16: tl.constexpr = tl.constexpr(1)
@@ -78,7 +80,7 @@ def _sixth(line, column, live):
     return _half(block + 208, live) * scale.to(tl.float32) * code.to(tl.float32)
 
 
-@triton.jit
+@kernel
 def _gather(table, ids, chosen, out, rows, width, row_bytes, KIND: tl.constexpr,
             BLOCK: tl.constexpr):  # fmt: skip
     row = tl.program_id(0)

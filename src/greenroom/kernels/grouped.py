@@ -15,6 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from greenroom.kernels.launch import kernel, power_of_two
 from greenroom.kernels.sorting import by_expert
 
 ORDER, BASE, PLACE, GROUP = range(4)  # lines of `Routes.table`
@@ -96,7 +97,7 @@ class Group:
 def room_for(count: int, experts: int) -> int:
     """PAD of `members` for a group of `count` of a layer's experts: one of two, as each is
     compiled by itself, which takes seconds."""
-    return MOST if count <= MOST else triton.next_power_of_2(experts)
+    return MOST if count <= MOST else power_of_two(experts)
 
 
 @triton.jit
@@ -121,7 +122,7 @@ def pick(values, chosen):
     return tl.sum(tl.where(chosen, values, 0), 0)
 
 
-@triton.jit(do_not_specialize=["first", "count", "skip", "rows"])
+@kernel(loose=["first", "count", "skip", "rows"])
 def _product(
     a, b, out, tokens, starts, table, experts, first, count, skip, rows, n, cols,
     GATHER: tl.constexpr, EVEN: tl.constexpr, PAD: tl.constexpr,

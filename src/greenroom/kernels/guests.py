@@ -10,6 +10,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from greenroom.kernels.launch import kernel, power_of_two
+
 BLOCK = 1024  # words copied at a time
 PARTS = 32  # programs that copy a slab: few keep the bus busy
 ROUTES_AT_ONCE = 16
@@ -107,7 +109,7 @@ def _invite_many(
     return tl.where(there >= 0, -1, expert)
 
 
-@triton.jit
+@kernel
 def _pick(
     ids, table, quota, places, out, routes, experts, TABLE: tl.constexpr, FETCHED: tl.constexpr,
     ROUTES: tl.constexpr, NAMES: tl.constexpr, STEP: tl.constexpr, SINGLE: tl.constexpr,
@@ -135,7 +137,7 @@ def choose_guests(ids: Tensor, table: Tensor | None, guests: Guests) -> Tensor:
     _pick[(1,)](
         ids, ids if table is None else table, guests.quota, guests.places, out, ids.numel(),
         experts, TABLE=table is not None, FETCHED=guests.fetched,
-        ROUTES=triton.next_power_of_2(ids.numel()), NAMES=triton.next_power_of_2(experts),
+        ROUTES=power_of_two(ids.numel()), NAMES=power_of_two(experts),
         STEP=ROUTES_AT_ONCE, SINGLE=guests.tokens == 1,
     )  # fmt: skip
     return out
@@ -160,7 +162,7 @@ def choose_guests_twin(ids: Tensor, table: Tensor | None, guests: Guests) -> Ten
     return torch.where(there, -1, missing)
 
 
-@triton.jit
+@kernel
 def _fetch(source, memory, places, words, part, BLOCK: tl.constexpr):
     expert = tl.program_id(0)
     place = tl.load(places + expert)

@@ -5,14 +5,15 @@ reads it.
 """
 
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
+
+from greenroom.kernels.launch import kernel
 
 BLOCK = 1024
 
 
-@triton.jit
+@kernel
 def _publish(
     hidden,
     ids,

@@ -4,6 +4,7 @@ that loads are as wide as the machine has them. Knows formats; not what is compu
 """
 
 from dataclasses import dataclass
+from functools import cache
 
 import triton
 import triton.language as tl
@@ -31,6 +32,7 @@ class Walk:
     lines: int
 
     @staticmethod
+    @cache
     def of(kind: int, cols: int) -> "Walk":
         """The walk over rows of `cols` columns of ggml type `kind`."""
         blocks = -(-cols // 32)

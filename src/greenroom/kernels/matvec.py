@@ -12,10 +12,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from greenroom.kernels.launch import INTERPRETED, kernel
 from greenroom.kernels.lines import Walk, rows_product
 from greenroom.kernels.packed import IQ4_VALUES
 from greenroom.kernels.planes import (
-    INTERPRETED,
     PLANES,
     group_dots,
     group_dots_of_four,
@@ -32,7 +32,7 @@ MORE, MORE_WARPS = 32, 4  # and for more
 GROUPS, GROUPS_WARPS = 128, 8  # in planes: groups of sixteen columns, of any matrix
 
 
-@triton.jit
+@kernel
 def _walk(
     packed, x, bias, out, iq4, rows, cols, group_bytes, payload_bytes, lines, C: tl.constexpr,
     BIAS: tl.constexpr, LINES: tl.constexpr,
@@ -47,7 +47,7 @@ def _walk(
     tl.store(out + token * rows + row, y, mask=row < rows)
 
 
-@triton.jit
+@kernel
 def _dots(
     packed, words, units, bias, out, rows, cols, group_bytes, payload_bytes, C: tl.constexpr,
     PLANES: tl.constexpr, ASM: tl.constexpr, BIAS: tl.constexpr, GROUPS: tl.constexpr,
@@ -79,7 +79,7 @@ def _store(acc, bias, out, token, tokens, rows, BIAS: tl.constexpr):
     tl.store(out + token * rows + row, y, mask=row < tl.where(token < tokens, rows, 0))
 
 
-@triton.jit
+@kernel
 def _four(
     packed, words, units, bias, out, tokens, rows, cols, group_bytes, payload_bytes,
     C: tl.constexpr, PLANES: tl.constexpr, ASM: tl.constexpr, BIAS: tl.constexpr,

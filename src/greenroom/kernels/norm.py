@@ -5,17 +5,17 @@ they are made here. Knows nothing of what the rows are.
 """
 
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
 
+from greenroom.kernels.launch import kernel, power_of_two
 from greenroom.kernels.planes import PLANES, columns_of, room, store_planes
 
 LEAST = 128  # columns of a program: with 32, Triton 3.6 added up permuted ones wrongly on an H100
 PER_WARP = 256  # columns: little to do one after another, since a row has one program
 
 
-@triton.jit
+@kernel
 def _norm(
     x, residual, weight, bias, out, words, units, width, eps, RESIDUAL: tl.constexpr,
     CENTRED: tl.constexpr, ORDER: tl.constexpr, PLANES: tl.constexpr, BLOCK: tl.constexpr,
@@ -69,7 +69,7 @@ def norm(
     rows = x.numel() // width
     out = torch.empty_like(x, dtype=torch.float32)
     planes = room(rows, width, x.device) if kind else None
-    block = max(LEAST, triton.next_power_of_2(width))
+    block = max(LEAST, power_of_two(width))
     _norm[(rows,)](
         x, x if residual is None else residual, weight, weight if bias is None else bias, out,
         *(planes or (out, out)), width, eps, RESIDUAL=residual is not None,

@@ -15,12 +15,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from greenroom.kernels.launch import kernel
 from greenroom.kernels.packed import E2M1, IQ4, factors
 
 PLANES = 3
 PER_UNIT = 16  # columns
 COLUMNS = 1024  # of a program
-INTERPRETED = triton.knobs.runtime.interpret
 NATURAL, PERMUTED = 1, 2  # orders of columns; 0: activations stay float32
 
 
@@ -132,7 +132,7 @@ def store_planes(value, words, units, first, stride, inside, PLANES: tl.constexp
     tl.store(units + group * 2 + 1, tl.sum(groups, 1), mask=group < inside // 4)
 
 
-@triton.jit
+@kernel
 def _split(x, words, units, cols, ORDER: tl.constexpr, PLANES: tl.constexpr, BLOCK: tl.constexpr):
     token = tl.program_id(0).to(tl.int64)
     first = tl.program_id(1) * BLOCK // 4

@@ -17,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from greenroom.kernels.guests import ROUTES_AT_ONCE, Guests, absent, choose_guests_twin, invite
-from greenroom.kernels.planes import INTERPRETED
+from greenroom.kernels.launch import INTERPRETED, kernel, power_of_two
 
 STATE_WORDS = 3  # on the device: the step's number, routes sent in this layer, step given up
 FLAG: tl.constexpr = tl.constexpr(-(2**31))  # of a bell: "nothing for you", or "step failed"
@@ -112,7 +112,7 @@ def _now(ASM: tl.constexpr):
     return now
 
 
-@triton.jit
+@kernel
 def _ring(
     hidden, ids, weights, table, quota, places, to_hidden, to_ids, to_weights, bell, state, source,
     values, routes, experts, TABLE: tl.constexpr, GUESTS: tl.constexpr, FETCHED: tl.constexpr,
@@ -169,7 +169,7 @@ def answered(bell, step, most, POLLING: tl.constexpr, THREADS: tl.constexpr, ASM
     return said
 
 
-@triton.jit
+@kernel
 def _collect(
     result, hits, shared, out, bell, state, values, limit, WAIT: tl.constexpr,
     HITS: tl.constexpr, SHARED: tl.constexpr, BLOCK: tl.constexpr, POLLING: tl.constexpr,
@@ -247,7 +247,7 @@ def ring(
         box.weights, box.ring, state, state if source is None else source, hidden.numel(), routes,
         experts, TABLE=table is not None, GUESTS=guests is not None,
         FETCHED=guests is not None and guests.fetched, FIRST=source is not None,
-        ROUTES=triton.next_power_of_2(routes), NAMES=triton.next_power_of_2(experts),
+        ROUTES=power_of_two(routes), NAMES=power_of_two(experts),
         STEP=ROUTES_AT_ONCE, SINGLE=len(hidden) == 1, BLOCK=COPIED, THREADS=32 * WARPS,
         ASM=not INTERPRETED, num_warps=WARPS,
     )  # fmt: skip

@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from greenroom.kernels.launch import kernel, power_of_two
 from greenroom.kernels.norm import norm_twin
 
 
@@ -65,7 +66,7 @@ def _head(
         tl.store(target + dim, value, mask=rest)
 
 
-@triton.jit
+@kernel
 def _enter(
     q, k, v, slots, k_cache, v_cache, positions, frequencies, magnitude, q_weight, k_weight, eps,
     q_stride, k_stride, v_stride, KV_HEADS: tl.constexpr, KEY: tl.constexpr, VALUE: tl.constexpr,
@@ -132,8 +133,8 @@ def enter(
         q, k, v, slots, k_cache, v_cache, positions, q if frequencies is None else frequencies,
         float(magnitude), q_weight, k_weight, float(eps), q.stride(0), k.stride(0), v.stride(0),
         KV_HEADS=heads, KEY=key,
-        VALUE=value, KEY_PAD=triton.next_power_of_2(key), VALUE_PAD=triton.next_power_of_2(value),
-        BLOCK=k_cache.shape[2], HALF=half, HALF_PAD=triton.next_power_of_2(max(half, 1)),
+        VALUE=value, KEY_PAD=power_of_two(key), VALUE_PAD=power_of_two(value),
+        BLOCK=k_cache.shape[2], HALF=half, HALF_PAD=power_of_two(max(half, 1)),
         NEOX=neox, NORMED=norms is not None, num_warps=1,
     )  # fmt: skip
 

@@ -5,16 +5,17 @@ to the lower expert, as on the CPU. Knows nothing of where experts live.
 """
 
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
+
+from greenroom.kernels.launch import kernel, power_of_two
 
 WIDE = 4096  # most columns a program of `_logits` reads at once
 
 RULES = {"softmax": 0, "softmax_selected": 1, "sparse_mixer": 2}
 
 
-@triton.jit
+@kernel
 def _logits(
     x,
     weight,
@@ -39,7 +40,7 @@ def _logits(
     tl.store(out + token * experts + expert, logit)
 
 
-@triton.jit
+@kernel
 def _choose(
     logits,
     ids,
@@ -99,7 +100,7 @@ def logits(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     out = torch.empty(tokens, experts, device=x.device)
     _logits[(tokens, experts)](
         x, weight, weight if bias is None else bias, out, width, experts,
-        BIASED=bias is not None, BLOCK=min(WIDE, triton.next_power_of_2(width)), num_warps=8,
+        BIASED=bias is not None, BLOCK=min(WIDE, power_of_two(width)), num_warps=8,
     )  # fmt: skip
     return out
 
@@ -130,7 +131,7 @@ def choose(
     weights = torch.empty(tokens, k, device=values.device)
     _choose[(tokens,)](
         values, ids, weights, experts, float(scale), 2.0 * jitter,
-        RULE=RULES[gating], RENORMALISE=renormalise, K=k, K_PAD=triton.next_power_of_2(k),
-        BLOCK=triton.next_power_of_2(experts), num_warps=1 if experts <= 128 else 4,
+        RULE=RULES[gating], RENORMALISE=renormalise, K=k, K_PAD=power_of_two(k),
+        BLOCK=power_of_two(experts), num_warps=1 if experts <= 128 else 4,
     )  # fmt: skip
     return ids, weights

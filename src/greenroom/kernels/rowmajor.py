@@ -5,15 +5,16 @@ activations as a library product of 16-bit operands would.
 """
 
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
+
+from greenroom.kernels.launch import kernel, power_of_two
 
 ROWS = 4  # rows per program
 COLUMNS = 512  # columns read at a time
 
 
-@triton.jit
+@kernel
 def _rowmajor(
     weight,
     x,
@@ -67,10 +68,10 @@ def rowmajor(weight: Tensor, x: Tensor, bias: Tensor | None = None) -> Tensor:
     rows, cols = weight.shape
     tokens = x.shape[0]
     out = torch.empty(tokens, rows, device=x.device, dtype=torch.float32)
-    per_program = min(4, triton.next_power_of_2(tokens))
+    per_program = min(4, power_of_two(tokens))
     _rowmajor[(-(-rows // ROWS), -(-tokens // per_program))](
         weight, x, x if bias is None else bias, out, rows, cols, tokens, BIAS=bias is not None,
-        TOKENS=per_program, ROWS=ROWS, COLS=min(COLUMNS, triton.next_power_of_2(cols)),
+        TOKENS=per_program, ROWS=ROWS, COLS=min(COLUMNS, power_of_two(cols)),
     )  # fmt: skip
     return out
 

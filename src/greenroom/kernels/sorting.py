@@ -3,15 +3,16 @@ told its place. Routes of one expert keep their order. Knows nothing of what exp
 """
 
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
+
+from greenroom.kernels.launch import kernel, power_of_two
 
 BLOCK = 128  # routes of a program
 STEP = 8  # blocks whose counts are read at a time
 
 
-@triton.jit
+@kernel
 def _count(ids, counts, routes, experts, BLOCK: tl.constexpr, PAD: tl.constexpr):
     """Column e of a line of counts: routes of expert e; the last one: routes of nobody."""
     route = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
@@ -23,7 +24,7 @@ def _count(ids, counts, routes, experts, BLOCK: tl.constexpr, PAD: tl.constexpr)
     tl.store(line + index, number, mask=index <= experts)
 
 
-@triton.jit
+@kernel
 def _order(
     ids, counts, tokens, places, starts, slots, table, routes, experts, blocks, K: tl.constexpr,
     TABLE: tl.constexpr, BLOCK: tl.constexpr, PAD: tl.constexpr, STEP: tl.constexpr,
@@ -80,7 +81,7 @@ def by_expert(
         that order each route is; (experts + 1,) where each expert's begin.
     """
     routes, k = ids.numel(), ids.shape[1]
-    blocks, pad = -(-routes // BLOCK), triton.next_power_of_2(experts + 1)
+    blocks, pad = -(-routes // BLOCK), power_of_two(experts + 1)
     memory = torch.empty(
         2 * routes + (blocks + 1) * (experts + 1), dtype=torch.int32, device=ids.device
     )
