@@ -42,3 +42,14 @@ def test_who_was_not_wanted_waits_until_it_was_wanted_often() -> None:
 
 def test_a_step_of_few_routes_tells_nothing() -> None:
     assert counted({0: 5}, {}).likely(range(EXPERTS), MANY) == [*range(EXPERTS)]
+
+
+def test_who_is_wanted_every_other_time_may_come_while_the_bus_is_idle() -> None:
+    all_of_them = dict.fromkeys(range(EXPERTS), 20)
+    without, lacking = ({e: 20 for e in all_of_them if e not in gone} for gone in ({3}, {3, 5}))
+    demand = counted(without, lacking)
+    assert demand.perhaps(range(EXPERTS), MANY) == [5, 3]
+    assert demand.perhaps([3, 4], MANY) == [3]
+    assert not set(demand.likely(range(EXPERTS), MANY)) & {3, 5}
+    assert demand.perhaps(range(EXPERTS), 8) == []
+    assert counted(*[without] * 5).perhaps(range(EXPERTS), MANY) == []

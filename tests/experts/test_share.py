@@ -70,6 +70,13 @@ def test_ahead_leaves_the_cpu_a_choice(lent: int, ahead: int) -> None:
     assert Share.ahead(32, lent) == ahead
 
 
+def test_the_bus_is_idle_while_routes_are_waited_for() -> None:
+    rates = Rates(50e9, 70e9, 5e12)
+    assert Share(rates, meeting=1e-3, route=0).idle(2048, 10_000_000) == 5
+    assert Share(rates, meeting=1e-3, route=1e-6).idle(2048, 10_000_000) == 15
+    assert Share(None).idle(2048, 10_000_000) == 0
+
+
 @pytest.mark.parametrize("lent", [3, 5, 40])
 def test_of_fewer_than_are_lent_none_set_off(lent: int) -> None:
     """As where the layer before has fewer experts in slots."""

@@ -74,7 +74,8 @@ class Machine(RuleBasedStateMachine):
             heat /= np.arange(1, len(heat) + 1)[:, None]
         self.tiers = Tiers(self.account, self.room, self.staging, heat, K)
         if reading:
-            self.tiers.share = Share(Rates(1e9, reading, 1e18), meeting=0.0, route=0.0)
+            meeting = self.random.choice([0.0, 1e-5])  # 1e-5: of two copies
+            self.tiers.share = Share(Rates(1e9, reading, 1e18), meeting=meeting, route=0.0)
         courier = Courier(self.device)
         self.layers = [ExpertsBeside(bank, courier) for bank in self.banks]
         for layer in self.layers:

@@ -9,6 +9,7 @@ import numpy as np
 
 NEWS = 0.25  # weight of the last step
 LIKELY = 0.9  # chance from which on an expert sets off before it is asked for
+EVEN = 0.5  # the same while the bus has nothing else to do
 
 
 class Demand:
@@ -36,6 +37,14 @@ class Demand:
             return []
         found = [e for e in experts if self._chance[e] >= LIKELY]
         return sorted(found, key=lambda e: -self._shares[e])
+
+    def perhaps(self, experts: Sequence[int], routes: int) -> list[int]:
+        """Those of some experts that such a step wants more often than not, but for the likely
+        ones; those with the best chance first."""
+        if not self._many(routes):
+            return []
+        found = [e for e in experts if EVEN <= self._chance[e] < LIKELY]
+        return sorted(found, key=lambda e: -self._chance[e])
 
     def expected(self, experts: Sequence[int]) -> int:
         """How many of some experts a step of many routes will want."""

@@ -8,18 +8,17 @@ requests in the same order must give the same text.
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-# Share of the time of a layer's copies that the CPU may need. All of it was faster than three
-# quarters for prompts of 512 and 2,048 tokens on an H100 with 16 cores, 26 November 2026.
-LENT = 1.0
+# Share of the time of a layer's copies that the CPU may need. On five H100s with 16 cores, 26
+# November 2026, 1.1 gained 1 to 5 % over 1.0 where the copies were the limit and lost up to 2 where
+# the CPU was, at 512 and 2,048 tokens; 0.75 was 7 % slower.
+LENT = 1.1
 LEAST = 1 / 16  # of the absent experts; fewer are not worth that
 # Seconds of a layer that the CPU cannot compute in: from its last sum to the next layer's routes,
 # and until rows are there. On an H100, 25 November 2026: rows and bells 0.5 ms, attention and dense
 # products of gpt-oss-20b 0.3 ms at 512 tokens and 0.9 at 2,048.
 MEETING = 0.8e-3
 MEETING_ROUTE = 0.1e-6  # more for each route
-FEW = (
-    16  # tokens of an expert that cost the CPU no more than one: its weights are read and expanded
-)
+FEW = 16  # tokens of an expert that cost the CPU about as much as one: its weights are expanded
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,6 +85,12 @@ class Share:
                 break
             found.append(expert)
         return sorted(found) if len(found) >= self.least * absent else []
+
+    def idle(self, routes: int, nbytes: int) -> int:
+        """How many experts come over the bus while routes are waited for and nothing else does."""
+        if self.rates is None:
+            return 0
+        return int((self.meeting + self.route * routes) / self.rates.copying(nbytes))
 
     @staticmethod
     def ahead(absent: int, lent: int) -> int:

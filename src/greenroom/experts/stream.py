@@ -200,10 +200,14 @@ class LayerStream:
 
     def _likely(self, routes: int, lent: int) -> list[tuple[int, tuple[int, ...]]]:
         """Pages of what a step of so many routes is likely to want of this layer, but for experts
-        to lend and as many more to choose from."""
-        absent = self.absent()
-        count = self._desk.share.ahead(self._demand.expected(absent), lent)
-        return self._pages(sorted(self._demand.likely(absent, routes)[:count]))
+        to lend and as many more to choose from. While the bus would wait for routes, those it may
+        want come, too."""
+        absent, share = self.absent(), self._desk.share
+        count = share.ahead(self._demand.expected(absent), lent)
+        found = self._demand.likely(absent, routes)[:count]
+        idle = min(count, share.idle(routes, self.cpu.layout.nbytes)) - len(found)
+        found += self._demand.perhaps(absent, routes)[: max(0, idle)]
+        return self._pages(sorted(found))
 
     def _compute(self, step: Step, groups: list[Group]) -> None:
         """The next page's groups."""
