@@ -9,8 +9,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 # Share of the time of a layer's copies that the CPU may need. On five H100s with 16 cores, 26
-# November 2026, 1.1 gained 1 to 5 % over 1.0 where the copies were the limit and lost up to 2 where
-# the CPU was, at 512 and 2,048 tokens; 0.75 was 7 % slower.
+# November 2026, 1.1 gained 1 to 5 % over 1.0 where the copies were the limit and lost up to 3 where
+# the CPU was, at 512 and 2,048 tokens; 0.75 was up to 9 % slower than 1.0.
 LENT = 1.1
 LEAST = 1 / 16  # of the absent experts; fewer are not worth that
 # Seconds of a layer that the CPU cannot compute in: from its last sum to the next layer's routes,
