@@ -66,6 +66,10 @@ class Stream:
         self.device, self.work = device, deque[Callable[[], Any]]()
         device.streams.append(self)
 
+    @property
+    def cuda_stream(self) -> "Stream":
+        return self
+
     def get_on(self) -> bool:
         if self.work[0]() is False:
             return False
@@ -157,13 +161,10 @@ def torch_of(device: Device) -> Any:
         yield
         device.current = before
 
-    def set_stream(chosen: Stream) -> None:
-        device.current = chosen
-
     cuda = SimpleNamespace(
         Event=lambda: Event(device), Stream=lambda *_: Stream(device), stream=stream,
-        set_stream=set_stream, current_stream=lambda: device.current,
-        synchronize=device.synchronize, empty_cache=lambda: device.freed(),
+        current_stream=lambda: device.current, synchronize=device.synchronize,
+        empty_cache=lambda: device.freed(),
     )  # fmt: skip
     names = {name: lazy(getattr(torch, name)) for name in ("empty", "zeros", "from_numpy")}
 

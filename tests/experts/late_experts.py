@@ -1,6 +1,7 @@
 """Experts, memory and stand-ins for kernels on a late device: what each reads, and when, is what
 the real ones read. A slab tells whose it is, so that a result tells which slabs were read."""
 
+import ctypes
 import os
 from dataclasses import replace
 from functools import partial
@@ -20,7 +21,7 @@ from greenroom.gguf import GGMLType
 from greenroom.kernels.grouped import BASE, GROUP, ORDER, PLACE
 from greenroom.kernels.guests import choose_guests_twin
 
-from .late_device import Device, Lazy, torch_of
+from .late_device import Device, Lazy, Stream, torch_of
 
 K = 2  # routes of a token
 D, F = 4, 8
@@ -240,6 +241,13 @@ class Courier:
         self.out = None
 
 
+def upload(there: int, here: int, nbytes: int, stream: Stream) -> None:
+    """The driver's way to begin a copy."""
+    before, stream.device.current = stream.device.current, stream
+    stream.device.give(lambda: ctypes.memmove(there, here, nbytes))
+    stream.device.current = before
+
+
 def patched(patch: pytest.MonkeyPatch, device: Device) -> Kernels:
     """The modules of this house on that device."""
     kernels, module = Kernels(device), torch_of(device)
@@ -256,4 +264,5 @@ def patched(patch: pytest.MonkeyPatch, device: Device) -> Kernels:
     patch.setattr(stream, "carry", kernels.carry)
     patch.setattr(stream, "add_rows", kernels.add_rows)
     patch.setattr(tiers, "Errands", Errands)
+    patch.setattr(ring, "driver_upload", lambda: device.random.choice([None, upload]))
     return kernels

@@ -133,6 +133,15 @@ def test_what_the_cpu_takes_of_long_steps_is_measured_beside_copies(gpu, banks) 
     assert many - few == pytest.approx((pace.MANY - pace.FEW) * 6 * D * F / rates.operations)
 
 
+def test_tokens_are_not_free_because_a_measurement_was_disturbed(gpu, banks, monkeypatch) -> None:
+    monkeypatch.setattr(pace, "lent_seconds", lambda bank, lent, rows: 2e-3 if rows < 20 else 1e-3)
+    rates = pace.measure_rates(banks[0], torch.zeros(1 << 20, dtype=torch.uint8))
+    slab, weights = banks[0].layout.nbytes, 3 * D * F
+    lent = min(pace.ERRAND, banks[0].experts)
+    more = rates.computing(pace.MANY, slab, weights) - rates.computing(pace.FEW, slab, weights)
+    assert lent * more == pytest.approx(1e-3 / 8, rel=0.1)
+
+
 def test_rates_of_failed_copies_are_not_believed(gpu, banks, monkeypatch) -> None:
     def broken(*_):
         raise RuntimeError("no copy")

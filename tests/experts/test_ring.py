@@ -65,6 +65,21 @@ def test_slabs_that_lie_here_and_there_are_copied_one_by_one() -> None:
     assert not moved
 
 
+def test_the_page_of_a_copy_that_failed_is_free_again() -> None:
+    pages: Any = ring([])
+
+    def fails(*_: int) -> None:
+        raise NativeError("no copy")
+
+    pages._upload = fails
+    for _ in range(3):
+        with pytest.raises(NativeError):
+            pages.fetch(0, (1, 2))
+    assert not pages.room
+    pages.drop(-1)
+    assert len(pages._free) == 3
+
+
 def test_a_copy_that_cannot_begin_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     class Copy:
         def __call__(self, *args: int) -> int:

@@ -7,7 +7,6 @@ fails at the first that does not compile. "quick" takes each way to store scales
 """
 
 import sys
-from types import SimpleNamespace
 
 import torch
 from triton.backends.compiler import GPUTarget
@@ -68,7 +67,7 @@ def compile_instead(self: JITFunction, *args: object, grid: object, **named: obj
 
 
 JITFunction.run = compile_instead
-launch.driver = SimpleNamespace(active=SimpleNamespace(get_current_device=lambda: 0))
+launch.Kernel._launch = lambda self, grid, *args, **named: self._jitted[grid](*args, **named)
 
 ints = torch.zeros(8, dtype=torch.int32)
 x = torch.zeros(2, 256)

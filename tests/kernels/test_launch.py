@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 
+from greenroom.gguf import GGMLType
 from greenroom.kernels import launch
 from greenroom.kernels.launch import Kernel, power_of_two
 
@@ -68,6 +69,7 @@ def test_the_second_launch_goes_past_triton_with_arguments_in_its_order(jitted: 
         ((X, Y, 7.0, 1), {}),
         ((X, Y, 7, 1 << 31), {}),  # needs 64 bits
         ((X, Y, True, 1), {}),
+        ((X, Y, GGMLType.Q4_K, 1), {}),
         ((X, Y, 7, 1), {"BLOCK": 128}),
         ((X, Y, 7, 1), {"num_warps": 8}),
     ],
@@ -104,8 +106,22 @@ def test_a_launch_that_fails_is_forgotten(jitted: Jitted, monkeypatch) -> None:
         patch.setattr(Jitted, "__getitem__", lambda *_: None)
         with pytest.raises(TypeError):
             kernel[(1,)](X, Y, 7, 1, **constants)
+    assert not kernel._found
     kernel[(1,)](X, Y, 7, 1, **constants)
     assert len(jitted.compiled) == 1
+
+
+def test_numbers_of_a_type_of_their_own_are_told_apart(jitted: Jitted) -> None:
+    kernel, constants = Kernel(jitted), {"BLOCK": 64, "FLAG": True}
+    for kind in (GGMLType.Q4_K, GGMLType.Q6_K, GGMLType.Q4_K):
+        kernel[(1,)](X, Y, kind, 1, **constants)
+    assert len(jitted.compiled) == 2
+
+
+def test_a_constant_that_is_missing_is_noticed_before_the_launch(jitted: Jitted) -> None:
+    with pytest.raises(KeyError, match="FLAG"):
+        Kernel(jitted)[(1,)](X, Y, 7, 1, BLOCK=64)
+    assert not jitted.compiled
 
 
 def test_powers_of_two() -> None:

@@ -39,8 +39,8 @@ class Demand:
         return sorted(found, key=lambda e: -self._shares[e])
 
     def perhaps(self, experts: Sequence[int], routes: int) -> list[int]:
-        """Those of some experts that such a step wants more often than not, but for the likely
-        ones; those with the best chance first."""
+        """Those of some experts that such a step wants at least every other time, but for the
+        likely ones; those with the best chance first."""
         if not self._many(routes):
             return []
         found = [e for e in experts if EVEN <= self._chance[e] < LIKELY]

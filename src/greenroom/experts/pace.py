@@ -118,7 +118,7 @@ def measure_rates(bank: CpuExperts, there: Tensor) -> Rates:
     return Rates(
         bus=rounded(slab / copy),
         reading=rounded(lent * slab / few),
-        operations=rounded(2 * lent * (MANY - FEW) * weights / max(many - few, LEAST)),
+        operations=rounded(2 * lent * (MANY - FEW) * weights / max(many - few, many / 8, LEAST)),
     )
 
 

@@ -46,7 +46,7 @@ class Ring:
         self.slabs = slabs
         self.banks: list[CpuExperts] = []  # of each layer
         self._addresses: dict[int, tuple[int, int]] = {}  # of a layer's slabs, bytes of one
-        self._upload = driver_upload() if memory.device.type == "cuda" else None
+        self._upload = driver_upload() if self.cuda else None
         event: Any = torch.cuda.Event if self.cuda else lambda: None
         stream: Any = torch.cuda.Stream
         self._stream: Any = stream(memory.device) if self.cuda else None
@@ -72,16 +72,16 @@ class Ring:
         page.layer, page.experts = layer, experts
         if self.cuda:
             self._stream.wait_event(page.used)
-        if self._upload is not None and self.banks[layer].block is not None:
-            self.copied_bytes += self._send(page)
-        else:
-            self.copied_bytes += self._copy(page)
-        if self.cuda:
-            page.ready.record(self._stream)
-        self.staged.append(page)
+        by_driver = self._upload is not None and self.banks[layer].block is not None
+        try:
+            self.copied_bytes += self._send(page) if by_driver else self._copy(page)
+        finally:  # what has begun of copies that fail ends before the page is used again
+            self.staged.append(page)
+            if self.cuda:
+                page.ready.record(self._stream)
 
     def _send(self, page: Page) -> int:
-        """Copies by the driver; returns the bytes."""
+        """Copies by the driver, to the current device; returns the bytes."""
         assert self._upload is not None
         if page.layer not in self._addresses:
             block = self.banks[page.layer].block

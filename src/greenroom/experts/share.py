@@ -87,7 +87,8 @@ class Share:
         return sorted(found) if len(found) >= self.least * absent else []
 
     def idle(self, routes: int, nbytes: int) -> int:
-        """How many experts come over the bus while routes are waited for and nothing else does."""
+        """About how many experts come over the bus while routes are waited for and nothing else
+        does: that takes about as long as the CPU waits."""
         if self.rates is None:
             return 0
         return int((self.meeting + self.route * routes) / self.rates.copying(nbytes))

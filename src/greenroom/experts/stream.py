@@ -204,10 +204,10 @@ class LayerStream:
         want come, too."""
         absent, share = self.absent(), self._desk.share
         count = share.ahead(self._demand.expected(absent), lent)
-        found = self._demand.likely(absent, routes)[:count]
-        idle = min(count, share.idle(routes, self.cpu.layout.nbytes)) - len(found)
-        found += self._demand.perhaps(absent, routes)[: max(0, idle)]
-        return self._pages(sorted(found))
+        likely = self._demand.likely(absent, routes)[:count]
+        idle = min(count, share.idle(routes, self.cpu.layout.nbytes)) - len(likely)
+        perhaps = self._demand.perhaps(absent, routes)[: max(0, idle)]
+        return self._pages(sorted(likely)) + self._pages(sorted(perhaps))
 
     def _compute(self, step: Step, groups: list[Group]) -> None:
         """The next page's groups."""

@@ -12,7 +12,7 @@ from torch import Tensor
 from triton.runtime import driver
 
 INTERPRETED = triton.knobs.runtime.interpret
-ALIGNED = 256  # bytes that addresses are told apart by; Triton asks for multiples of 16
+ALIGNED = 16  # bytes; whether addresses are multiples of it is compiled in
 SMALL = 1 << 31  # from which on numbers need 64 bits
 MOST_FOUND = 10_000  # of a kernel; numbers may take any value
 
@@ -40,10 +40,11 @@ class Kernel:
     """A kernel and what was compiled of it.
 
     Triton's own way to launch stays in charge of what is new. What it compiled is used again for
-    arguments of the same types with the same numbers, constants and alignment of addresses.
+    arguments of the same types with the same numbers, constants and alignment of addresses; a
+    prompt of a new length is new to those kernels whose numbers tell it.
 
     Args:
-        jitted: what `triton.jit` made.
+        jitted: what `triton.jit` made. Constants, and nothing else, are given by name.
     """
 
     def __init__(self, jitted: Any) -> None:
@@ -70,9 +71,8 @@ class Kernel:
         if found is None:
             if len(self._found) >= MOST_FOUND:
                 self._found.clear()
-            compiled = self._jitted[grid](*args, **constants)
-            names = [p.name for p in self._jitted.params[len(args) :]]
-            self._found[key] = compiled, tuple(constants[name] for name in names)
+            rest = tuple(constants[p.name] for p in self._jitted.params[len(args) :])
+            self._found[key] = self._jitted[grid](*args, **constants), rest
             return
         compiled, rest = found
         stream = driver.active.get_current_stream(device)
@@ -88,7 +88,7 @@ class _Form:
     """
 
     def __init__(self, args: tuple[Any, ...], params: list[Any]) -> None:
-        numbers = [i for i, value in enumerate(args) if type(value) is int]
+        numbers = [i for i, value in enumerate(args) if isinstance(value, int)]
         loose = [i for i in numbers if params[i].do_not_specialize]
         self.tensors = _picker([i for i, value in enumerate(args) if isinstance(value, Tensor)])
         self.numbers = _picker([i for i in numbers if i not in loose])

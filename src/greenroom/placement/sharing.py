@@ -23,8 +23,8 @@ def measured_rates(
     speeds = {name: profile.expert_batch_rate(name) for name in experts}
     if not (total and bus and dram and all(speeds.values())):
         return None
-    # At 512 tokens a step. Engines on H100 hosts measured 1.06 (Q4_K, Q6_K) and 1.85 times as many
-    # (MXFP4) as the profile of another, 26 November 2026.
+    # Of 32 tokens an expert, what its weights cost included, which the engine counts with reading;
+    # the profile's reading is without it.
     operations = total / sum(size / speeds[name] for name, size in experts.items())
     reading = max(dram - bus, dram / 4)  # the copies read the same memory
     part = threads / profile.threads
