@@ -3,11 +3,11 @@
     python tools/prefill_sweep.py FILE.gguf [--vram 4GiB 6GiB] [--prompts 512 2048 8192]
         [--operations 0 1 2 3 4 6] [--slots]
 
-For each budget, length and rate the CPU is taken to have (in 1e12 operations a second; 0: it
-gets no experts; "own": the rates the engine would use): tokens per second, the median of
-`--rounds`. Then one more run with events gives milliseconds of a layer: copies, products on the
-GPU, from one layer's routes to the next's, the CPU's experts; and how many those are. Without
---slots no expert has a place in VRAM. The last line is one JSON document.
+For each budget, length and rate the CPU is taken to have for tokens beyond an expert's first 16 (in
+1e12 operations a second; 0: it gets no experts; "own": what the engine does): tokens per second,
+the median of `--rounds`. Then one more run with events gives milliseconds of a layer: copies,
+products on the GPU, from one layer's routes to the next's, the CPU's experts; and how many those
+are. Without --slots no expert has a place in VRAM. The last line is one JSON document.
 """
 
 import argparse

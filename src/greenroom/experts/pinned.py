@@ -31,8 +31,7 @@ def register(memory: NDArray[np.uint8], owner: object) -> int:
 @cache
 def driver_upload() -> Upload | None:
     """CUDA's own way to begin a copy to the device, told the address there, that in RAM, bytes and
-    the stream. The host is through with it in a fifth of the time of `Tensor.copy_`. None where
-    there is no such driver.
+    the stream; less work for the host than `Tensor.copy_`. None where there is no such driver.
 
     Raises:
         NativeError: by the function, if a copy cannot begin.

@@ -45,7 +45,6 @@ class Ring:
         self.cuda = memory.is_cuda
         self.slabs = slabs
         self.banks: list[CpuExperts] = []  # of each layer
-        self._addresses: dict[int, tuple[int, int]] = {}  # of a layer's slabs, bytes of one
         self._upload = driver_upload() if self.cuda else None
         event: Any = torch.cuda.Event if self.cuda else lambda: None
         stream: Any = torch.cuda.Stream
@@ -63,7 +62,7 @@ class Ring:
         """A step begins on the current stream. Copies from now on wait for what the device was
         given before: short steps use the pages as they like."""
         if self.cuda:
-            self._steps = torch.cuda.current_stream()  # asked once, as that costs 15 us
+            self._steps = torch.cuda.current_stream()  # asked once, as asking is slow
             self._stream.wait_stream(self._steps)
 
     def fetch(self, layer: int, experts: tuple[int, ...]) -> None:
@@ -72,31 +71,23 @@ class Ring:
         page.layer, page.experts = layer, experts
         if self.cuda:
             self._stream.wait_event(page.used)
-        by_driver = self._upload is not None and self.banks[layer].block is not None
         try:
-            self.copied_bytes += self._send(page) if by_driver else self._copy(page)
+            self.copied_bytes += self._copy(page)
         finally:  # what has begun of copies that fail ends before the page is used again
             self.staged.append(page)
             if self.cuda:
                 page.ready.record(self._stream)
 
-    def _send(self, page: Page) -> int:
-        """Copies by the driver, to the current device; returns the bytes."""
-        assert self._upload is not None
-        if page.layer not in self._addresses:
-            block = self.banks[page.layer].block
-            assert block is not None
-            self._addresses[page.layer] = block.ctypes.data, block.shape[1]
-        here, slab = self._addresses[page.layer]
-        there, stream, end = page.data.data_ptr(), self._stream.cuda_stream, 0
-        for first, count in _runs(page.experts):
-            self._upload(there + end, here + first * slab, count * slab, stream)
-            end += count * slab
-        return end
-
     def _copy(self, page: Page) -> int:
-        """The same by PyTorch."""
+        """Begins the copies, by the driver where slabs lie in one piece; returns the bytes."""
         bank, end = self.banks[page.layer], 0
+        if self._upload is not None and bank.block is not None:
+            here, slab = bank.block.ctypes.data, bank.block.shape[1]
+            there, stream = page.data.data_ptr(), self._stream.cuda_stream
+            for first, count in _runs(page.experts):
+                self._upload(there + end, here + first * slab, count * slab, stream)
+                end += count * slab
+            return end
         with torch.cuda.stream(self._stream) if self.cuda else nullcontext():
             for expert in page.experts:
                 source = torch.from_numpy(bank.slab(expert))

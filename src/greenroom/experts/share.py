@@ -18,7 +18,7 @@ LEAST = 1 / 16  # of the absent experts; fewer are not worth that
 # products of gpt-oss-20b 0.3 ms at 512 tokens and 0.9 at 2,048.
 MEETING = 0.8e-3
 MEETING_ROUTE = 0.1e-6  # more for each route
-FEW = 16  # tokens of an expert that cost the CPU about as much as one: its weights are expanded
+FEW = 16  # tokens of an expert with which reading is measured; fewer count as so many
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,7 +15,7 @@ from greenroom.kernels.packed import factors
 LINES = 32  # lines of 16 words per program
 
 
-@kernel(loose=["first"])
+@kernel(do_not_specialize=["first"])
 def _dequantise(
     packed,
     out,

@@ -74,7 +74,7 @@ def _numbers(word, words, first, inner, row, iq4, C: tl.constexpr):
     return number
 
 
-@kernel(loose=["first", "count", "skip", "rows"])
+@kernel(do_not_specialize=["first", "count", "skip", "rows"])
 def _direct(
     a, memory, slab_bytes, out, out_stride, iq4, tokens, starts, table, experts, first, count,
     skip, rows, n, cols, group_bytes, payload_bytes, C: tl.constexpr, GATHER: tl.constexpr,

@@ -21,12 +21,12 @@ def _send(hidden, tokens, sources, there, d, BLOCK: tl.constexpr):
     tl.store(there + row * d + column, value, mask=column < d)
 
 
-@kernel(loose=["number"])
+@kernel(do_not_specialize=["number"])
 def _tell(bell, number, ASM: tl.constexpr):
     write_bell(bell, number, ASM)
 
 
-@kernel(loose=["number", "limit"])
+@kernel(do_not_specialize=["number", "limit"])
 def _meet(bell, number, limit, POLLING: tl.constexpr, THREADS: tl.constexpr, ASM: tl.constexpr):
     answered(bell, number, tl.cast(limit, tl.int64) * 1000000, POLLING, THREADS, ASM)
 

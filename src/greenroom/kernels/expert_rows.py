@@ -42,7 +42,7 @@ def _scaled(x, out, scales, cols, BLOCK: tl.constexpr):
     tl.store(scales + row, power)
 
 
-@kernel(loose=["first", "count", "skip", "rows"])
+@kernel(do_not_specialize=["first", "count", "skip", "rows"])
 def _activated(
     both, memory, slab_bytes, gate_bias, up_bias, row_scales, tokens, starts, table, experts,
     first, count, skip, rows, out, scales, f,
@@ -68,7 +68,7 @@ def _activated(
     tl.store(scales + row, power)
 
 
-@kernel(loose=["number", "skip", "rows"])
+@kernel(do_not_specialize=["number", "skip", "rows"])
 def _add(
     out, y, scales, memory, slab_bytes, bias, ids, weights, places, starts, table, experts,
     number, skip, rows, d,

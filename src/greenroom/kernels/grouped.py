@@ -122,7 +122,7 @@ def pick(values, chosen):
     return tl.sum(tl.where(chosen, values, 0), 0)
 
 
-@kernel(loose=["first", "count", "skip", "rows"])
+@kernel(do_not_specialize=["first", "count", "skip", "rows"])
 def _product(
     a, b, out, tokens, starts, table, experts, first, count, skip, rows, n, cols,
     GATHER: tl.constexpr, EVEN: tl.constexpr, PAD: tl.constexpr,

@@ -17,22 +17,24 @@ SMALL = 1 << 31  # from which on numbers need 64 bits
 MOST_FOUND = 10_000  # of a kernel; numbers may take any value
 
 
-def kernel(function: Callable[..., None] | None = None, *, loose: Iterable[str] = ()) -> Any:
+def kernel(
+    function: Callable[..., None] | None = None, *, do_not_specialize: Iterable[str] = ()
+) -> Any:
     """Decorator of functions in Triton's language that the host launches, `f[grid](...)`.
 
     Args:
         function: to be compiled. Parameters that are constants come last, and by name.
-        loose: integers for whose values nothing is compiled anew.
+        do_not_specialize: integers for whose values nothing is compiled anew.
     """
     if function is None:
-        return partial(kernel, loose=loose)
-    jitted = triton.jit(function, do_not_specialize=list(loose))
+        return partial(kernel, do_not_specialize=do_not_specialize)
+    jitted = triton.jit(function, do_not_specialize=list(do_not_specialize))
     return jitted if INTERPRETED else Kernel(jitted)
 
 
 def power_of_two(number: int) -> int:
-    """The least that is no less than a positive number; Triton's own takes the host longer than
-    the launch."""
+    """The least that is no less than a positive number. Triton's own is made for kernels and takes
+    the host microseconds."""
     return 1 << (number - 1).bit_length()
 
 
