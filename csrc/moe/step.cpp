@@ -19,6 +19,8 @@ constexpr std::int64_t rows_at_once = 64, groups_at_once = rows_at_once / 16;
 // A chunk is a multiple of 32 rows, so that whoever has it quantises whole blocks. There are chunks
 // of output rows for all threads, as each is added up by one.
 constexpr std::int64_t chunk_unit = 32, largest_chunk = 512;
+// Chunks of a thread, about: few are left when the first threads have none.
+constexpr std::int64_t chunks_per_thread = 24;
 
 // An expert's tokens are cut into equal jobs of at most so many, whose activations stay in L2.
 constexpr std::int64_t tokens_at_once = 128;
@@ -65,7 +67,7 @@ void wait_for_zero(const std::atomic<int>& pending) {
 MoeStep::Chunks::Chunks(std::int64_t total_rows, std::int64_t jobs, int threads, std::int64_t most)
     : total(total_rows) {
     const std::int64_t units = (total + chunk_unit - 1) / chunk_unit;
-    const std::int64_t share = units * jobs / (threads * 16);
+    const std::int64_t share = units * jobs / (threads * chunks_per_thread);
     rows = std::clamp<std::int64_t>(share, 1, (most + chunk_unit - 1) / chunk_unit) * chunk_unit;
     if (rows > rows_at_once) rows = (rows + rows_at_once - 1) / rows_at_once * rows_at_once;
     count = (total + rows - 1) / rows;

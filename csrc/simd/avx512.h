@@ -202,6 +202,35 @@ inline Codes upper_halves(Floats even, Floats odd) {
     return {_mm512_ternarylogic_epi32(high, mask, low, 0xea)};
 }
 
+// The nibbles of a line of 4-bit codes in pairs of columns, one to each half of a row's word: low
+// ones of bytes 0 and 1, of 2 and 3, then high ones. Bits above the fourth of each may be anything.
+inline void nibble_pairs(const std::uint8_t* line, Codes out[4]) {
+    const __m512i w = _mm512_loadu_si512(line);
+    const __m128i first = _mm_setr_epi8(0, -1, 1, -1, 4, -1, 5, -1, 8, -1, 9, -1, 12, -1, 13, -1);
+    const __m128i second = _mm_add_epi8(first, _mm_set1_epi16(2));
+    out[0].v = _mm512_shuffle_epi8(w, _mm512_broadcast_i32x4(first));
+    out[1].v = _mm512_shuffle_epi8(w, _mm512_broadcast_i32x4(second));
+    out[2].v = _mm512_srli_epi16(out[0].v, 4);
+    out[3].v = _mm512_srli_epi16(out[1].v, 4);
+}
+// Half words of a table of 32 by their low five bits.
+inline Codes look_up(const std::uint16_t* table, Codes index) {
+    return {_mm512_permutexvar_epi16(index.v, _mm512_loadu_si512(table))};
+}
+// 2^(e - 127) of each row, for times_powers; whether all of them are between 2^-125 and 2^125.
+inline bool powers_of_two(const std::uint8_t* e, Codes& out) {
+    const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(e));
+    const __m512i change = _mm512_sub_epi32(_mm512_cvtepu8_epi32(bytes), _mm512_set1_epi32(127));
+    const __m512i high = _mm512_slli_epi32(change, 23);
+    out.v = _mm512_mask_blend_epi16(0x55555555, high, _mm512_slli_epi32(change, 7));
+    return _mm_cmpgt_epu8_mask(_mm_sub_epi8(bytes, _mm_set1_epi8(2)), _mm_set1_epi8(-6)) == 0;
+}
+// A line of bfloat16 times its rows' powers; zeros stay zeros, exponents must not overflow.
+inline Codes times_powers(Codes a, Codes powers) {
+    const __mmask32 some = _mm512_test_epi16_mask(a.v, _mm512_set1_epi16(0x7fff));
+    return {_mm512_mask_add_epi16(a.v, some, a.v, powers.v)};
+}
+
 // Into L1 and L2; into L2 alone.
 inline void prefetch(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T0); }
 inline void prefetch_far(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T1); }

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from greenroom import native
-from greenroom.gguf import GGMLType
+from greenroom.gguf import GGMLType, dequantize
 
 from .test_moe import Layer, routes
 from .twins import NATIVE, Matrix, tiles
@@ -114,6 +114,18 @@ def test_codes_at_the_zero_point_are_zero(lib, pool) -> None:
         assert where.any()
         x = np.eye(256, dtype=np.float32)
         assert (linear(lib, pool, m, x).T[where] == 0).all()
+
+
+def test_powers_at_the_ends_of_their_range(lib, pool) -> None:
+    m = Matrix(lib, pool, GGMLType.MXFP4, 48, 128)
+    powers = m.raw.reshape(48, 4, 17)[:, :, 0]
+    powers[:16] = 120
+    powers[3, 1], powers[7, 2] = 252, 2  # the last ones that are looked up
+    powers[16:] = 0, 1, 120, 200
+    lib.pack(pool, int(m.type), m.rows, m.cols, m.raw.reshape(-1), m.packed)
+    m.values = dequantize(m.type, m.raw).astype(np.float64)
+    x = tokens_of(20, m.cols) * np.float32(2.0**-24)
+    check(m, x, linear(lib, pool, m, x))
 
 
 def test_scale(lib, pool) -> None:
