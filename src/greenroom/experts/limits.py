@@ -17,10 +17,10 @@ STEPS = 4  # to a factor of two, of what was measured
 LEAST = 1e-7  # that is measured
 
 
-def rounded(value: float) -> float:
-    """What was measured, as the nearest power of two in quarter steps, and no less than `LEAST`:
+def rounded(value: float, steps: int = STEPS) -> float:
+    """What was measured, as the nearest power of two in so many steps, and no less than `LEAST`:
     another run seldom shares experts out in another way, and with it changes the text."""
-    return float(2 ** (round(STEPS * math.log2(max(LEAST, value))) / STEPS))
+    return float(2 ** (round(steps * math.log2(max(LEAST, value))) / steps))
 
 
 def pages_of(nbytes: int, slab: int, expanded: int, experts: int) -> tuple[int, int]:

@@ -18,7 +18,7 @@ from torch import Tensor
 from greenroom.experts.cpu import CpuExperts
 from greenroom.experts.limits import LEAST, rounded
 from greenroom.experts.quota import ARRIVAL, Pace
-from greenroom.experts.share import FEW, Rates
+from greenroom.experts.share import FEW, ONE, Rates
 from greenroom.kernels.experts import hits
 from greenroom.kernels.guests import Guests, fetch
 
@@ -31,6 +31,7 @@ READ = 4  # layers whose experts the device reads in turn
 TOGETHER = 32  # tokens of the longer measurement
 ERRAND = 8  # experts that the CPU computes at a time in long steps, about
 MANY = 64  # and rows of each, or `FEW`
+FINE = 8  # steps to a factor of two of what long steps are shared by, which much depends on
 WORK = 26e9  # operations that are measured at a time: fewer experts, if they are large
 # Seconds, H100 with 16 cores, 26 November 2026: of a call by Python, as it is measured here, and of
 # the CPU for a layer's experts, however many they are.
@@ -108,18 +109,16 @@ def measure_rates(bank: CpuExperts, there: Tensor) -> Rates:
     count = min(ERRAND, len(pages), bank.experts)
     with _left_idle(there.device):
         copying = Busy(lambda: pages[:count].copy_(source[-count:], non_blocking=True), count)
-        alone = sum(lent_seconds(bank, lent, rows) for rows in (MANY, FEW))
+        alone = sum(lent_seconds(bank, lent, rows) for rows in (MANY, FEW, ONE))
         found = []
         for _ in range(ROUNDS):
             copying.begin(2 * alone)
-            few, many = lent_seconds(bank, lent, FEW), lent_seconds(bank, lent, MANY)
-            found.append((few, many, copying.end()))
-    few, many, copy = (min(times) for times in zip(*found, strict=True))
-    return Rates(
-        bus=rounded(slab / copy),
-        reading=rounded(lent * slab / few),
-        operations=rounded(2 * lent * (MANY - FEW) * weights / max(many - few, many / 8, LEAST)),
-    )
+            times = [lent_seconds(bank, lent, rows) for rows in (ONE, FEW, MANY)]
+            found.append((*times, copying.end()))
+    one, few, many, copy = (min(times) for times in zip(*found, strict=True))
+    more = 2 * lent * (MANY - FEW) * weights / max(many - few, many / 8, LEAST)
+    found_rates = slab / copy, lent * slab / few, more, lent * slab / one
+    return Rates(*(rounded(rate, FINE) for rate in found_rates))
 
 
 def seconds_of(bank: CpuExperts, tokens: int, used: int, seed: int = 0) -> float:

@@ -18,7 +18,7 @@ LEAST = 1 / 16  # of the absent experts; fewer are not worth that
 # products of gpt-oss-20b 0.3 ms at 512 tokens and 0.9 at 2,048.
 MEETING = 0.8e-3
 MEETING_ROUTE = 0.1e-6  # more for each route
-FEW = 16  # tokens of an expert with which reading is measured; fewer count as so many
+ONE, FEW = 2, 16  # tokens of an expert with which reading is measured; fewer than two cost no less
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,11 +29,13 @@ class Rates:
         bus: bytes copied to the device.
         reading: bytes of experts with `FEW` tokens that the CPU gets through meanwhile.
         operations: of the tokens beyond those, two for each multiplication.
+        glancing: as `reading`, with `ONE` or less; 0: no more than that.
     """
 
     bus: float
     reading: float
     operations: float
+    glancing: float = 0.0
 
     def copying(self, nbytes: int) -> float:
         """Seconds of the bus for an expert."""
@@ -41,8 +43,10 @@ class Rates:
 
     def computing(self, tokens: float, nbytes: int, weights: int) -> float:
         """Seconds of the CPU for an expert, told its bytes and weights."""
-        more = max(0.0, tokens - FEW)
-        return nbytes / self.reading + 2 * more * weights / self.operations
+        few, more = nbytes / self.reading, max(0.0, tokens - FEW)
+        one = nbytes / max(self.glancing, self.reading)
+        part = min(1.0, max(0.0, tokens - ONE) / (FEW - ONE))
+        return one + part * (few - one) + 2 * more * weights / self.operations
 
 
 @dataclass(slots=True)
