@@ -81,10 +81,12 @@ void bind_threads(nb::module_& m) {
             [](Pool* self, int threads, int spin_us, std::vector<int> cpus) {
                 new (self) Pool(threads, PoolOptions{spin_us, std::move(cpus)});
             },
-            nb::arg("threads"), nb::arg("spin_us") = 100, nb::arg("cpus") = std::vector<int>{},
+            nb::arg("threads"), nb::arg("spin_us") = 250, nb::arg("cpus") = std::vector<int>{},
             "Worker threads for parallel regions, the caller included. Idle workers spin for "
             "spin_us microseconds, then sleep. Worker i is bound to cpus[i % len(cpus)], if any.")
         .def_prop_ro("size", &Pool::size)
+        .def("rouse", &Pool::rouse, nb::call_guard<nb::gil_scoped_release>(),
+             "Workers that sleep wake and spin again: a region is about to come.")
         .def("_exercise", &exercise, nb::arg("regions"), nb::arg("tasks"))
         .def("_exercise_each", &exercise_each, nb::arg("regions"))
         .def("_exercise_failure", &exercise_failure, nb::arg("tasks"), nb::arg("failing"),

@@ -86,6 +86,7 @@ void Rendezvous::work() {
 }
 
 void Rendezvous::step() {
+    pool_.rouse();  // while the device is about to ring
     for (std::size_t layer = first_; layer < last_; ++layer) {
         const auto start = Clock::now();
         const bool needed = rung(layer);

@@ -22,7 +22,7 @@
 namespace greenroom {
 
 struct PoolOptions {
-    int spin_us = 100;      // how long an idle worker spins before it sleeps
+    int spin_us = 250;      // how long an idle worker spins before it sleeps
     std::vector<int> cpus;  // worker i is bound to cpus[i % size]; empty: the system places them
 };
 
@@ -47,6 +47,10 @@ class Pool {
     // `grain` items (the last may have fewer), so small counts stay on the calling thread.
     void ranges(std::int64_t count, std::int64_t grain,
                 FunctionRef<void(std::int64_t begin, std::int64_t end, int thread)> body);
+
+    // Workers that sleep wake and spin again: a region is about to come, and waking takes longer
+    // than the caller has then.
+    void rouse();
 
     // Calls body(thread) once on every thread, all at the same time, so that bodies may wait
     // for each other. Unlike run(), this waits for the slowest worker to wake.

@@ -34,6 +34,28 @@ def test_regions_after_sleep(lib: ModuleType, spin_us: int) -> None:
         time.sleep(pause)
 
 
+def test_roused_workers_spin_again(lib: ModuleType) -> None:
+    pool = lib.Pool(2, spin_us=20_000)
+    pool._exercise_each(regions=1)
+    time.sleep(0.1)  # asleep by now
+    used = time.process_time()
+    pool.rouse()
+    time.sleep(0.1)
+    assert time.process_time() - used > 0.005
+    assert pool._exercise(regions=10, tasks=10) > 0
+
+
+def test_rousing_disturbs_no_region(lib: ModuleType) -> None:
+    pool, over = lib.Pool(4, spin_us=0), threading.Event()
+    thread = threading.Thread(target=lambda: [pool.rouse() for _ in iter(over.is_set, True)])
+    thread.start()
+    for _ in range(100):
+        pool._exercise(regions=5, tasks=9)
+        pool._exercise_each(regions=1)
+    over.set()
+    thread.join()
+
+
 @pytest.mark.parametrize("threads", [1, 2, 5])
 def test_each_runs_all_threads_at_the_same_time(lib: ModuleType, threads: int) -> None:
     assert lib.Pool(threads)._exercise_each(regions=200) > 0

@@ -66,25 +66,25 @@ class Errands:
             NativeError: the errand before has failed.
         """
         self.settle()
-        cpu, bounds = self._layers[layer], starts.tolist()
-        nbytes = sum(cpu.slab(expert).nbytes for expert in lent)  # packs what is not yet
-        rows = sum(bounds[expert + 1] - bounds[expert] for expert in lent)
+        counts = starts[1:][lent] - starts[lent]
+        ends = counts.cumsum()
+        rows = int(ends[-1])
         if rows > self._room:
             self._reserve(max(LEAST_ROWS, rows + rows // 2), hidden.shape[1])
-        end = 0
-        for expert in lent:
-            first, last = bounds[expert], bounds[expert + 1]
-            begin, end = end, end + last - first
-            self._ids[0, begin:end, 0] = expert
-            self._lines[begin:end] = np.arange(first, last)
+        skipped = starts[lent] - (ends - counts)  # of the routes before each expert's
+        self._lines[:rows] = np.arange(rows) + np.repeat(skipped, counts)
+        self._ids[0, :rows, 0] = np.repeat(lent, counts)
         self._number = self._number % LAST + 1
+        cpu, nbytes = self._layers[layer], 0
+        for expert in lent:
+            nbytes += cpu.slab(expert).nbytes  # packs what is not yet
         self._under_way = _Errand(layer, rows, nbytes, self._spent(layer))
-        try:
+        send(hidden, tokens, self._sources[:rows], self._hidden[:rows])
+        tell(self._ring, self._number)
+        try:  # behind the launches: threads wake while the device sends
             self._native.begin(self._number, rows, layer)
         except RuntimeError as error:
             raise _failure(error) from None
-        send(hidden, tokens, self._sources[:rows], self._hidden[:rows])
-        tell(self._ring, self._number)
         return self._result[:rows]
 
     def meet(self) -> None:
