@@ -8,10 +8,11 @@ requests in the same order must give the same text.
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-# Share of the time of a layer's copies that the CPU may need. On five H100s with 16 cores, 26
-# November 2026, 1.1 gained 1 to 5 % over 1.0 where the copies were the limit and lost up to 3 where
-# the CPU was, at 512 and 2,048 tokens; 0.75 was up to 9 % slower than 1.0.
-LENT = 1.1
+# Share of the time of a layer's copies that the CPU may need. On an H100 whose processors neighbours
+# disturbed, 26 November 2026, 1.0 was faster than 1.1 in six of eight pairs of runs, at 512 and
+# 2,048 tokens of two models, 1.2 and 1.25 slower than both in most. Where nothing disturbs them 1.1
+# gained a few percent.
+LENT = 1.0
 LEAST = 1 / 16  # of the absent experts; fewer are not worth that
 # Seconds of a layer that the CPU cannot compute in: from its last sum to the next layer's routes,
 # and until rows are there. On an H100, 25 November 2026: rows and bells 0.5 ms, attention and dense
