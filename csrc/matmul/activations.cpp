@@ -98,6 +98,10 @@ Activations Activations::take(Arena& arena, Forms forms, std::int64_t tokens, st
     if (forms.quantised) a.quantised = arena.take<XBlock>(padded * a.blocks);
     if (forms.floats) a.floats = arena.take<float>(padded * a.blocks * 32);
     if (forms.bf16) a.bf16 = arena.take<std::uint8_t>(rows / 16 * a.blocks * 2 * tile_bytes);
+    if (forms.bytes) {
+        a.bytes = arena.take<std::uint8_t>(rows / 16 * ((a.blocks + 1) / 2) * 2 * tile_bytes);
+        a.scales = arena.take<float>(rows * ranges_of(a.blocks));
+    }
     return a;
 }
 
@@ -115,9 +119,17 @@ void Activations::put(const Place& place, std::int64_t block, const float* x) co
     }
 }
 
+void Activations::put_range(std::int64_t token, std::int64_t range, const float* x) const {
+    const std::int64_t begin = range * range_cols, count = std::min(range_cols, cols - begin);
+    range_scales(token, range)[token % 16] =
+        amx::quantise(x + begin, count, {byte_row(token, begin), tile_bytes, 2 * tile_bytes});
+}
+
 void Activations::put_token(std::int64_t token, const float* x) const {
     const Place place = place_of(token, tokens);
     for_blocks(x, cols, [&](std::int64_t b, const float* values) { put(place, b, values); });
+    for (std::int64_t r = 0; bytes && token < tokens && r < ranges_of(blocks); ++r)
+        put_range(token, r, x);
 }
 
 void Activations::gather(const Rows& from, const std::int64_t* numbers) const {
@@ -126,14 +138,23 @@ void Activations::gather(const Rows& from, const std::int64_t* numbers) const {
         gather_tile(from, numbers, first, width);
         first += width;
     }
-    for (std::int64_t t = 0; bf16 && t < tokens; ++t) {
-        const std::uint8_t* row = from.bf16 + numbers[t] * blocks * Rows::bf16_bytes;
-        for (std::int64_t b = 0; b < blocks; ++b, row += Rows::bf16_bytes) {
-            std::uint8_t* high = bf16_row(t, b);
-            std::memcpy(high, row, 64);
-            std::memcpy(high + tile_bytes, row + 64, 64);
-        }
-    }
+    for (std::int64_t t = 0; t < tokens; ++t) gather_rows(from, numbers[t], t);
+}
+
+// AMX's forms.
+void Activations::gather_rows(const Rows& from, std::int64_t number, std::int64_t token) const {
+    const auto copy = [](std::uint8_t* high, const std::uint8_t* row) {
+        std::memcpy(high, row, 64);
+        std::memcpy(high + tile_bytes, row + 64, 64);
+    };
+    for (std::int64_t b = 0; bf16 && b < blocks; ++b)
+        copy(bf16_row(token, b), from.bf16 + (number * blocks + b) * Rows::bf16_bytes);
+    if (!bytes) return;
+    const std::int64_t tiles = (blocks + 1) / 2, ranges = ranges_of(blocks);
+    for (std::int64_t i = 0; i < tiles; ++i)
+        copy(byte_row(token, 64 * i), from.bytes + (number * tiles + i) * Rows::byte_bytes);
+    for (std::int64_t r = 0; r < ranges; ++r)
+        range_scales(token, r)[token % 16] = from.scales[number * ranges + r];
 }
 
 // Block by block, as the tile lies.
@@ -163,6 +184,10 @@ Rows Rows::take(Arena& arena, Forms forms, std::int64_t tokens, std::int64_t col
     if (forms.quantised) r.quantised = arena.take<XBlock>(all);
     if (forms.floats) r.floats = arena.take<float>(all * 32);
     if (forms.bf16) r.bf16 = arena.take<std::uint8_t>(all * bf16_bytes);
+    if (forms.bytes) {
+        r.bytes = arena.take<std::uint8_t>((tokens + 1) * ((r.blocks + 1) / 2) * byte_bytes);
+        r.scales = arena.take<float>((tokens + 1) * ranges_of(r.blocks));
+    }
     return r;
 }
 
@@ -173,6 +198,13 @@ void Rows::put(std::int64_t token, const float* x) const {
         if (floats) std::memcpy(floats + at * 32, values, 32 * sizeof(float));
         if (bf16) amx::split(values, bf16 + at * bf16_bytes, bf16 + at * bf16_bytes + 64);
     });
+    const std::int64_t ranges = ranges_of(blocks);
+    std::uint8_t* to = bytes + token * ((blocks + 1) / 2) * byte_bytes;
+    for (std::int64_t r = 0; bytes && x && r < ranges; ++r) {
+        const std::int64_t begin = r * range_cols, count = std::min(range_cols, cols - begin);
+        scales[token * ranges + r] =
+            amx::quantise(x + begin, count, {to + begin / 64 * byte_bytes, 64, byte_bytes});
+    }
 }
 
 Activations Rows::tile_of_one(std::int64_t token) const {

@@ -4,6 +4,9 @@
 //   floats     float32, [tile][column][token]
 //   bf16       bfloat16 and the bfloat16 of what it leaves over, AMX's tiles of 16 tokens x 32
 //              columns: [tile][block][high, low][token][column]
+//   bytes      16-bit integers with one scale per 512 columns in two planes of int8, AMX's tiles of
+//              16 tokens x 64 columns, the last filled up: [tile][64 columns][high, low][token]
+//              [column]; scales: [tile][512 columns][token]
 // Knows nothing of weights; does not own its memory (see Arena).
 #pragma once
 
@@ -34,9 +37,9 @@ static_assert(sizeof(XBlock) == simd::token_bytes && offsetof(XBlock, low) == si
 
 // Which forms are wanted.
 struct Forms {
-    bool quantised = false, floats = false, bf16 = false;
+    bool quantised = false, floats = false, bf16 = false, bytes = false;
     Forms operator|(Forms o) const {
-        return {quantised || o.quantised, floats || o.floats, bf16 || o.bf16};
+        return {quantised || o.quantised, floats || o.floats, bf16 || o.bf16, bytes || o.bytes};
     }
 };
 
@@ -73,6 +76,11 @@ inline Place place_of(std::int64_t token, std::int64_t tokens) {
 
 // One AMX tile.
 constexpr std::int64_t tile_bytes = 1024;
+// Columns that share a token's scale where tokens are bytes.
+constexpr std::int64_t range_cols = 512, range_blocks = range_cols / 32;
+inline std::int64_t ranges_of(std::int64_t blocks) {
+    return (blocks + range_blocks - 1) / range_blocks;
+}
 // Tokens rounded up to whole AMX tiles.
 inline std::int64_t padded_rows(std::int64_t tokens) { return (tokens + 15) / 16 * 16; }
 
@@ -104,7 +112,8 @@ struct Activations {
     std::int64_t tokens = 0, cols = 0, blocks = 0;
     XBlock* quantised = nullptr;
     float* floats = nullptr;
-    std::uint8_t* bf16 = nullptr;
+    std::uint8_t *bf16 = nullptr, *bytes = nullptr;
+    float* scales = nullptr;  // of bytes
 
     static Activations take(Arena& arena, Forms forms, std::int64_t tokens, std::int64_t cols);
 
@@ -119,14 +128,29 @@ struct Activations {
         return bf16_tile(token) + block * 2 * tile_bytes + token % 16 * 64;
     }
 
-    // Stores 32 columns of a token in every form there is.
+    std::uint8_t* byte_tile(std::int64_t first) const {
+        return bytes + first / 16 * ((blocks + 1) / 2) * 2 * tile_bytes;
+    }
+    // 64 high parts of a token; the low ones are a tile further.
+    std::uint8_t* byte_row(std::int64_t token, std::int64_t col) const {
+        return byte_tile(token) + col / 64 * 2 * tile_bytes + token % 16 * 64;
+    }
+    // Of the 16 tokens of a tile.
+    float* range_scales(std::int64_t first, std::int64_t range) const {
+        return scales + first / 16 * 16 * ranges_of(blocks) + range * 16;
+    }
+
+    // Stores 32 columns of a token in every form there is but bytes.
     void put(const Place& place, std::int64_t block, const float* x) const;
+    // Stores 512 columns, or what there is of them, of a token as bytes; x: the whole token.
+    void put_range(std::int64_t token, std::int64_t range, const float* x) const;
     // Stores a whole token; x: cols floats, or null for zeros.
     void put_token(std::int64_t token, const float* x) const;
     // Stores all tokens, cut before: token t is row numbers[t] of `from`.
     void gather(const Rows& from, const std::int64_t* numbers) const;
 
   private:
+    void gather_rows(const Rows& from, std::int64_t number, std::int64_t token) const;
     void gather_tile(const Rows& from, const std::int64_t* numbers, std::int64_t first,
                      int width) const;
 };
@@ -137,14 +161,16 @@ struct Rows {
     std::int64_t tokens = 0, cols = 0, blocks = 0;
     XBlock* quantised = nullptr;
     float* floats = nullptr;
-    std::uint8_t* bf16 = nullptr;
+    std::uint8_t *bf16 = nullptr, *bytes = nullptr;
+    float* scales = nullptr;                         // [token][512 columns]
     static constexpr std::int64_t bf16_bytes = 128;  // of a block: 32 high parts, 32 low parts
+    static constexpr std::int64_t byte_bytes = 128;  // of 64 columns: high parts, low parts
 
     static Rows take(Arena& arena, Forms forms, std::int64_t tokens, std::int64_t cols);
 
     // Stores a token; x: cols floats, or null for zeros.
     void put(std::int64_t token, const float* x) const;
-    // A token where it lies, which is how a tile of one lies. Not for bf16.
+    // A token where it lies, which is how a tile of one lies. Not for AMX's forms.
     Activations tile_of_one(std::int64_t token) const;
 };
 

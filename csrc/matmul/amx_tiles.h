@@ -1,6 +1,6 @@
 // The tile instructions the AMX path needs, one function each, or the same in plain C++ where
 // the tier has no AMX: the path around them can then be tested on any AVX-512 machine.
-// Intel SDM volume 1 chapter 18, volume 2 (TDPBF16PS).
+// Intel SDM volume 1 chapter 18, volume 2 (TDPBF16PS, TDPBSSD).
 #pragma once
 
 #include <cstdint>
@@ -44,6 +44,11 @@ struct Tiles {
     void multiply() {
         __asm__ volatile("tdpbf16ps %%tmm%c2, %%tmm%c1, %%tmm%c0" ::"i"(C), "i"(A), "i"(B));
     }
+    // The same with int32 sums: A holds 16 tokens x 64 int8, B 16 quads of columns x 16 rows.
+    template <int C, int A, int B>
+    void multiply_int8() {
+        __asm__ volatile("tdpbssd %%tmm%c2, %%tmm%c1, %%tmm%c0" ::"i"(C), "i"(A), "i"(B));
+    }
 };
 
 #else
@@ -75,6 +80,19 @@ struct Tiles {
                     for (int half = 0; half < 2; ++half)
                         sum += bf16_at(&data[A][m][4 * k + 2 * half]) *
                                bf16_at(&data[B][k][4 * n + 2 * half]);
+                std::memcpy(&data[C][m][4 * n], &sum, 4);
+            }
+    }
+    template <int C, int A, int B>
+    void multiply_int8() {
+        for (int m = 0; m < 16; ++m)
+            for (int n = 0; n < 16; ++n) {
+                std::int32_t sum;
+                std::memcpy(&sum, &data[C][m][4 * n], 4);
+                for (int k = 0; k < 16; ++k)
+                    for (int byte = 0; byte < 4; ++byte)
+                        sum += static_cast<std::int8_t>(data[A][m][4 * k + byte]) *
+                               static_cast<std::int8_t>(data[B][k][4 * n + byte]);
                 std::memcpy(&data[C][m][4 * n], &sum, 4);
             }
     }

@@ -15,8 +15,6 @@ constexpr int expanded_parts = 2;
 template <>
 constexpr int expanded_parts<formats::BF16> = 1;
 template <>
-constexpr int expanded_parts<formats::MXFP4> = 1;
-template <>
 constexpr int expanded_parts<formats::NVFP4> = 1;
 
 #if defined(GREENROOM_TIER_avx512) || defined(GREENROOM_TIER_amx)
@@ -61,36 +59,6 @@ void expand_quantised(const std::uint8_t* group, std::int64_t blocks, std::int64
     }
 }
 
-// E2M1 values as bfloat16, twice, as they are looked up by five bits.
-alignas(64) constexpr std::uint16_t e2m1_bf16[32] = {
-    0x0000, 0x3f00, 0x3f80, 0x3fc0, 0x4000, 0x4040, 0x4080, 0x40c0, 0x0000, 0xbf00, 0xbf80,
-    0xbfc0, 0xc000, 0xc040, 0xc080, 0xc0c0, 0x0000, 0x3f00, 0x3f80, 0x3fc0, 0x4000, 0x4040,
-    0x4080, 0x40c0, 0x0000, 0xbf00, 0xbf80, 0xbfc0, 0xc000, 0xc040, 0xc080, 0xc0c0};
-
-// A power of two only changes exponents: a third of the instructions. Scales at the ends of their
-// range, which no model has, go the general way.
-inline void expand_mxfp4(const std::uint8_t* group, std::int64_t blocks, std::int64_t first,
-                         std::int64_t count, std::uint8_t* out) {
-    using namespace simd;
-    using F = formats::MXFP4;
-    constexpr int lines = F::Payload::lines, block_bytes = lines * formats::line_bytes;
-    const std::uint8_t* records = group + blocks * block_bytes;
-    for (std::int64_t i = first; i < first + count; ++i, out += tile_bytes) {
-        Codes powers;
-        if (!powers_of_two(records + i * F::record_bytes, powers)) {
-            expand_quantised<F>(group, blocks, i, 1, out);
-            continue;
-        }
-        for (int line = 0; line < lines; ++line) {
-            Codes pairs[4];
-            nibble_pairs(group + i * block_bytes + line * formats::line_bytes, pairs);
-            for (int j = 0; j < 4; ++j)
-                store_line(out + (4 * line + j) * formats::line_bytes,
-                           times_powers(look_up(e2m1_bf16, pairs[j]), powers));
-        }
-    }
-}
-
 // Packed lines of bfloat16 are pairs of columns already.
 inline void expand_bf16(const std::uint8_t* group, std::int64_t, std::int64_t first,
                         std::int64_t count, std::uint8_t* out) {
@@ -102,7 +70,7 @@ inline void expand_bf16(const std::uint8_t* group, std::int64_t, std::int64_t fi
 template <class F>
 constexpr ExpandKernel expand_of = expand_quantised<F>;
 template <>
-constexpr ExpandKernel expand_of<formats::MXFP4> = expand_mxfp4;
+constexpr ExpandKernel expand_of<formats::MXFP4> = nullptr;  // amx_int8.h
 template <>
 constexpr ExpandKernel expand_of<formats::BF16> = expand_bf16;
 template <>

@@ -8,7 +8,7 @@ namespace greenroom {
 Forms forms_for(const Matrix& m, std::int64_t tokens) {
     Forms forms;
     if (amx::in_tiles(m.type, tokens))
-        forms.bf16 = true;
+        (amx::in_bytes(m.type) ? forms.bytes : forms.bf16) = true;
     else if (layout_of(m.type).quantised)
         forms.quantised = true;
     else
@@ -17,7 +17,7 @@ Forms forms_for(const Matrix& m, std::int64_t tokens) {
 }
 
 std::int64_t multiply_scratch(const Matrix& m, std::int64_t tokens, std::int64_t groups) {
-    return amx::in_tiles(m.type, tokens) ? amx::scratch_bytes(groups) : 0;
+    return amx::in_tiles(m.type, tokens) ? amx::scratch_bytes(m.type, groups) : 0;
 }
 
 void multiply(const Matrix& m, std::int64_t first, std::int64_t groups, const Activations& x,

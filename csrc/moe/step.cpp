@@ -16,7 +16,8 @@ namespace {
 
 // Rows computed together: their activations are read once, their products stay in L1.
 constexpr std::int64_t rows_at_once = 64, groups_at_once = rows_at_once / 16;
-// A chunk is a multiple of 32 rows, so that whoever has it quantises whole blocks. There are chunks
+// A chunk is a multiple of 32 rows, so that whoever has it quantises whole blocks (bytes for AMX,
+// scaled by 512 columns: whoever is the last of those columns). There are chunks
 // of output rows for all threads, as each is added up by one.
 constexpr std::int64_t chunk_unit = 32, largest_chunk = 512;
 // Chunks of a thread, about: few are left when the first threads have none.
@@ -133,6 +134,18 @@ void MoeStep::reserve() {
     lay_out(count);
     Arena arena(scratch(activations_slot, count.used()));
     lay_out(arena);
+    for (int j = 0; j < job_count_; ++j)
+        if (jobs_[j].values) count_missing(jobs_[j]);
+}
+
+// How many chunks have a part of each range.
+void MoeStep::count_missing(Job& job) const {
+    const std::int64_t ranges = ranges_of(job.h.blocks);
+    job.missing = std::make_unique<std::atomic<int>[]>(ranges);
+    for (std::int64_t r = 0; r < ranges; ++r) {
+        const std::int64_t last = std::min(layer_.f, (r + 1) * range_cols) - 1;
+        job.missing[r] = static_cast<int>(last / up_.rows - r * range_cols / up_.rows + 1);
+    }
 }
 
 void MoeStep::lay_out(Arena& arena) {
@@ -140,9 +153,10 @@ void MoeStep::lay_out(Arena& arena) {
     Forms forms;
     for (int j = 0; j < job_count_; ++j) {
         Job& job = jobs_[j];
+        const Forms hidden = forms_for(job.expert->down, job.count);
         forms = forms | forms_of(job);
-        job.h =
-            Activations::take(arena, forms_for(job.expert->down, job.count), job.count, layer_.f);
+        job.h = Activations::take(arena, hidden, job.count, layer_.f);
+        if (hidden.bytes) job.values = arena.take<float>(job.count * layer_.f);
     }
     x_ = Rows::take(arena, forms, routes_.tokens, layer_.d);
 }
@@ -239,7 +253,16 @@ void MoeStep::up_chunk(Job& job, std::int64_t chunk, const std::uint8_t* next, W
                  worker.scratch);
         store_hidden(job, row, groups, worker.gate, worker.up);
     }
+    if (job.values) quantise_hidden(job, chunk);
     job.pending.fetch_sub(1, std::memory_order_acq_rel);
+}
+
+// Whoever finishes a range of columns quantises it.
+void MoeStep::quantise_hidden(const Job& job, std::int64_t chunk) const {
+    for (std::int64_t r = up_.begin(chunk) / range_cols; r * range_cols < up_.end(chunk); ++r)
+        if (job.missing[r].fetch_sub(1, std::memory_order_acq_rel) == 1)
+            for (std::int64_t t = 0; t < job.count; ++t)
+                job.h.put_range(t, r, job.values + t * layer_.f);
 }
 
 void MoeStep::store_hidden(const Job& job, std::int64_t row, std::int64_t groups, const float* gate,
@@ -258,6 +281,9 @@ void MoeStep::store_hidden(const Job& job, std::int64_t row, std::int64_t groups
             store(h + 16 * g, activate(layer_.activation, a + bias_at(e.gate_bias, r, layer_.f),
                                        b + bias_at(e.up_bias, r, layer_.f)));
         }
+        if (job.values && t < job.count)
+            std::memcpy(job.values + t * layer_.f + row, h,
+                        std::min(groups * 16, layer_.f - row) * sizeof(float));
         const Place place = place_of(t, job.count);
         for (std::int64_t block = 0; 2 * block < groups; ++block)
             job.h.put(place, row / 32 + block, h + 32 * block);

@@ -22,6 +22,10 @@ class MoeStep {
         std::int64_t first, count;  // its range in slots_
         Activations h;
         std::atomic<int> pending{0};  // gate/up chunks not yet done
+        // Where h is bytes: its values (count, f) until a whole range of columns is there, and the
+        // gate/up chunks still to come of each range.
+        float* values = nullptr;
+        std::unique_ptr<std::atomic<int>[]> missing;
     };
     // What one thread works with.
     struct Worker {
@@ -60,6 +64,8 @@ class MoeStep {
     void up_chunk(Job& job, std::int64_t chunk, const std::uint8_t* next, Worker& worker);
     void store_hidden(const Job& job, std::int64_t row, std::int64_t groups, const float* gate,
                       const float* up);
+    void count_missing(Job& job) const;
+    void quantise_hidden(const Job& job, std::int64_t chunk) const;
     void down_chunk(Job& job, std::int64_t chunk, const std::uint8_t* next, const Worker& worker);
     float* partial(std::int64_t chunk, std::int64_t slot) const {
         return partial_ + down_.begin(chunk) * routes_.tokens * routes_.k +

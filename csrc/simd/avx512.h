@@ -202,33 +202,48 @@ inline Codes upper_halves(Floats even, Floats odd) {
     return {_mm512_ternarylogic_epi32(high, mask, low, 0xea)};
 }
 
-// The nibbles of a line of 4-bit codes in pairs of columns, one to each half of a row's word: low
-// ones of bytes 0 and 1, of 2 and 3, then high ones. Bits above the fourth of each may be anything.
-inline void nibble_pairs(const std::uint8_t* line, Codes out[4]) {
-    const __m512i w = _mm512_loadu_si512(line);
-    const __m128i first = _mm_setr_epi8(0, -1, 1, -1, 4, -1, 5, -1, 8, -1, 9, -1, 12, -1, 13, -1);
-    const __m128i second = _mm_add_epi8(first, _mm_set1_epi16(2));
-    out[0].v = _mm512_shuffle_epi8(w, _mm512_broadcast_i32x4(first));
-    out[1].v = _mm512_shuffle_epi8(w, _mm512_broadcast_i32x4(second));
-    out[2].v = _mm512_srli_epi16(out[0].v, 4);
-    out[3].v = _mm512_srli_epi16(out[1].v, 4);
+inline Ints load_ints(const std::int32_t* p) { return {_mm512_loadu_si512(p)}; }
+inline Ints operator+(Ints a, int b) { return {_mm512_add_epi32(a.v, _mm512_set1_epi32(b))}; }
+inline void store_low_bytes(std::uint8_t* p, Ints a) {
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtepi32_epi8(a.v));
 }
-// Half words of a table of 32 by their low five bits.
-inline Codes look_up(const std::uint16_t* table, Codes index) {
-    return {_mm512_permutexvar_epi16(index.v, _mm512_loadu_si512(table))};
+
+// MXFP4's exponents, [block][16 rows] bytes, of up to 16 blocks: the largest of each row or, if
+// above is given, the largest of those more than 3 below it; 0 if there are none. Whether any is
+// more than 1, as 0 and 1 stand for zeros.
+inline bool largest_exponents(const std::uint8_t* e, std::int64_t blocks, const std::uint8_t* above,
+                              std::uint8_t* out) {
+    const __m128i* of_rows = reinterpret_cast<const __m128i*>(above);
+    const __m128i most =
+        of_rows ? _mm_subs_epu8(_mm_loadu_si128(of_rows), _mm_set1_epi8(4)) : _mm_set1_epi8(-1);
+    const __m512i limit = _mm512_broadcast_i32x4(most);
+    __m512i found = _mm512_setzero_si512();
+    for (; blocks > 0; blocks -= 4, e += 64) {
+        const __mmask64 there = blocks >= 4 ? ~0ull : ~(~0ull << 16 * blocks);
+        const __m512i some = _mm512_maskz_loadu_epi8(there, e);
+        found = _mm512_mask_max_epu8(found, _mm512_cmple_epu8_mask(some, limit), found, some);
+    }
+    const __m256i two =
+        _mm256_max_epu8(_mm512_castsi512_si256(found), _mm512_extracti64x4_epi64(found, 1));
+    const __m128i one = _mm_max_epu8(_mm256_castsi256_si128(two), _mm256_extracti128_si256(two, 1));
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(out), one);
+    return _mm_cmpgt_epu8_mask(one, _mm_set1_epi8(1)) != 0;
 }
-// 2^(e - 127) of each row, for times_powers; whether all of them are between 2^-125 and 2^125.
-inline bool powers_of_two(const std::uint8_t* e, Codes& out) {
-    const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(e));
-    const __m512i change = _mm512_sub_epi32(_mm512_cvtepu8_epi32(bytes), _mm512_set1_epi32(127));
-    const __m512i high = _mm512_slli_epi32(change, 23);
-    out.v = _mm512_mask_blend_epi16(0x55555555, high, _mm512_slli_epi32(change, 7));
-    return _mm_cmpgt_epu8_mask(_mm_sub_epi8(bytes, _mm_set1_epi8(2)), _mm_set1_epi8(-6)) == 0;
+// Where a block's exponents lie below the largest of their rows: those at most 3 below take part.
+struct Window {
+    __m512i below, middle;
+    __mmask16 rows;
+};
+inline Window window_below(Ints largest, Ints exponent) {
+    const __m512i below = _mm512_sub_epi32(largest.v, exponent.v);
+    const __mmask16 some = _mm512_cmpgt_epi32_mask(exponent.v, _mm512_set1_epi32(1));
+    const __mmask16 rows = _mm512_mask_cmple_epu32_mask(some, below, _mm512_set1_epi32(3));
+    const __m512i middle = _mm512_set1_epi32(static_cast<int>(0x80808080u));
+    return {below, _mm512_maskz_srlv_epi32(rows, middle, below), rows};
 }
-// A line of bfloat16 times its rows' powers; zeros stay zeros, exponents must not overflow.
-inline Codes times_powers(Codes a, Codes powers) {
-    const __mmask32 some = _mm512_test_epi16_mask(a.v, _mm512_set1_epi16(0x7fff));
-    return {_mm512_mask_add_epi16(a.v, some, a.v, powers.v)};
+// Bytes of 128 more than a multiple of 8 without the 128 and shifted, 0 in other rows.
+inline Codes shifted(Codes a, const Window& w) {
+    return {_mm512_sub_epi8(_mm512_maskz_srlv_epi32(w.rows, a.v, w.below), w.middle)};
 }
 
 // Into L1 and L2; into L2 alone.
