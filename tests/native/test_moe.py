@@ -42,7 +42,7 @@ class Layer:
         self.lib.moe(pool or self.pool, self.native, x, ids, weights, out)
         return out
 
-    def expert(self, e: int, x: np.ndarray) -> np.ndarray:
+    def expert(self, e: int, x: np.ndarray, seen_by=seen_by) -> np.ndarray:
         (gate, up, down), biases, scales = self.experts[e]
         b = [0 if bias is None else bias.astype(np.float64) for bias in biases]
         g = seen_by(gate.type, x) @ gate.values.T * scales[0] + b[0]
@@ -50,11 +50,11 @@ class Layer:
         h = activation(self.kind, g, u).astype(np.float32)
         return seen_by(down.type, h) @ down.values.T * scales[2] + b[2]
 
-    def twin(self, x, ids, weights) -> np.ndarray:
+    def twin(self, x, ids, weights, seen_by=seen_by) -> np.ndarray:
         out = np.zeros(x.shape)
         for t, j in np.ndindex(*ids.shape):
             if ids[t, j] >= 0:
-                out[t] += weights[t, j] * self.expert(int(ids[t, j]), x[t : t + 1])[0]
+                out[t] += weights[t, j] * self.expert(int(ids[t, j]), x[t : t + 1], seen_by)[0]
         return out
 
 
