@@ -34,7 +34,7 @@ struct Bf16Call : Call {
     std::uint8_t* expanded(Columns c) const { return scratch + c.turn * groups * group_bytes(); }
     void expand(Columns c, std::int64_t group, std::int64_t block) const {
         const std::int64_t at = block * kernels.expanded_parts * tile_bytes;
-        kernels.expand(m.group(first + group), x.blocks, c.begin + block, 1,
+        kernels.expand(this->group(group), x.blocks, c.begin + block, 1,
                        expanded(c) + group * group_bytes() + at);
     }
 };

@@ -27,7 +27,9 @@ struct Call {
     std::uint8_t* scratch;
     std::int64_t at_once;  // blocks
     const Layout& layout = layout_of(m.type);
+    std::int64_t bytes = layout.group_bytes(m.cols), payload = layout.payload_bytes(m.cols);
 
+    const std::uint8_t* group(std::int64_t i) const { return m.data + (first + i) * bytes; }
     Columns columns(std::int64_t begin, int turn) const {
         return {begin, std::clamp<std::int64_t>(x.blocks - begin, 0, at_once), turn};
     }
@@ -72,15 +74,14 @@ class Ahead {
     // Columns of these groups, or the first ones of the next groups and all their scales; those are
     // supposed to be laid out as these.
     void ask_for_those_after() {
-        const Layout& layout = call_.layout;
-        const std::int64_t bytes = layout.group_bytes(call_.m.cols),
-                           payload = layout.payload_bytes(call_.m.cols);
+        const std::int64_t bytes = call_.bytes, payload = call_.payload,
+                           block_bytes = call_.layout.block_bytes;
         const bool last = columns_.count == 0;
         const Columns c = last ? Columns{0, std::min(call_.x.blocks, 2 * call_.at_once), 0}
                                : call_.columns(columns_.begin + call_.at_once, 0);
-        const std::uint8_t* from = last ? call_.next : call_.m.group(call_.first);
+        const std::uint8_t* from = last ? call_.next : call_.group(0);
         for (std::int64_t g = 0; from && g < call_.groups; ++g, from += bytes) {
-            ask_for(from + c.begin * layout.block_bytes, c.count * layout.block_bytes);
+            ask_for(from + c.begin * block_bytes, c.count * block_bytes);
             if (last) ask_for(from + payload, bytes - payload);
         }
     }

@@ -14,6 +14,7 @@ namespace {
 
 using Format = formats::MXFP4;
 
+constexpr std::int64_t block_bytes = Format::Payload::lines * formats::line_bytes;
 constexpr std::int64_t tile_cols = 64, range_tiles = range_cols / tile_cols;
 // A group's tiles, then the largest exponent of each of its rows.
 constexpr std::int64_t group_bytes = range_tiles * tile_bytes + 64;
@@ -28,8 +29,7 @@ struct Int8Call : Call {
         return expanded(c, group) + range_tiles * tile_bytes;
     }
     const std::uint8_t* exponents(Columns c, std::int64_t group) const {
-        return m.group(first + group) + layout.payload_bytes(m.cols) +
-               c.begin * Format::record_bytes;
+        return this->group(group) + payload + c.begin * Format::record_bytes;
     }
     Columns range(std::int64_t begin, int turn) const;
     Columns after(Columns c) const;
@@ -60,7 +60,7 @@ void Int8Call::expand(Columns c, std::int64_t group, std::int64_t block) const {
     const Codes low = splat_byte(15), table = shift<3>(load_table(Format::table()));
     const Window window = window_below(
         bytes_u8(largest(c, group)), bytes_u8(exponents(c, group) + block * Format::record_bytes));
-    const std::uint8_t* from = m.group(first + group) + (c.begin + block) * layout.block_bytes;
+    const std::uint8_t* from = this->group(group) + (c.begin + block) * block_bytes;
     std::uint8_t* to = expanded(c, group) + block * tile_bytes / 2;
     for (int i = 0; i < Format::Payload::lines; ++i, from += 64, to += 128) {
         const Codes codes = load_line(from);
