@@ -99,7 +99,7 @@ Activations Activations::take(Arena& arena, Forms forms, std::int64_t tokens, st
     if (forms.floats) a.floats = arena.take<float>(padded * a.blocks * 32);
     if (forms.bf16) a.bf16 = arena.take<std::uint8_t>(rows / 16 * a.blocks * 2 * tile_bytes);
     if (forms.bytes) {
-        a.bytes = arena.take<std::uint8_t>(rows / 16 * ((a.blocks + 1) / 2) * 2 * tile_bytes);
+        a.bytes = arena.take<std::uint8_t>(rows / 16 * byte_tiles_of(a.blocks) * 2 * tile_bytes);
         a.scales = arena.take<float>(rows * ranges_of(a.blocks));
     }
     return a;
@@ -150,7 +150,7 @@ void Activations::gather_rows(const Rows& from, std::int64_t number, std::int64_
     for (std::int64_t b = 0; bf16 && b < blocks; ++b)
         copy(bf16_row(token, b), from.bf16 + (number * blocks + b) * Rows::bf16_bytes);
     if (!bytes) return;
-    const std::int64_t tiles = (blocks + 1) / 2, ranges = ranges_of(blocks);
+    const std::int64_t tiles = byte_tiles_of(blocks), ranges = ranges_of(blocks);
     for (std::int64_t i = 0; i < tiles; ++i)
         copy(byte_row(token, 64 * i), from.bytes + (number * tiles + i) * Rows::byte_bytes);
     for (std::int64_t r = 0; r < ranges; ++r)
@@ -185,7 +185,7 @@ Rows Rows::take(Arena& arena, Forms forms, std::int64_t tokens, std::int64_t col
     if (forms.floats) r.floats = arena.take<float>(all * 32);
     if (forms.bf16) r.bf16 = arena.take<std::uint8_t>(all * bf16_bytes);
     if (forms.bytes) {
-        r.bytes = arena.take<std::uint8_t>((tokens + 1) * ((r.blocks + 1) / 2) * byte_bytes);
+        r.bytes = arena.take<std::uint8_t>((tokens + 1) * byte_tiles_of(r.blocks) * byte_bytes);
         r.scales = arena.take<float>((tokens + 1) * ranges_of(r.blocks));
     }
     return r;
@@ -198,9 +198,10 @@ void Rows::put(std::int64_t token, const float* x) const {
         if (floats) std::memcpy(floats + at * 32, values, 32 * sizeof(float));
         if (bf16) amx::split(values, bf16 + at * bf16_bytes, bf16 + at * bf16_bytes + 64);
     });
+    if (!bytes || !x) return;
     const std::int64_t ranges = ranges_of(blocks);
-    std::uint8_t* to = bytes + token * ((blocks + 1) / 2) * byte_bytes;
-    for (std::int64_t r = 0; bytes && x && r < ranges; ++r) {
+    std::uint8_t* to = bytes + token * byte_tiles_of(blocks) * byte_bytes;
+    for (std::int64_t r = 0; r < ranges; ++r) {
         const std::int64_t begin = r * range_cols, count = std::min(range_cols, cols - begin);
         scales[token * ranges + r] =
             amx::quantise(x + begin, count, {to + begin / 64 * byte_bytes, 64, byte_bytes});

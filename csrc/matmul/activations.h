@@ -81,6 +81,8 @@ constexpr std::int64_t range_cols = 512, range_blocks = range_cols / 32;
 inline std::int64_t ranges_of(std::int64_t blocks) {
     return (blocks + range_blocks - 1) / range_blocks;
 }
+// And their tiles.
+inline std::int64_t byte_tiles_of(std::int64_t blocks) { return (blocks + 1) / 2; }
 // Tokens rounded up to whole AMX tiles.
 inline std::int64_t padded_rows(std::int64_t tokens) { return (tokens + 15) / 16 * 16; }
 
@@ -129,7 +131,7 @@ struct Activations {
     }
 
     std::uint8_t* byte_tile(std::int64_t first) const {
-        return bytes + first / 16 * ((blocks + 1) / 2) * 2 * tile_bytes;
+        return bytes + first / 16 * byte_tiles_of(blocks) * 2 * tile_bytes;
     }
     // 64 high parts of a token; the low ones are a tile further.
     std::uint8_t* byte_row(std::int64_t token, std::int64_t col) const {

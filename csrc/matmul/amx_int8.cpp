@@ -19,7 +19,9 @@ constexpr std::int64_t tile_cols = 64, range_tiles = range_cols / tile_cols;
 // A group's tiles, then the largest exponent of each of its rows.
 constexpr std::int64_t group_bytes = range_tiles * tile_bytes + 64;
 
-// Columns are a range or, when it is passed over again, the same with smaller exponents.
+// Columns are a range or, in a third place, those of it that are passed over again.
+constexpr int rest_turn = 2, places = 3;
+
 struct Int8Call : Call {
     // [turn][group]
     std::uint8_t* expanded(Columns c, std::int64_t group) const {
@@ -31,12 +33,16 @@ struct Int8Call : Call {
     const std::uint8_t* exponents(Columns c, std::int64_t group) const {
         return this->group(group) + payload + c.begin * Format::record_bytes;
     }
+    simd::Window window(Columns c, std::int64_t group, std::int64_t block) const {
+        return simd::window_below(
+            simd::bytes_u8(largest(c, group)),
+            simd::bytes_u8(exponents(c, group) + block * Format::record_bytes));
+    }
     Columns range(std::int64_t begin, int turn) const;
-    Columns after(Columns c) const;
+    Columns rest(Columns c, std::int64_t group, int count) const;
     void expand(Columns c, std::int64_t group, std::int64_t block) const;
 };
 
-// A range for the first time.
 Columns Int8Call::range(std::int64_t begin, int turn) const {
     const Columns c = columns(begin, turn);
     for (std::int64_t g = 0; g < groups; ++g)
@@ -44,13 +50,26 @@ Columns Int8Call::range(std::int64_t begin, int turn) const {
     return c;
 }
 
-// The same range again if any row has blocks left, else the next one.
-Columns Int8Call::after(Columns c) const {
-    const Columns again{c.begin, c.count, 1 - c.turn};
+// Whole tiles with those blocks of some groups that come next after a pass over c, if there are
+// any.
+Columns Int8Call::rest(Columns c, std::int64_t group, int count) const {
+    Columns next = columns(c.begin / range_blocks * range_blocks, rest_turn);
     bool left = false;
-    for (std::int64_t g = 0; g < groups; ++g)
-        left |= simd::largest_exponents(exponents(c, g), c.count, largest(c, g), largest(again, g));
-    return left ? again : range(c.begin + c.count, 1 - c.turn);
+    for (std::int64_t g = group; g < group + count; ++g)
+        left |= simd::largest_exponents(exponents(next, g), next.count, largest(c, g),
+                                        largest(next, g));
+    if (!left) return {0, 0, rest_turn};
+    const auto part = [&](std::int64_t block) {
+        bool any = false;
+        for (std::int64_t g = group; g < group + count; ++g) any |= window(next, g, block).rows;
+        return any;
+    };
+    std::int64_t begin = 0, end = next.count;
+    while (!part(begin)) ++begin;
+    while (!part(end - 1)) --end;
+    begin = begin / 2 * 2;
+    end = std::min(next.count, (end + 1) / 2 * 2);
+    return {next.begin + begin, end - begin, rest_turn};
 }
 
 // 8 values times 2^(exponent - largest), or 0 where that is less than 1/8. A value, at most 12,
@@ -58,14 +77,13 @@ Columns Int8Call::after(Columns c) const {
 void Int8Call::expand(Columns c, std::int64_t group, std::int64_t block) const {
     using namespace simd;
     const Codes low = splat_byte(15), table = shift<3>(load_table(Format::table()));
-    const Window window = window_below(
-        bytes_u8(largest(c, group)), bytes_u8(exponents(c, group) + block * Format::record_bytes));
+    const Window of_rows = window(c, group, block);
     const std::uint8_t* from = this->group(group) + (c.begin + block) * block_bytes;
     std::uint8_t* to = expanded(c, group) + block * tile_bytes / 2;
     for (int i = 0; i < Format::Payload::lines; ++i, from += 64, to += 128) {
         const Codes codes = load_line(from);
-        store_line(to, shifted(lookup(table, codes & low), window));
-        store_line(to + 64, shifted(lookup(table, shift<-4>(codes) & low), window));
+        store_line(to, shifted(lookup(table, codes & low), of_rows));
+        store_line(to + 64, shifted(lookup(table, shift<-4>(codes) & low), of_rows));
     }
 }
 
@@ -74,7 +92,7 @@ struct Operands {
     const std::uint8_t* tokens;   // high parts, low parts, next 64 columns
     const std::uint8_t* weights;  // first group's tiles
     std::int64_t tiles;
-    Ahead<Int8Call>* ahead;
+    Ahead<Int8Call>* ahead;  // or null
 };
 
 // [group][of high parts, of low parts][token][row]
@@ -95,7 +113,7 @@ void product(Tiles& tiles, const Operands& o, Sums& sums) {
             tiles.template multiply_int8<2 * g, 4, 6 + g>();
             tiles.template multiply_int8<2 * g + 1, 5, 6 + g>();
         });
-        o.ahead->step();
+        if (o.ahead) o.ahead->step();
     }
     unrolled<2 * Groups>(
         [&](auto i) { tiles.template store<i>(sums.of[i / 2][i % 2], 16 * sizeof(std::int32_t)); });
@@ -121,12 +139,11 @@ void add(const Sums& sums, const float* scales, const Int8Call& call, Columns c,
     }
 }
 
-// Two groups at a time, so that their weights stay in L1.
 template <int Groups>
-void add_groups(const Int8Call& call, Tiles& tiles, Columns c, std::int64_t group, bool gains,
-                Ahead<Int8Call>& ahead) {
+void add_pass(const Int8Call& call, Tiles& tiles, Columns c, std::int64_t group, bool gains,
+              Ahead<Int8Call>* ahead) {
     const std::int64_t ld = call.groups * 16;
-    Operands o{nullptr, call.expanded(c, group), (c.count + 1) / 2, &ahead};
+    Operands o{nullptr, call.expanded(c, group), (c.count + 1) / 2, ahead};
     Sums sums;
     for (std::int64_t t = 0; t < padded_rows(call.x.tokens); t += 16) {
         o.tokens = call.x.byte_tile(t) + c.begin * tile_bytes;
@@ -136,19 +153,32 @@ void add_groups(const Int8Call& call, Tiles& tiles, Columns c, std::int64_t grou
     }
 }
 
-void add_columns(const Int8Call& call, Tiles& tiles, Columns c, Columns after, bool gains) {
+// Two groups at a time, so that their weights stay in L1.
+template <int Groups>
+void add_groups(const Int8Call& call, Tiles& tiles, Columns c, std::int64_t group,
+                Ahead<Int8Call>& ahead) {
+    add_pass<Groups>(call, tiles, c, group, c.begin > 0, &ahead);
+    for (Columns rest = call.rest(c, group, Groups); rest.count > 0;
+         rest = call.rest(rest, group, Groups)) {
+        for (std::int64_t i = 0; i < Groups * rest.count; ++i)
+            call.expand(rest, group + i / rest.count, i % rest.count);
+        add_pass<Groups>(call, tiles, rest, group, true, nullptr);
+    }
+}
+
+void add_columns(const Int8Call& call, Tiles& tiles, Columns c, Columns after) {
     const std::int64_t steps =
         padded_rows(call.x.tokens) / 16 * ((call.groups + 1) / 2) * ((c.count + 1) / 2);
     Ahead ahead(call, after, steps);
     std::int64_t g = 0;
-    for (; g + 2 <= call.groups; g += 2) add_groups<2>(call, tiles, c, g, gains, ahead);
-    if (g < call.groups) add_groups<1>(call, tiles, c, g, gains, ahead);
+    for (; g + 2 <= call.groups; g += 2) add_groups<2>(call, tiles, c, g, ahead);
+    if (g < call.groups) add_groups<1>(call, tiles, c, g, ahead);
     ahead.finish();
 }
 
 }  // namespace
 
-std::int64_t int8_scratch_bytes(std::int64_t groups) { return 2 * groups * group_bytes; }
+std::int64_t int8_scratch_bytes(std::int64_t groups) { return places * groups * group_bytes; }
 
 void multiply_int8(const Matrix& m, std::int64_t first, std::int64_t groups, const Activations& x,
                    const std::uint8_t* next, float* out, std::uint8_t* scratch) {
@@ -156,9 +186,9 @@ void multiply_int8(const Matrix& m, std::int64_t first, std::int64_t groups, con
     Tiles tiles;
     Columns now = call.range(0, 0);
     expand_all(call, now);
-    for (bool gains = false; now.count > 0; gains = true) {
-        const Columns after = call.after(now);
-        add_columns(call, tiles, now, after, gains);
+    while (now.count > 0) {
+        const Columns after = call.range(now.begin + range_blocks, 1 - now.turn);
+        add_columns(call, tiles, now, after);
         now = after;
     }
 }

@@ -1,7 +1,7 @@
 // MXFP4 weights in AMX tiles of int8. A range of 512 columns has one scale per token and one per
 // row: tokens are 16-bit integers in two planes of bytes, and a weight is an exact byte, as its
-// block's power of two only shifts a code. Blocks of a row whose powers differ by more than bytes
-// have room for are taken in several passes over the range, each a window of four powers.
+// block's power of two only shifts a code. Where a row's powers differ by more than bytes have room
+// for, a pass over a range takes the four largest, and another one over what is left follows.
 #pragma once
 
 #include "matmul/activations.h"

@@ -24,7 +24,7 @@ using ExpandKernel = void (*)(const std::uint8_t* group, std::int64_t blocks, st
 
 struct Kernels {
     TileKernel tiles[std::size(simd::tile_widths)] = {};
-    ExpandKernel expand = nullptr;  // null: never in AMX tiles
+    ExpandKernel expand = nullptr;  // null: not in AMX tiles of bfloat16
     int expanded_parts = 0;
 
     TileKernel of_width(int width) const {

@@ -16,9 +16,9 @@ namespace {
 
 // Rows computed together: their activations are read once, their products stay in L1.
 constexpr std::int64_t rows_at_once = 64, groups_at_once = rows_at_once / 16;
-// A chunk is a multiple of 32 rows, so that whoever has it quantises whole blocks (bytes for AMX,
-// scaled by 512 columns: whoever is the last of those columns). There are chunks
-// of output rows for all threads, as each is added up by one.
+// A chunk is a multiple of 32 rows, so that whoever has it quantises whole blocks (but bytes for
+// AMX, 512 columns of which have one scale). There are chunks of output rows for all threads, as
+// each is added up by one.
 constexpr std::int64_t chunk_unit = 32, largest_chunk = 512;
 // Chunks of a thread, about: few are left when the first threads have none.
 constexpr std::int64_t chunks_per_thread = 24;

@@ -208,9 +208,9 @@ inline void store_low_bytes(std::uint8_t* p, Ints a) {
     _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtepi32_epi8(a.v));
 }
 
-// MXFP4's exponents, [block][16 rows] bytes, of up to 16 blocks: the largest of each row or, if
-// above is given, the largest of those more than 3 below it; 0 if there are none. Whether any is
-// more than 1, as 0 and 1 stand for zeros.
+// MXFP4's exponents, [block][16 rows] bytes: the largest of each row or, if above is given (it may
+// be out), the largest of those more than 3 below it; 0 if there are none. Returns whether any is
+// more than 1: 0 and 1 stand for zeros.
 inline bool largest_exponents(const std::uint8_t* e, std::int64_t blocks, const std::uint8_t* above,
                               std::uint8_t* out) {
     const __m128i* of_rows = reinterpret_cast<const __m128i*>(above);

@@ -58,7 +58,8 @@ class Ceiling:
     """One tier's limits: GB/s read by thread count, and GOP/s on registers alone.
 
     The AMX tier computes large batches in bfloat16 tiles (`bf16_tiles`, 0 on other tiers), with
-    two products for one of BF16, MXFP4 and NVFP4 and three for one of the others.
+    two products for one of BF16 and NVFP4 and three for one of the others; MXFP4's two are of
+    int8, twice as wide, which takes the time of one.
     """
 
     tier: str
