@@ -25,7 +25,7 @@ from greenroom.kernels.guests import Guests, fetch
 BUSY = 0.02  # seconds for which the device is kept busy, at least
 MOST = 1000  # things it is given to do in that time
 COPIES = 8  # experts copied together
-ROUNDS = 3
+ROUNDS, MORE_ROUNDS = 3, 5
 LAYERS = 12  # computed for one token, so many at most
 READ = 4  # layers whose experts the device reads in turn
 TOGETHER = 32  # tokens of the longer measurement
@@ -96,7 +96,8 @@ def _measured(banks: Sequence[CpuExperts], used: int, there: Tensor) -> Pace:
 
 def measure_rates(bank: CpuExperts, there: Tensor) -> Rates:
     """Computes some experts of many rows while the device copies others, see `measure`; takes some
-    100 ms. Few rows tell how fast weights are read, more of them how fast they are multiplied.
+    150 ms. Few rows tell how fast weights are read, more of them how fast they are multiplied. The
+    median counts: what disturbs a CPU now will do so later, and a layer waits for it.
 
     Args:
         bank: the slabs of a layer, pinned and in one piece.
@@ -111,11 +112,11 @@ def measure_rates(bank: CpuExperts, there: Tensor) -> Rates:
         copying = Busy(lambda: pages[:count].copy_(source[-count:], non_blocking=True), count)
         alone = sum(lent_seconds(bank, lent, rows) for rows in (MANY, FEW, ONE))
         found = []
-        for _ in range(ROUNDS):
+        for _ in range(MORE_ROUNDS):
             copying.begin(2 * alone)
             times = [lent_seconds(bank, lent, rows) for rows in (ONE, FEW, MANY)]
             found.append((*times, copying.end()))
-    one, few, many, copy = (min(times) for times in zip(*found, strict=True))
+    one, few, many, copy = (median(times) for times in zip(*found, strict=True))
     more = 2 * lent * (MANY - FEW) * weights / max(many - few, many / 8, LEAST)
     found_rates = slab / copy, lent * slab / few, more, lent * slab / one
     return Rates(*(rounded(rate, FINE) for rate in found_rates))

@@ -15,9 +15,9 @@ from dataclasses import dataclass
 LENT = 1.0
 LEAST = 1 / 16  # of the absent experts; fewer are not worth that
 # Seconds of a layer that the CPU cannot compute in: from its last sum to the next layer's routes,
-# and until rows are there. On an H100, 25 November 2026: rows and bells 0.5 ms, attention and dense
-# products of gpt-oss-20b 0.3 ms at 512 tokens and 0.9 at 2,048.
-MEETING = 0.8e-3
+# and until rows are there. gpt-oss-20b on two H100s, 26 November 2026: 0.4 ms to the routes at 512
+# tokens and 1.0 to 1.4 at 2,048, 0.3 of the host, 0.4 until rows are there and the end is noticed.
+MEETING = 0.9e-3
 MEETING_ROUTE = 0.1e-6  # more for each route
 ONE, FEW = 2, 16  # tokens of an expert with which reading is measured; fewer than two cost no less
 
