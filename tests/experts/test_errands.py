@@ -132,3 +132,21 @@ def test_one_that_was_begun_can_be_abandoned(banks, monkeypatch) -> None:
     monkeypatch.undo()
     found, wanted = run(errands, 2, 3, [1])
     assert torch.equal(found, wanted)
+
+
+def test_one_that_could_not_begin_leaves_the_device_free(banks) -> None:
+    errands = Errands(DEVICE, banks)
+    run(errands, 0, 1, [0])
+    errands.settle()
+    native = errands._native
+    errands._native = Mock(wraps=native, begin=Mock(side_effect=RuntimeError("under way")))
+    with pytest.raises(NativeError, match="under way"):  # the bell was rung before
+        run(errands, 0, 2, [0])
+    errands.abandon()
+    assert errands._words[1, 0] == errands._number + FAILED
+    errands.meet()  # does not wait for an answer that will not come
+    errands.settle()
+    errands._native = native
+    found, wanted = run(errands, 1, 3, [2])
+    assert torch.equal(found, wanted)
+    errands.settle()

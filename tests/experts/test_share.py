@@ -2,7 +2,7 @@
 
 import pytest
 
-from greenroom.experts.share import FEW, ONE, Rates, Share
+from greenroom.experts.share import FEW, FEWEST, Rates, Share
 from greenroom.experts.slabs import SlabLayout
 from greenroom.gguf import GGMLType
 
@@ -43,11 +43,12 @@ def test_few_tokens_cost_as_much_as_their_weights_and_more_of_them_more() -> Non
     assert more - few == pytest.approx(2 * WEIGHTS / 5e12)
 
 
-def test_between_one_token_and_some_the_cost_grows_evenly() -> None:
+def test_between_the_fewest_tokens_and_few_the_cost_grows_evenly() -> None:
     rates = Rates(50e9, 30e9, 5e12, glancing=90e9)
-    cost = [rates.computing(n, LAYOUT.nbytes, WEIGHTS) for n in (0.5, ONE, (ONE + FEW) / 2, FEW)]
-    one, few = LAYOUT.nbytes / 90e9, LAYOUT.nbytes / 30e9
-    assert cost == pytest.approx([one, one, (one + few) / 2, few])
+    between = (FEWEST + FEW) / 2
+    cost = [rates.computing(n, LAYOUT.nbytes, WEIGHTS) for n in (0.5, FEWEST, between, FEW)]
+    least, few = LAYOUT.nbytes / 90e9, LAYOUT.nbytes / 30e9
+    assert cost == pytest.approx([least, least, (least + few) / 2, few])
     assert len(lent([3] * 32, rates)) > len(lent([3] * 32, Rates(50e9, 30e9, 5e12)))
     slower = Rates(50e9, 30e9, 5e12, glancing=20e9)  # a disturbed measurement
     assert slower.computing(1, LAYOUT.nbytes, WEIGHTS) == few

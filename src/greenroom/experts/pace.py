@@ -18,7 +18,7 @@ from torch import Tensor
 from greenroom.experts.cpu import CpuExperts
 from greenroom.experts.limits import LEAST, rounded
 from greenroom.experts.quota import ARRIVAL, Pace
-from greenroom.experts.share import FEW, ONE, Rates
+from greenroom.experts.share import FEW, FEWEST, Rates
 from greenroom.kernels.experts import hits
 from greenroom.kernels.guests import Guests, fetch
 
@@ -110,11 +110,11 @@ def measure_rates(bank: CpuExperts, there: Tensor) -> Rates:
     count = min(ERRAND, len(pages), bank.experts)
     with _left_idle(there.device):
         copying = Busy(lambda: pages[:count].copy_(source[-count:], non_blocking=True), count)
-        alone = sum(lent_seconds(bank, lent, rows) for rows in (MANY, FEW, ONE))
+        alone = sum(lent_seconds(bank, lent, rows) for rows in (MANY, FEW, FEWEST))
         found = []
         for _ in range(MORE_ROUNDS):
             copying.begin(2 * alone)
-            times = [lent_seconds(bank, lent, rows) for rows in (ONE, FEW, MANY)]
+            times = [lent_seconds(bank, lent, rows) for rows in (FEWEST, FEW, MANY)]
             found.append((*times, copying.end()))
     one, few, many, copy = (median(times) for times in zip(*found, strict=True))
     more = 2 * lent * (MANY - FEW) * weights / max(many - few, many / 8, LEAST)

@@ -8,10 +8,10 @@ requests in the same order must give the same text.
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-# Share of the time of a layer's copies that the CPU may need. On an H100 whose processors neighbours
-# disturbed, 26 November 2026, 1.0 was faster than 1.1 in six of eight pairs of runs, at 512 and
-# 2,048 tokens of two models, 1.2 and 1.25 slower than both in most. Where nothing disturbs them 1.1
-# gained a few percent.
+# Share of the time of a layer's copies that the CPU may need. On an H100 whose processors were
+# disturbed by neighbours, 26 November 2026, 1.0 was faster than 1.1 in six of eight pairs of runs,
+# at 512 and 2,048 tokens of two models, 1.2 and 1.25 slower than both in most. Where nothing
+# disturbs them 1.1 gained a few percent.
 LENT = 1.0
 LEAST = 1 / 16  # of the absent experts; fewer are not worth that
 # Seconds of a layer that the CPU cannot compute in: from its last sum to the next layer's routes,
@@ -19,7 +19,7 @@ LEAST = 1 / 16  # of the absent experts; fewer are not worth that
 # tokens and 1.0 to 1.4 at 2,048, 0.3 of the host, 0.4 until rows are there and the end is noticed.
 MEETING = 0.9e-3
 MEETING_ROUTE = 0.1e-6  # more for each route
-ONE, FEW = 2, 16  # tokens of an expert with which reading is measured; fewer than two cost no less
+FEWEST, FEW = 2, 16  # tokens of an expert with which reading is measured; one costs no less
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,7 +30,7 @@ class Rates:
         bus: bytes copied to the device.
         reading: bytes of experts with `FEW` tokens that the CPU gets through meanwhile.
         operations: of the tokens beyond those, two for each multiplication.
-        glancing: as `reading`, with `ONE` or less; 0: no more than that.
+        glancing: as `reading`, with `FEWEST` or less; 0: no more than that.
     """
 
     bus: float
@@ -46,7 +46,7 @@ class Rates:
         """Seconds of the CPU for an expert, told its bytes and weights."""
         few, more = nbytes / self.reading, max(0.0, tokens - FEW)
         one = nbytes / max(self.glancing, self.reading)
-        part = min(1.0, max(0.0, tokens - ONE) / (FEW - ONE))
+        part = min(1.0, max(0.0, tokens - FEWEST) / (FEW - FEWEST))
         return one + part * (few - one) + 2 * more * weights / self.operations
 
 
