@@ -8,10 +8,9 @@ requests in the same order must give the same text.
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-# Share of the time of a layer's copies that the CPU may need. On an H100 whose processors were
-# disturbed by neighbours, 26 November 2026, 1.0 was faster than 1.1 in six of eight pairs of runs,
-# at 512 and 2,048 tokens of two models, 1.2 and 1.25 slower than both in most. Where nothing
-# disturbs them 1.1 gained a few percent.
+# Share of the time of a layer's copies that the CPU may need. On an H100 with disturbed processors,
+# 26 November 2026, 1.0 was faster than 1.1 in six of eight pairs of runs, at 512 and 2,048 tokens
+# of two models, 1.2 and 1.25 slower than both in most.
 LENT = 1.0
 LEAST = 1 / 16  # of the absent experts; fewer are not worth that
 # Seconds of a layer that the CPU cannot compute in: from its last sum to the next layer's routes,
