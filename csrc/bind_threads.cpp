@@ -58,12 +58,15 @@ double exercise_each(Pool& pool, int regions) {
     return taken.count() / regions;
 }
 
-// A region whose task `failing` throws, and one that starts a region: both must raise.
-void exercise_failure(Pool& pool, std::int64_t tasks, std::int64_t failing, bool nested) {
+// A region whose task `failing` throws, one that starts a region and one that rouses its pool: all
+// must raise.
+void exercise_failure(Pool& pool, std::int64_t tasks, std::int64_t failing, bool nested,
+                      bool rousing) {
     nb::gil_scoped_release release;
     pool.run(tasks, [&](std::int64_t task, int) {
         if (task != failing) return;
         if (nested) pool.run(2, [](std::int64_t, int) {});
+        if (rousing) pool.rouse();
         throw std::invalid_argument("task " + std::to_string(task) + " failed");
     });
 }
@@ -90,7 +93,7 @@ void bind_threads(nb::module_& m) {
         .def("_exercise", &exercise, nb::arg("regions"), nb::arg("tasks"))
         .def("_exercise_each", &exercise_each, nb::arg("regions"))
         .def("_exercise_failure", &exercise_failure, nb::arg("tasks"), nb::arg("failing"),
-             nb::arg("nested") = false);
+             nb::arg("nested") = false, nb::arg("rousing") = false);
 }
 
 }  // namespace greenroom

@@ -215,6 +215,7 @@ void Pool::ranges(std::int64_t count, std::int64_t grain,
 
 // A region without tasks, as those of the one before are gone.
 void Pool::rouse() {
+    const InsideRegion inside;
     if (sleepers_.load(std::memory_order_relaxed) == 0 || forked()) return;
     const auto turn = take_turn();
     publish(Kind::shared_tasks);

@@ -49,7 +49,8 @@ class Pool {
                 FunctionRef<void(std::int64_t begin, std::int64_t end, int thread)> body);
 
     // Workers that sleep wake and spin again: a region is about to come, and waking takes longer
-    // than the caller has then.
+    // than the caller has then. A region under way is waited for, so not from within one
+    // (std::logic_error).
     void rouse();
 
     // Calls body(thread) once on every thread, all at the same time, so that bodies may wait
