@@ -8,7 +8,8 @@ namespace {
 
 // Groups computed together: the tile of tokens in L1 or L2 is used for each of them.
 constexpr std::int64_t groups_at_once = 4;
-// Tokens per pass over the weights: their activations stay in L2 and the buffers stay small.
+// Tokens per pass over the weights, at most: their activations stay in L2 and the buffers stay
+// small.
 constexpr std::int64_t tokens_at_once = 128;
 // Below this many bytes of weights a task is not worth handing to another thread.
 constexpr std::int64_t task_bytes = 64 << 10;
@@ -117,9 +118,12 @@ void fill(Pool& pool, const Activations& to, const float* x) {
 
 void linears(Pool& pool, std::span<const Linear> layers, const float* x, std::int64_t tokens) {
     if (layers.empty()) return;
-    for (std::int64_t t = 0; t < tokens; t += tokens_at_once) {
-        Pass pass(pool, layers, t, std::min(tokens_at_once, tokens - t));
-        pass.run(x + t * layers[0].weight.cols);
+    // Equal passes: none is left with so few tokens that it would be computed without AMX.
+    const std::int64_t passes = (tokens + tokens_at_once - 1) / tokens_at_once;
+    for (std::int64_t i = 0; i < passes; ++i) {
+        const std::int64_t begin = tokens * i / passes, end = tokens * (i + 1) / passes;
+        Pass pass(pool, layers, begin, end - begin);
+        pass.run(x + begin * layers[0].weight.cols);
     }
 }
 

@@ -94,6 +94,7 @@ def test_a_token_does_not_feel_its_neighbours(lib, pool, type: GGMLType) -> None
     together = linear(lib, pool, m, x)
     for begin, end in ((0, 16), (5, 38), (250, 300)):
         np.testing.assert_array_equal(linear(lib, pool, m, x[begin:end]), together[begin:end])
+    np.testing.assert_array_equal(linear(lib, pool, m, x[:130]), together[:130])
 
 
 @pytest.mark.parametrize("type", [GGMLType.Q8_0, GGMLType.Q4_K, GGMLType.BF16])
