@@ -1,4 +1,4 @@
-// The AMX path for many tokens: weights are expanded to bfloat16 (expand.h), a few hundred columns
+// The AMX path for many tokens: weights are expanded to bfloat16 (expand.h), 128 or 256 columns
 // at a time, and multiplied with activations in two bfloat16 parts, 16 bits of each, summed in
 // float32. MXFP4, whose weights fit bytes, goes through int8 instead (amx_int8.h): half the
 // products. From how many tokens on is the one thing a token's result depends on in its batch.

@@ -72,8 +72,9 @@ Columns Int8Call::rest(Columns c, std::int64_t group, int count) const {
     return {next.begin + begin, end - begin, rest_turn};
 }
 
-// 8 values times 2^(exponent - largest), or 0 where that is less than 1/8. A value, at most 12,
-// times 8 has three bits to spare at its lower end, so that bytes can be shifted in a row's word.
+// Eight times a code's value times 2^(exponent - largest), or 0 where the power is less than 1/8
+// (or more than 1: that was an earlier pass's). A value, at most 12, times 8 has three bits to
+// spare at its lower end, so that bytes can be shifted in a row's word.
 void Int8Call::expand(Columns c, std::int64_t group, std::int64_t block) const {
     using namespace simd;
     const Codes low = splat_byte(15), table = shift<3>(load_table(Format::table()));

@@ -1,7 +1,8 @@
 // MXFP4 weights in AMX tiles of int8. A range of 512 columns has one scale per token and one per
 // row: tokens are 16-bit integers in two planes of bytes, and a weight is an exact byte, as its
 // block's power of two only shifts a code. Where a row's powers differ by more than bytes have room
-// for, a pass over a range takes the four largest, and another one over what is left follows.
+// for, a pass over a range takes the largest and the three below it, and another one over what is
+// left follows.
 #pragma once
 
 #include "matmul/activations.h"
