@@ -65,7 +65,7 @@ def test_every_exponent(lib, pool) -> None:
     check_each_weight(lib, pool, with_powers(lib, pool, 48, random))
 
 
-@pytest.mark.parametrize("exponent", [0, 1, 2, 119, 128, 247])
+@pytest.mark.parametrize("exponent", [0, 1, 2, 119, 128, 247, 255])
 def test_zero_blocks_of_any_exponent(lib, pool, exponent: int) -> None:
     m = Matrix(lib, pool, MXFP4, 40, 544)
     blocks = m.raw.reshape(40, 17, 17)
@@ -166,6 +166,19 @@ def test_experts(lib, pool, types) -> None:
         other = lib.Pool(threads)
         for _ in range(3):
             np.testing.assert_array_equal(layer.run(x, ids, weights, pool=other), found)
+
+
+def test_experts_of_several_types_in_a_layer(lib, pool) -> None:
+    layer = Layer(lib, pool, (MXFP4,) * 3, experts=3, d=96, f=544)
+    for e, types in enumerate([(GGMLType.Q8_0, MXFP4, GGMLType.F16), (GGMLType.BF16,) * 3]):
+        matrices = Layer(lib, pool, types, experts=1, d=96, f=544).experts[0]
+        layer.experts[e] = matrices
+        layer.native.set_expert(e, *[(int(m.type), m.packed, None, 1.0) for m in matrices[0]])
+    batch = routes(60, 3, 2, 96)  # some 40 tokens each
+    found = layer.run(*batch)
+    close(found, layer.twin(*batch, in_tiles), False)
+    for threads in (1, 3):
+        np.testing.assert_array_equal(layer.run(*batch, pool=lib.Pool(threads)), found)
 
 
 def test_experts_around_the_fewest_tokens(lib, pool) -> None:
