@@ -49,6 +49,7 @@ def test_between_the_fewest_tokens_and_few_the_cost_grows_evenly() -> None:
     cost = [rates.computing(n, LAYOUT.nbytes, WEIGHTS) for n in (0.5, FEWEST, between, FEW)]
     least, few = LAYOUT.nbytes / 90e9, LAYOUT.nbytes / 30e9
     assert cost == pytest.approx([least, least, (least + few) / 2, few])
+    assert cost[-1] == few  # exactly, however far apart they are
     assert len(lent([3] * 32, rates)) > len(lent([3] * 32, Rates(50e9, 30e9, 5e12)))
     slower = Rates(50e9, 30e9, 5e12, glancing=20e9)  # a disturbed measurement
     assert slower.computing(1, LAYOUT.nbytes, WEIGHTS) == few

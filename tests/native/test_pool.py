@@ -49,11 +49,13 @@ def test_rousing_disturbs_no_region(lib: ModuleType) -> None:
     pool, over = lib.Pool(4, spin_us=0), threading.Event()
     thread = threading.Thread(target=lambda: [pool.rouse() for _ in iter(over.is_set, True)])
     thread.start()
-    for _ in range(100):
-        pool._exercise(regions=5, tasks=9)
-        pool._exercise_each(regions=1)
-    over.set()
-    thread.join()
+    try:
+        for _ in range(100):
+            pool._exercise(regions=5, tasks=9)
+            pool._exercise_each(regions=1)
+    finally:
+        over.set()
+        thread.join()
 
 
 @pytest.mark.parametrize("threads", [1, 2, 5])

@@ -46,7 +46,7 @@ class Rates:
         few, more = nbytes / self.reading, max(0.0, tokens - FEW)
         one = nbytes / max(self.glancing, self.reading)
         part = min(1.0, max(0.0, tokens - FEWEST) / (FEW - FEWEST))
-        return one + part * (few - one) + 2 * more * weights / self.operations
+        return (1 - part) * one + part * few + 2 * more * weights / self.operations
 
 
 @dataclass(slots=True)
