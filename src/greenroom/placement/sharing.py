@@ -1,5 +1,6 @@
 """The rates by which long steps are shared between bus and CPU, as predictions take them from what
-was measured of a machine; the engine measures its own when it loads a model, and rounds as much.
+was measured of a machine. The engine measures its own when it loads a model, for experts of one or
+two tokens, too, and rounds them finer.
 """
 
 from collections.abc import Mapping
