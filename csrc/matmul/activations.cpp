@@ -11,8 +11,6 @@
 namespace greenroom {
 namespace {
 
-constexpr float largest_code = 127 * 256;
-
 // 16 values times `inverse` as bytes; returns the sum of their codes. A low part of 128, exactly
 // between two high ones, becomes 127: bytes of -128 would overflow in the AVX2 dot product.
 [[gnu::always_inline]] inline int split(simd::Floats x, float inverse, std::int8_t* high,

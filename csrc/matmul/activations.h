@@ -35,6 +35,9 @@ struct alignas(64) XBlock {
 };
 static_assert(sizeof(XBlock) == simd::token_bytes && offsetof(XBlock, low) == simd::plane_bytes);
 
+// The largest of a token's 16-bit integers.
+constexpr float largest_code = 127 * 256;
+
 // Which forms are wanted.
 struct Forms {
     bool quantised = false, floats = false, bf16 = false, bytes = false;

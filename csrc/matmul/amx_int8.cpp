@@ -198,7 +198,6 @@ void multiply_int8(const Matrix& m, std::int64_t first, std::int64_t groups, con
 // what is tiny or not finite.
 float quantise(const float* x, std::int64_t cols, const Planes& to) {
     using namespace simd;
-    constexpr float largest_code = 127 * 256;
     Floats peaks = zero(), poisons = zero();
     for (std::int64_t i = 0; i < cols; i += 16) {
         peaks = max(peaks, abs(load(x + i)));

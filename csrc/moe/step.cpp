@@ -339,16 +339,18 @@ void MoeStep::reduce(std::int64_t chunk) {
     }
 }
 
-// Tokens are taken in passes that keep the partial results at 64 MiB.
+// Tokens are taken in equal passes that keep the partial results at 64 MiB.
 void run_moe(Pool& pool, const MoeLayer& layer, const Routes& routes, float* out) {
     constexpr std::int64_t limit = std::int64_t{16} << 20;  // floats
     const std::int64_t most = std::max<std::int64_t>(16, limit / (routes.k * layer.d));
-    for (std::int64_t t = 0; t < routes.tokens; t += most) {
+    const std::int64_t passes = (routes.tokens + most - 1) / most;
+    for (std::int64_t i = 0; i < passes; ++i) {
+        const std::int64_t t = routes.tokens * i / passes;
         Routes part = routes;
         part.hidden += t * layer.d;
         part.ids += t * routes.k;
         part.weights += t * routes.k;
-        part.tokens = std::min(most, routes.tokens - t);
+        part.tokens = routes.tokens * (i + 1) / passes - t;
         MoeStep(pool, layer, part, out + t * layer.d).run();
     }
 }
