@@ -92,7 +92,6 @@ void add_columns(const Bf16Call& call, Tiles& tiles, Columns c, Columns after) {
         o.tokens = call.x.bf16_tile(t) + 2 * tile_bytes * c.begin;
         run(tiles, o, c.begin > 0, call.out + t * ld, ld);
     }
-    ahead.finish();
 }
 
 void multiply_bf16(const Bf16Call& call) {

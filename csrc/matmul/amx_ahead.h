@@ -37,7 +37,8 @@ struct Call {
 
 // What a thread does beside products for those to come: it expands the next columns and asks for
 // the weights of the ones after, an equal share with every step. Multiplying and expanding keep
-// different parts of a core busy. C: a Call with expand(columns, group, block).
+// different parts of a core busy. C: a Call with expand(columns, group, block); step() must be
+// called as often as said.
 template <class C>
 class Ahead {
   public:
@@ -56,8 +57,6 @@ class Ahead {
         }
         expand(unit_share_);
     }
-    // What steps left over, as shares are rounded up: nothing, unless there were too few.
-    void finish() { expand(units_); }
 
   private:
     struct Range {

@@ -174,7 +174,6 @@ void add_columns(const Int8Call& call, Tiles& tiles, Columns c, Columns after) {
     std::int64_t g = 0;
     for (; g + 2 <= call.groups; g += 2) add_groups<2>(call, tiles, c, g, ahead);
     if (g < call.groups) add_groups<1>(call, tiles, c, g, ahead);
-    ahead.finish();
 }
 
 }  // namespace

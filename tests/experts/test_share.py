@@ -44,14 +44,14 @@ def test_few_tokens_cost_as_much_as_their_weights_and_more_of_them_more() -> Non
 
 
 def test_between_the_fewest_tokens_and_few_the_cost_grows_evenly() -> None:
-    rates = Rates(50e9, 30e9, 5e12, glancing=90e9)
+    rates = Rates(50e9, 30e9, 5e12, reading_fewest=90e9)
     between = (FEWEST + FEW) / 2
     cost = [rates.computing(n, LAYOUT.nbytes, WEIGHTS) for n in (0.5, FEWEST, between, FEW)]
     least, few = LAYOUT.nbytes / 90e9, LAYOUT.nbytes / 30e9
     assert cost == pytest.approx([least, least, (least + few) / 2, few])
     assert cost[-1] == few  # exactly, however far apart they are
     assert len(lent([3] * 32, rates)) > len(lent([3] * 32, Rates(50e9, 30e9, 5e12)))
-    slower = Rates(50e9, 30e9, 5e12, glancing=20e9)  # a disturbed measurement
+    slower = Rates(50e9, 30e9, 5e12, reading_fewest=20e9)  # a disturbed measurement
     assert slower.computing(1, LAYOUT.nbytes, WEIGHTS) == few
 
 

@@ -3,8 +3,7 @@
 import numpy as np
 import pytest
 
-from greenroom import native
-from greenroom.gguf import GGMLType, dequantize
+from greenroom.gguf import GGMLType
 
 from .test_moe import Layer, routes
 from .twins import NATIVE, Matrix, as_bytes, tiles
@@ -16,11 +15,9 @@ IN_TILES = [t for t in NATIVE if t not in {GGMLType.F32, GGMLType.F16}]
 EXACT = (GGMLType.BF16, GGMLType.MXFP4, GGMLType.NVFP4)
 
 
-@pytest.fixture(params=[t for t in ("avx512", "amx") if t in native.usable_tiers()])
-def lib(request):
-    module = native.module(request.param)
-    with tiles(module, True):
-        yield module
+@pytest.fixture
+def lib(tiled):
+    return tiled
 
 
 @pytest.fixture
@@ -108,7 +105,7 @@ def test_few_tokens_go_without(lib, pool, type: GGMLType) -> None:
 def test_largest_codes(lib, pool) -> None:
     m = Matrix(lib, pool, GGMLType.Q8_0, 16, 64)
     m.raw[:] = 0x80  # codes of -128, all of one sign
-    lib.pack(pool, int(m.type), 16, 64, m.raw.reshape(-1), m.packed)
+    m.pack(lib, pool)
     x = np.full((16, 64), 3, np.float32)
     x[::2] = -3
     tiled, plain = both(lib, lambda: linear(lib, pool, m, x))
@@ -131,8 +128,7 @@ def test_powers_at_the_ends_of_their_range(lib, pool) -> None:
     powers[:16] = 120
     powers[3, 1], powers[7, 2] = 252, 2
     powers[16:] = 0, 1, 120, 200
-    lib.pack(pool, int(m.type), m.rows, m.cols, m.raw.reshape(-1), m.packed)
-    m.values = dequantize(m.type, m.raw).astype(np.float64)
+    m.pack(lib, pool)
     x = tokens_of(20, m.cols) * np.float32(2.0**-24)
     check(m, x, linear(lib, pool, m, x))
 

@@ -3,21 +3,18 @@
 import numpy as np
 import pytest
 
-from greenroom import native
-from greenroom.gguf import GGMLType, dequantize
+from greenroom.gguf import GGMLType
 
 from .test_amx import check, linear, tokens_of
 from .test_moe import Layer, close, routes
-from .twins import Matrix, as_bytes, quantised, tiles
+from .twins import Matrix, as_bytes, quantised
 
 MXFP4 = GGMLType.MXFP4
 
 
-@pytest.fixture(params=[t for t in ("avx512", "amx") if t in native.usable_tiers()])
-def lib(request):
-    module = native.module(request.param)
-    with tiles(module, True):
-        yield module
+@pytest.fixture
+def lib(tiled):
+    return tiled
 
 
 @pytest.fixture
@@ -30,8 +27,7 @@ def with_powers(lib, pool, rows: int, powers: np.ndarray) -> Matrix:
     m = Matrix(lib, pool, MXFP4, rows, 32 * powers.shape[-1])
     blocks = m.raw.reshape(rows, -1, 17)
     blocks[:, :, 0] = powers
-    lib.pack(pool, int(m.type), m.rows, m.cols, m.raw.reshape(-1), m.packed)
-    m.values = dequantize(m.type, m.raw).astype(np.float64)
+    m.pack(lib, pool)
     return m
 
 
@@ -72,8 +68,7 @@ def test_zero_blocks_of_any_exponent(lib, pool, exponent: int) -> None:
     zeros = np.random.default_rng(1).random((40, 17)) < 0.4
     zeros[7], zeros[16:32, 16] = True, True
     blocks[zeros] = [exponent] + [0] * 16
-    lib.pack(pool, int(m.type), m.rows, m.cols, m.raw.reshape(-1), m.packed)
-    m.values = dequantize(m.type, m.raw).astype(np.float64)
+    m.pack(lib, pool)
     check_each_weight(lib, pool, m)
     x = tokens_of(20, 544)
     out = linear(lib, pool, m, x)
@@ -99,8 +94,7 @@ def test_largest_sums(lib, pool) -> None:
     blocks = m.raw.reshape(32, 32, 17)
     blocks[:, :, 0] = 120
     blocks[:16, :, 1:], blocks[16:, :, 1:] = 0x77, 0xFF  # 6, -6
-    lib.pack(pool, int(m.type), m.rows, m.cols, m.raw.reshape(-1), m.packed)
-    m.values = dequantize(m.type, m.raw).astype(np.float64)
+    m.pack(lib, pool)
     x = np.full((16, 1024), 5, np.float32)
     x[::2] = -5
     out = linear(lib, pool, m, x)
@@ -134,7 +128,7 @@ def test_rounding_of_tokens(lib, pool, outlier: float) -> None:
 def test_what_is_not_finite_stays_visible(lib, pool, value: float) -> None:
     m = Matrix(lib, pool, MXFP4, 24, 1056)
     m.raw.reshape(24, 33, 17)[4, 16:32] = 0  # nothing to multiply with
-    lib.pack(pool, int(m.type), m.rows, m.cols, m.raw.reshape(-1), m.packed)
+    m.pack(lib, pool)
     for col in (0, 700, 1055):
         x = tokens_of(20, 1056)
         x[3, col] = value

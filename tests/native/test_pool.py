@@ -35,13 +35,17 @@ def test_regions_after_sleep(lib: ModuleType, spin_us: int) -> None:
 
 
 def test_roused_workers_spin_again(lib: ModuleType) -> None:
-    pool = lib.Pool(2, spin_us=200_000)
+    pool, used = lib.Pool(2, spin_us=50_000), 0.0
     pool._exercise_each(regions=1)
-    time.sleep(0.4)  # asleep by now
-    used = time.process_time()
-    pool.rouse()
-    time.sleep(0.4)
-    assert time.process_time() - used > 0.005  # however little of its time a busy machine gives
+    for _ in range(20):  # a busy machine may run the worker before or after, but not every time
+        time.sleep(0.1)  # asleep by now
+        before = time.process_time()
+        pool.rouse()
+        time.sleep(0.1)
+        used = max(used, time.process_time() - before)
+        if used > 0.005:
+            break
+    assert used > 0.005
     assert pool._exercise(regions=10, tasks=10) > 0
 
 

@@ -65,9 +65,13 @@ class Matrix:
     def __init__(self, lib, pool, type: GGMLType, rows: int, cols: int, seed: int = 0) -> None:
         self.type, self.rows, self.cols = type, rows, cols
         self.raw = random_blocks(type, rows, cols, np.random.default_rng([seed, rows, cols]))
-        self.values = dequantize(type, self.raw).astype(np.float64)
         self.packed = np.full(lib.packed_bytes(int(type), rows, cols), 0xAB, np.uint8)
-        lib.pack(pool, int(type), rows, cols, self.raw.reshape(-1), self.packed)
+        self.pack(lib, pool)
+
+    def pack(self, lib, pool) -> None:
+        """Everything follows what raw is now."""
+        self.values = dequantize(self.type, self.raw).astype(np.float64)
+        lib.pack(pool, int(self.type), self.rows, self.cols, self.raw.reshape(-1), self.packed)
 
     def product(self, x: Floats) -> tuple[Wide, Wide]:
         """x W^T in float64 with the kernel's activations, and the bound for float32 sums."""

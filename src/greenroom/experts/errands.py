@@ -75,9 +75,8 @@ class Errands:
         self._lines[:rows] = np.arange(rows) + np.repeat(skipped, counts)
         self._ids[0, :rows, 0] = np.repeat(lent, counts)
         self._number = self._number % LAST + 1
-        cpu, nbytes = self._layers[layer], 0
-        for expert in lent:
-            nbytes += cpu.slab(expert).nbytes  # packs what is not yet
+        cpu = self._layers[layer]
+        nbytes = sum(cpu.slab(expert).nbytes for expert in lent)  # packs what is not yet
         self._under_way = _Errand(layer, rows, nbytes, self._spent(layer))
         send(hidden, tokens, self._sources[:rows], self._hidden[:rows])
         tell(self._ring, self._number)

@@ -25,7 +25,8 @@ from greenroom.kernels.guests import Guests, fetch
 BUSY = 0.02  # seconds for which the device is kept busy, at least
 MOST = 1000  # things it is given to do in that time
 COPIES = 8  # experts copied together
-ROUNDS, MORE_ROUNDS = 3, 5
+ROUNDS = 3
+RATE_ROUNDS = 5  # of `measure_rates`
 LAYERS = 12  # computed for one token, so many at most
 READ = 4  # layers whose experts the device reads in turn
 TOGETHER = 32  # tokens of the longer measurement
@@ -112,14 +113,14 @@ def measure_rates(bank: CpuExperts, there: Tensor) -> Rates:
         copying = Busy(lambda: pages[:count].copy_(source[-count:], non_blocking=True), count)
         alone = sum(lent_seconds(bank, lent, rows) for rows in (MANY, FEW, FEWEST))
         found = []
-        for _ in range(MORE_ROUNDS):
+        for _ in range(RATE_ROUNDS):
             copying.begin(2 * alone)
             times = [lent_seconds(bank, lent, rows) for rows in (FEWEST, FEW, MANY)]
             found.append((*times, copying.end()))
-    one, few, many, copy = (median(times) for times in zip(*found, strict=True))
-    more = 2 * lent * (MANY - FEW) * weights / max(many - few, many / 8, LEAST)
-    found_rates = slab / copy, lent * slab / few, more, lent * slab / one
-    return Rates(*(rounded(rate, FINE) for rate in found_rates))
+    fewest, few, many, copy = (median(times) for times in zip(*found, strict=True))
+    operations = 2 * lent * (MANY - FEW) * weights / max(many - few, many / 8, LEAST)
+    rates = slab / copy, lent * slab / few, operations, lent * slab / fewest
+    return Rates(*(rounded(rate, FINE) for rate in rates))
 
 
 def seconds_of(bank: CpuExperts, tokens: int, used: int, seed: int = 0) -> float:

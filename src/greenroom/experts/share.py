@@ -29,13 +29,13 @@ class Rates:
         bus: bytes copied to the device.
         reading: bytes of experts with `FEW` tokens that the CPU gets through meanwhile.
         operations: of the tokens beyond those, two for each multiplication.
-        glancing: as `reading`, with `FEWEST` or less; 0: no more than that.
+        reading_fewest: as `reading`, with `FEWEST` or less; 0: no more than that.
     """
 
     bus: float
     reading: float
     operations: float
-    glancing: float = 0.0
+    reading_fewest: float = 0.0
 
     def copying(self, nbytes: int) -> float:
         """Seconds of the bus for an expert."""
@@ -44,7 +44,7 @@ class Rates:
     def computing(self, tokens: float, nbytes: int, weights: int) -> float:
         """Seconds of the CPU for an expert, told its bytes and weights."""
         few, more = nbytes / self.reading, max(0.0, tokens - FEW)
-        one = nbytes / max(self.glancing, self.reading)
+        one = nbytes / max(self.reading_fewest, self.reading)
         part = min(1.0, max(0.0, tokens - FEWEST) / (FEW - FEWEST))
         return (1 - part) * one + part * few + 2 * more * weights / self.operations
 
